@@ -1,0 +1,2 @@
+//! PID 1 of hutch's own initrd.
+fn main() {}

@@ -1,0 +1,1 @@
+//! AMIs: templates, import, and reading the boot configuration off a guest disk.

@@ -1,0 +1,1 @@
+//! What a guest network is made of: taps, addresses, DHCP, router advertisements, nftables.

@@ -1,0 +1,1 @@
+//! Stories, end to end, and the lab they run in.

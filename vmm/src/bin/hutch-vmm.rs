@@ -1,0 +1,2 @@
+//! One process, one guest.
+fn main() {}
