@@ -1,3 +1,8 @@
 //! One virtual machine: memory, vCPUs, PCI, devices, boot.
+//!
+//! ```text
+//!   MachineConfig (asked) ──► Plan (checked, laid out) ──► Machine (running)
+//! ```
 pub mod config;
+pub mod plan;
 pub mod virtio;
