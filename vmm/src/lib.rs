@@ -3,6 +3,8 @@
 //! ```text
 //!   MachineConfig (asked) ──► Plan (checked, laid out) ──► Machine (running)
 //! ```
+pub mod boot;
 pub mod config;
+pub mod memory;
 pub mod plan;
 pub mod virtio;
