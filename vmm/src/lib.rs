@@ -1,10 +1,20 @@
 //! One virtual machine: memory, vCPUs, PCI, devices, boot.
 //!
 //! ```text
-//!   MachineConfig (asked) ──► Plan (checked, laid out) ──► Machine (running)
+//!   MachineConfig (asked) ──► Plan (checked, laid out) ──► Machine (running) ──► Report
+//!                                                             │
+//!                     memory · boot · x86_64 · vcpu · bus ────┴──── devices · virtio · console
 //! ```
 pub mod boot;
+pub mod bus;
 pub mod config;
+pub mod console;
+pub mod counts;
+pub mod devices;
+pub mod ending;
+pub mod machine;
 pub mod memory;
 pub mod plan;
+pub mod vcpu;
 pub mod virtio;
+pub mod x86_64;

@@ -1,0 +1,278 @@
+//! The machine, running: from a checked [`Plan`] and open files to a [`Report`].
+//!
+//! ```text
+//!   Machine::run ──► build (VM, memory, kernel, devices, vCPUs) ──► vCPU threads ──► Ending
+//!        ▲                                                                             │
+//!        └───────────────── reset: the same plan, built anew ◄─────────────────────────┤
+//!                                                     anything else: Report ◄──────────┘
+//! ```
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::boot;
+use crate::bus::Bus;
+use crate::config::{EXIT_PORT, End, Report};
+use crate::console::Console;
+use crate::counts::Counts;
+use crate::devices::{exit, power, serial};
+use crate::ending::{Ending, Outcome};
+use crate::memory;
+use crate::plan::Plan;
+use crate::vcpu;
+use crate::x86_64::{cpuid, regs};
+
+/// Three pages below the BIOS that Intel's hardware needs for real mode; no guest sees them.
+const TSS: usize = 0xfffb_d000;
+const IDENTITY_MAP: u64 = 0xfffb_c000;
+/// A kernel that panicked may print its stack for this long before the machine ends.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// The files a machine runs on, opened by whoever had the right to.
+pub struct Files {
+    /// `/dev/kvm`.
+    pub kvm: File,
+    /// The kernel.
+    pub kernel: File,
+    /// The initrd.
+    pub initrd: Option<File>,
+    /// Where the console's output is appended.
+    pub console_log: Option<File>,
+}
+
+/// Why a machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// KVM refused.
+    #[error("{id}: KVM: {what} failed: {source}; `hutch doctor` tells what this machine's KVM can do")]
+    Kvm {
+        /// The machine.
+        id: String,
+        /// What was asked of KVM.
+        what: &'static str,
+        /// Its answer.
+        source: kvm_ioctls::Error,
+    },
+    /// No memory for the guest.
+    #[error(transparent)]
+    Memory(#[from] memory::MemoryError),
+    /// The kernel or initrd is wrong.
+    #[error("{id}: {source}")]
+    Boot {
+        /// The machine.
+        id: String,
+        /// What is wrong.
+        source: boot::LoadError,
+    },
+    /// Something else of the host failed.
+    #[error("{id}: {what}: {why}")]
+    Host {
+        /// The machine.
+        id: String,
+        /// What was being done.
+        what: &'static str,
+        /// The cause.
+        why: String,
+    },
+}
+
+/// One machine and all that outlives its reboots.
+pub struct Machine {
+    plan: Plan,
+    kvm: Kvm,
+    kernel: File,
+    initrd: Option<File>,
+    console: Arc<Mutex<Console>>,
+    counts: Arc<Counts>,
+}
+
+/// Ends the machine from another thread.
+#[derive(Clone)]
+pub struct Handle {
+    current: Arc<Mutex<Arc<Ending>>>,
+}
+
+impl Handle {
+    /// Ends the run that is under way.
+    pub fn kill(&self) {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).set(Outcome::Killed);
+    }
+}
+
+impl Machine {
+    /// Takes the plan and its files; nothing runs yet.
+    pub fn new(plan: Plan, files: Files) -> Result<Machine, MachineError> {
+        let config = plan.config();
+        let console = Console::new(files.console_log, config.console_log_limit);
+        // SAFETY: the descriptor is /dev/kvm's, as `Files::kvm` promises, and ownership passes to Kvm.
+        let kvm = unsafe { kvm_ioctls::Kvm::from_raw_fd(files.kvm.into_raw_fd()) };
+        if kvm.get_api_version() != 12 {
+            return Err(MachineError::Host {
+                id: config.id.clone(),
+                what: "the kvm descriptor",
+                why: "is not that of /dev/kvm (API version 12)".into(),
+            });
+        }
+        Ok(Machine {
+            kvm,
+            kernel: files.kernel,
+            initrd: files.initrd,
+            console: Arc::new(Mutex::new(console)),
+            counts: Arc::default(),
+            plan,
+        })
+    }
+
+    /// The console, for readers.
+    pub fn console(&self) -> Arc<Mutex<Console>> {
+        self.console.clone()
+    }
+
+    /// Runs the machine until it ends, reboots included. `handle` receives the way to end it from outside.
+    pub fn run(&mut self, started: impl FnOnce(Handle)) -> Report {
+        let current = Arc::new(Mutex::new(Arc::new(Ending::default())));
+        started(Handle { current: current.clone() });
+        let end = loop {
+            let ending = current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            match self.run_once(&ending) {
+                Err(e) => break End::Error { message: e.to_string() },
+                Ok(Outcome::Reset) => {
+                    if let Some(message) = self.panic() {
+                        break End::Panic { message };
+                    }
+                    if self.plan.config().no_reboot {
+                        break End::Reboot;
+                    }
+                    self.counts.reboots.fetch_add(1, Relaxed);
+                    *current.lock().unwrap_or_else(PoisonError::into_inner) = Arc::default();
+                }
+                Ok(Outcome::PowerOff) => break End::PowerOff,
+                Ok(Outcome::Command(code)) => break End::Command { code },
+                Ok(Outcome::Killed) => break End::Killed,
+                Ok(Outcome::Error(message)) => break End::Error { message },
+                Ok(Outcome::Panic) => break End::Panic { message: self.panic().unwrap_or_default() },
+                Ok(Outcome::TripleFault) => {
+                    break self.panic().map_or(End::TripleFault, |message| End::Panic { message });
+                }
+            }
+        };
+        let total = self.console.lock().unwrap_or_else(PoisonError::into_inner).total();
+        Report { end, counters: self.counts.counters(total) }
+    }
+
+    fn panic(&self) -> Option<String> {
+        self.console.lock().unwrap_or_else(PoisonError::into_inner).panic().map(str::to_owned)
+    }
+
+    fn error(&self, what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError + use<> {
+        let id = self.plan.config().id.clone();
+        move |source| MachineError::Kvm { id: id.clone(), what, source }
+    }
+
+    fn host<E: std::fmt::Display>(&self, what: &'static str) -> impl FnOnce(E) -> MachineError + use<E> {
+        let id = self.plan.config().id.clone();
+        move |e| MachineError::Host { id, what, why: e.to_string() }
+    }
+
+    /// Builds the machine from its plan and runs it until it ends or resets.
+    fn run_once(&mut self, ending: &Arc<Ending>) -> Result<Outcome, MachineError> {
+        let memory = memory::allocate(&self.plan)?;
+        let id = || self.plan.config().id.clone();
+        let loaded = boot::load(&self.plan, &memory, &mut self.kernel, self.initrd.as_mut())
+            .map_err(|source| MachineError::Boot { id: id(), source })?;
+        regs::write_tables(&memory).map_err(self.host("page tables"))?;
+        let vm = self.create_vm(&memory)?;
+        let ports = Arc::new(self.ports(&vm, ending)?);
+        let mmio = Arc::new(Bus::default());
+
+        let cpus = self.plan.config().cpus;
+        let supported = self
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(self.error("KVM_GET_SUPPORTED_CPUID"))?;
+        let msrs = Msrs::from_entries(&regs::MSRS).map_err(|e| self.host("MSR list")(format!("{e:?}")))?;
+        let mut fds = Vec::new();
+        for index in 0..cpus {
+            let fd = vm.create_vcpu(u64::from(index)).map_err(self.error("KVM_CREATE_VCPU"))?;
+            fd.set_cpuid2(&cpuid::for_vcpu(&supported, index, cpus)).map_err(self.error("KVM_SET_CPUID2"))?;
+            fd.set_msrs(&msrs).map_err(self.error("KVM_SET_MSRS"))?;
+            if index == 0 {
+                let sregs = fd.get_sregs().map_err(self.error("KVM_GET_SREGS"))?;
+                fd.set_sregs(&regs::sregs(sregs)).map_err(self.error("KVM_SET_SREGS"))?;
+                fd.set_regs(&regs::regs(&loaded)).map_err(self.error("KVM_SET_REGS"))?;
+            }
+            fds.push(fd);
+        }
+        let threads = vcpu::Threads::start(fds, ports, mmio, ending, &self.counts)
+            .map_err(self.host("cannot start a vCPU's thread"))?;
+        let outcome = self.watch(ending);
+        drop(threads);
+        drop(vm);
+        Ok(outcome)
+    }
+
+    /// Waits for the end; a panicked kernel that hangs is ended here.
+    fn watch(&self, ending: &Ending) -> Outcome {
+        let mut panicked: Option<Instant> = None;
+        loop {
+            if let Some(outcome) = ending.wait(Some(Instant::now() + Duration::from_millis(100))) {
+                return outcome;
+            }
+            let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
+            if console.panic().is_some() {
+                let since = panicked.get_or_insert_with(Instant::now);
+                if console.panic_over() || since.elapsed() > LAST_WORDS {
+                    ending.set(Outcome::Panic);
+                }
+            }
+        }
+    }
+
+    fn create_vm(&self, memory: &GuestMemoryMmap<()>) -> Result<VmFd, MachineError> {
+        let vm = self.kvm.create_vm().map_err(self.error("KVM_CREATE_VM"))?;
+        vm.set_tss_address(TSS).map_err(self.error("KVM_SET_TSS_ADDR"))?;
+        vm.set_identity_map_address(IDENTITY_MAP).map_err(self.error("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        vm.create_irq_chip().map_err(self.error("KVM_CREATE_IRQCHIP"))?;
+        for (slot, region) in memory.iter().enumerate() {
+            let start = region.start_addr();
+            let host = memory.get_host_address(start).map_err(self.host("guest memory"))?;
+            let slot = kvm_userspace_memory_region {
+                slot: slot as u32,
+                guest_phys_addr: start.raw_value(),
+                memory_size: region.len(),
+                userspace_addr: host as u64,
+                flags: 0,
+            };
+            // SAFETY: the region stays mapped until the VM is dropped: `run_once` drops the VM before `memory`.
+            unsafe { vm.set_user_memory_region(slot) }.map_err(self.error("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(vm)
+    }
+
+    fn ports(&self, vm: &VmFd, ending: &Arc<Ending>) -> Result<Bus, MachineError> {
+        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(self.host("eventfd"))?;
+        vm.register_irqfd(&line, serial::IRQ).map_err(self.error("KVM_IRQFD"))?;
+        let mut bus = Bus::default();
+        let mut put = |start: u64, len: u64, device: crate::bus::Shared| {
+            bus.insert(start, len, device).map_err(self.host("port layout"))
+        };
+        let port = serial::SerialPort::new(self.console.clone(), line);
+        put(serial::PORT, 8, Arc::new(Mutex::new(port)))?;
+        put(power::PORT, power::LEN, Arc::new(Mutex::new(power::Power(ending.clone()))))?;
+        put(power::KEYBOARD_PORT, 1, Arc::new(Mutex::new(power::KeyboardReset(ending.clone()))))?;
+        if self.plan.config().exit_port {
+            let counts = self.counts.clone();
+            let device = exit::ExitPort::new(ending.clone(), move || counts.mark_user_space());
+            put(EXIT_PORT.into(), 4, Arc::new(Mutex::new(device)))?;
+        }
+        Ok(bus)
+    }
+}
