@@ -28,7 +28,7 @@ use crate::ending::{Ending, Outcome};
 use crate::memory;
 use crate::plan::Plan;
 use crate::vcpu;
-use crate::x86_64::{cpuid, regs};
+use crate::x86_64::{acpi, cpuid, regs, smbios};
 
 /// Three pages below the BIOS that Intel's hardware needs for real mode; no guest sees them.
 const TSS: usize = 0xfffb_d000;
@@ -92,18 +92,26 @@ pub struct Machine {
     initrd: Option<File>,
     console: Arc<Mutex<Console>>,
     counts: Arc<Counts>,
+    button: Arc<EventFd>,
 }
 
-/// Ends the machine from another thread.
+/// Acts on the machine from another thread.
 #[derive(Clone)]
 pub struct Handle {
     current: Arc<Mutex<Arc<Ending>>>,
+    button: Arc<EventFd>,
 }
 
 impl Handle {
     /// Ends the run that is under way.
     pub fn kill(&self) {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).set(Outcome::Killed);
+    }
+
+    /// Presses the power button: the guest's kernel hears of it and powers off if it wants to.
+    pub fn press_power_button(&self) {
+        // It fails only when the counter is full, and then the button is pressed already.
+        let _ = self.button.write(1);
     }
 }
 
@@ -121,7 +129,13 @@ impl Machine {
                 why: "is not that of /dev/kvm (API version 12)".into(),
             });
         }
+        let button = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| MachineError::Host {
+            id: config.id.clone(),
+            what: "eventfd",
+            why: e.to_string(),
+        })?;
         Ok(Machine {
+            button: Arc::new(button),
             kvm,
             kernel: files.kernel,
             initrd: files.initrd,
@@ -139,7 +153,7 @@ impl Machine {
     /// Runs the machine until it ends, reboots included. `handle` receives the way to end it from outside.
     pub fn run(&mut self, started: impl FnOnce(Handle)) -> Report {
         let current = Arc::new(Mutex::new(Arc::new(Ending::default())));
-        started(Handle { current: current.clone() });
+        started(Handle { current: current.clone(), button: self.button.clone() });
         let end = loop {
             let ending = current.lock().unwrap_or_else(PoisonError::into_inner).clone();
             match self.run_once(&ending) {
@@ -189,7 +203,11 @@ impl Machine {
         let loaded = boot::load(&self.plan, &memory, &mut self.kernel, self.initrd.as_mut())
             .map_err(|source| MachineError::Boot { id: id(), source })?;
         regs::write_tables(&memory).map_err(self.host("page tables"))?;
+        acpi::write(&self.plan, &memory).map_err(self.host("ACPI tables"))?;
+        smbios::write(&memory, &self.plan.config().id, self.plan.uuid())
+            .map_err(self.host("SMBIOS tables"))?;
         let vm = self.create_vm(&memory)?;
+        vm.register_irqfd(&self.button, acpi::EVENT_GSI).map_err(self.error("KVM_IRQFD"))?;
         let ports = Arc::new(self.ports(&vm, ending)?);
         let mmio = Arc::new(Bus::default());
 

@@ -1,6 +1,7 @@
 //! A [`MachineConfig`] checked whole and laid out: nothing after this step may fail for a reason that was visible before it.
 
 use crate::config::MachineConfig;
+use crate::x86_64::smbios::parse_uuid;
 
 /// Where RAM below 4 GiB ends at the latest; above it lie the PCI window, ECAM, the I/O APIC and the local APICs.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
@@ -76,6 +77,14 @@ pub enum PlanError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// The UUID is not one.
+    #[error("{id}: '{uuid}' is not a UUID such as ec2e1916-9099-7caf-fd21-012345abcdef")]
+    Uuid {
+        /// The machine.
+        id: String,
+        /// What was asked.
+        uuid: String,
+    },
     /// The machine was to run as root.
     #[error("{id}: run_as names uid or gid 0; name an unprivileged user")]
     Root {
@@ -89,6 +98,7 @@ pub enum PlanError {
 pub struct Plan {
     config: MachineConfig,
     ram: Vec<Region>,
+    uuid: [u8; 16],
 }
 
 impl Plan {
@@ -133,17 +143,25 @@ impl Plan {
         if config.run_as.is_some_and(|r| r.uid == 0 || r.gid == 0) {
             return Err(PlanError::Root { id });
         }
+        let Some(uuid) = parse_uuid(&config.uuid) else {
+            return Err(PlanError::Uuid { id, uuid: config.uuid });
+        };
         let bytes = config.memory_mib << 20;
         let mut ram = vec![Region { start: 0, len: bytes.min(LOW_RAM_END) }];
         if bytes > LOW_RAM_END {
             ram.push(Region { start: HIGH_RAM_START, len: bytes - LOW_RAM_END });
         }
-        Ok(Plan { config, ram })
+        Ok(Plan { config, ram, uuid })
     }
 
     /// What was asked.
     pub fn config(&self) -> &MachineConfig {
         &self.config
+    }
+
+    /// The machine's UUID, in the order it is written.
+    pub fn uuid(&self) -> [u8; 16] {
+        self.uuid
     }
 
     /// RAM, in order of address: one region, or two around the hole below 4 GiB.
