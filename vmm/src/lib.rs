@@ -9,6 +9,7 @@ pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod console;
+pub mod control;
 pub mod counts;
 pub mod devices;
 pub mod ending;

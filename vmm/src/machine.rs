@@ -150,6 +150,11 @@ impl Machine {
         self.console.clone()
     }
 
+    /// The counters, for readers.
+    pub fn counts(&self) -> Arc<Counts> {
+        self.counts.clone()
+    }
+
     /// Runs the machine until it ends, reboots included. `handle` receives the way to end it from outside.
     pub fn run(&mut self, started: impl FnOnce(Handle)) -> Report {
         let current = Arc::new(Mutex::new(Arc::new(Ending::default())));

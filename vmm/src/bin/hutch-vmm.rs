@@ -1,2 +1,133 @@
-//! One process, one guest.
-fn main() {}
+//! One process, one guest: reads a `MachineConfig`, takes the descriptors it names, gives up every right, runs.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::FromRawFd;
+use std::os::unix::net::UnixListener;
+use std::process::ExitCode;
+
+use clap::Parser;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::signal::{SigSet, Signal};
+
+use hutch_vmm::config::{Counters, End, FdNumber, MachineConfig, Report, RunAs};
+use hutch_vmm::control::Control;
+use hutch_vmm::machine::{Files, Machine};
+use hutch_vmm::plan::Plan;
+
+/// Runs one virtual machine from a configuration on standard input.
+///
+/// The configuration is JSON and names no path: every file is a descriptor that the parent opened. `hutch boot`
+/// prepares all that. Exit status: 0 power-off or reboot refused, 65 the guest's command ended, 66 kernel panic,
+/// 67 triple fault, 68 killed, 70 machine error.
+#[derive(Parser)]
+#[command(version)]
+struct Args {}
+
+fn main() -> ExitCode {
+    Args::parse();
+    let mut fds = Inherited::default();
+    let mut report_to = None;
+    let end = run(&mut fds, &mut report_to);
+    let report =
+        end.unwrap_or_else(|message| Report { end: End::Error { message }, counters: Counters::default() });
+    if let End::Error { message } = &report.end {
+        eprintln!("hutch-vmm: {message}");
+    }
+    if let (Some(mut file), Ok(mut line)) = (report_to, serde_json::to_string(&report)) {
+        line.push('\n');
+        // The parent may be gone; the exit status still tells.
+        let _ = file.write_all(line.as_bytes());
+    }
+    ExitCode::from(report.end.status() as u8)
+}
+
+fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, String> {
+    let mut text = String::new();
+    std::io::stdin().take(1 << 20).read_to_string(&mut text).map_err(|e| format!("configuration: {e}"))?;
+    let config: MachineConfig = serde_json::from_str(&text)
+        .map_err(|e| format!("the configuration on standard input is wrong: {e}"))?;
+    *report_to = config.report.map(|fd| fds.file(fd, "report")).transpose()?;
+    let plan = Plan::new(config).map_err(|e| e.to_string())?;
+    let config = plan.config();
+    if !config.disks.is_empty() || !config.nets.is_empty() {
+        return Err(format!(
+            "{}: disks and network interfaces are not served yet; leave them out",
+            config.id
+        ));
+    }
+    let files = Files {
+        kvm: fds.file(config.kvm, "kvm")?,
+        kernel: fds.file(config.boot.kernel, "kernel")?,
+        initrd: config.boot.initrd.map(|fd| fds.file(fd, "initrd")).transpose()?,
+        console_log: config.console_log.map(|fd| fds.file(fd, "console log")).transpose()?,
+    };
+    let control = config.control.map(|fd| fds.file(fd, "control socket")).transpose()?;
+    let control = control.map(|file| UnixListener::from(std::os::fd::OwnedFd::from(file)));
+    if let Some(identity) = config.run_as {
+        become_unprivileged(identity).map_err(|e| format!("{}: cannot give up root: {e}", config.id))?;
+    }
+    nix::sys::prctl::set_no_new_privs().map_err(|e| format!("{}: no-new-privs: {e}", config.id))?;
+
+    let id = config.id.clone();
+    let terminate = block_termination().map_err(|e| format!("{id}: signals: {e}"))?;
+    let mut machine = Machine::new(plan, files).map_err(|e| e.to_string())?;
+    let (console, counts) = (machine.console(), machine.counts());
+    let mut trouble = None;
+    let report = machine.run(|handle| {
+        let killer = handle.clone();
+        let wait = move || {
+            if terminate.wait().is_ok() {
+                killer.kill();
+            }
+        };
+        let signals = std::thread::Builder::new().name("signals".into()).spawn(wait).map(drop);
+        let served = control.map_or(Ok(()), |listener| {
+            Control { id: id.clone(), handle: handle.clone(), console, counts }.serve(listener)
+        });
+        if let Err(e) = signals.and(served) {
+            trouble = Some(format!("{id}: cannot start a thread: {e}"));
+            handle.kill();
+        }
+    });
+    trouble.map_or(Ok(report), Err)
+}
+
+/// Descriptors taken over from the parent, each at most once.
+#[derive(Default)]
+struct Inherited(HashSet<FdNumber>);
+
+impl Inherited {
+    fn file(&mut self, fd: FdNumber, what: &str) -> Result<File, String> {
+        if fd <= 2 {
+            return Err(format!("{what}: descriptor {fd} is standard input, output or error"));
+        }
+        if !self.0.insert(fd) {
+            return Err(format!("{what}: descriptor {fd} is named twice in the configuration"));
+        }
+        // SAFETY: `fcntl` only asks whether the number is open; a closed one is an error, not undefined behaviour.
+        let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+        fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
+            .map_err(|e| format!("{what}: descriptor {fd} was not inherited: {e}"))?;
+        // SAFETY: the descriptor is open, was made by the parent for us, and the set above gives it out only once.
+        Ok(unsafe { File::from_raw_fd(fd) })
+    }
+}
+
+fn become_unprivileged(identity: RunAs) -> nix::Result<()> {
+    use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+    let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
+    setgroups(&[])?;
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)
+}
+
+/// Blocks SIGTERM and SIGINT in every thread to come, so that one thread can wait for them.
+fn block_termination() -> nix::Result<SigSet> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGTERM);
+    set.add(Signal::SIGINT);
+    set.thread_block()?;
+    Ok(set)
+}
