@@ -56,11 +56,11 @@ pub struct MachineConfig {
     pub no_reboot: bool,
 }
 
-/// The I/O port of the exit device: a 32-bit write of `code` ends the machine with [`End::Command`] (codes 0 to 255);
-/// a write of [`EXIT_PORT_USER_SPACE`] only marks in the counters that user space was reached.
+/// The I/O port of the exit device: a byte written there ends the machine with [`End::Command`] and that code. Bytes,
+/// because Linux's `/dev/port` writes bytes; the same port and width as QEMU's isa-debug-exit, so one initrd serves both.
 pub const EXIT_PORT: u16 = 0xf4;
-/// See [`EXIT_PORT`].
-pub const EXIT_PORT_USER_SPACE: u32 = 0x1_0000;
+/// Any byte written here marks in the counters that user space was reached.
+pub const USER_SPACE_PORT: u16 = EXIT_PORT + 1;
 
 /// A kernel, and what it is given.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -294,7 +294,7 @@ impl Machine {
         if self.plan.config().exit_port {
             let counts = self.counts.clone();
             let device = exit::ExitPort::new(ending.clone(), move || counts.mark_user_space());
-            put(EXIT_PORT.into(), 4, Arc::new(Mutex::new(device)))?;
+            put(EXIT_PORT.into(), 2, Arc::new(Mutex::new(device)))?;
         }
         Ok(bus)
     }

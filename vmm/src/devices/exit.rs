@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use crate::bus::Registers;
-use crate::config::EXIT_PORT_USER_SPACE;
 use crate::ending::{Ending, Outcome};
 
-/// The 32-bit register at [`crate::config::EXIT_PORT`].
+/// The byte registers at [`crate::config::EXIT_PORT`] and [`crate::config::USER_SPACE_PORT`].
 pub struct ExitPort {
     ending: Arc<Ending>,
     user_space: Option<Box<dyn FnOnce() + Send>>,
@@ -25,11 +24,9 @@ impl Registers for ExitPort {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        let Ok(bytes) = <[u8; 4]>::try_from(data) else { return };
-        let value = u32::from_le_bytes(bytes);
-        match u8::try_from(value) {
-            Ok(code) if offset == 0 => self.ending.set(Outcome::Command(code)),
-            Err(_) if value == EXIT_PORT_USER_SPACE => {
+        match (offset, data) {
+            (0, [code]) => self.ending.set(Outcome::Command(*code)),
+            (1, [_]) => {
                 if let Some(mark) = self.user_space.take() {
                     mark();
                 }

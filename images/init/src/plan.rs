@@ -1,0 +1,69 @@
+//! What the kernel's command line asks of init: pure text, no system calls.
+
+/// What to do, read off `/proc/cmdline`.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// The block device to mount as root, such as `/dev/vda`; none: stay on the initrd.
+    pub root: Option<String>,
+    /// The command to run, its arguments apart; empty: a halt at once with code 0.
+    pub command: Vec<String>,
+}
+
+/// Why the command line cannot be followed.
+#[derive(Debug, PartialEq, Eq)]
+pub enum PlanError {
+    /// `hutch.cmd` is not hexadecimal text.
+    NotHex,
+    /// `hutch.cmd` is not UTF-8.
+    NotUtf8,
+}
+
+impl Plan {
+    /// Reads `hutch.root=DEVICE` and `hutch.cmd=HEX`, where HEX encodes the arguments with a NUL after each.
+    pub fn parse(cmdline: &str) -> Result<Plan, PlanError> {
+        let mut plan = Plan::default();
+        for word in cmdline.split_ascii_whitespace() {
+            if let Some(root) = word.strip_prefix("hutch.root=") {
+                plan.root = (root != "none").then(|| root.to_owned());
+            } else if let Some(hex) = word.strip_prefix("hutch.cmd=") {
+                let bytes = unhex(hex).ok_or(PlanError::NotHex)?;
+                let text = String::from_utf8(bytes).map_err(|_| PlanError::NotUtf8)?;
+                plan.command = text.split_terminator('\0').map(str::to_owned).collect();
+            }
+        }
+        Ok(plan)
+    }
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    if !text.len().is_multiple_of(2) || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return None;
+    }
+    (0..text.len()).step_by(2).map(|i| u8::from_str_radix(&text[i..i + 2], 16).ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_and_a_root_are_found_among_other_words() {
+        let plan =
+            Plan::parse("console=ttyS0 hutch.root=/dev/vda hutch.cmd=6c73002d6c2062c3a900 quiet\n").unwrap();
+        assert_eq!(plan.root.as_deref(), Some("/dev/vda"));
+        assert_eq!(plan.command, ["ls", "-l bé"]);
+    }
+
+    #[test]
+    fn nothing_asked_is_nothing_done() {
+        assert_eq!(Plan::parse("quiet hutch.root=none"), Ok(Plan::default()));
+    }
+
+    #[test]
+    fn what_is_not_hex_or_text_is_refused() {
+        for bad in ["hutch.cmd=6", "hutch.cmd=zz", "hutch.cmd=é1"] {
+            assert_eq!(Plan::parse(bad), Err(PlanError::NotHex), "{bad}");
+        }
+        assert_eq!(Plan::parse("hutch.cmd=ff"), Err(PlanError::NotUtf8));
+    }
+}
