@@ -1,2 +1,52 @@
-//! The program `hutch`.
-fn main() {}
+//! The program people type: `hutch`.
+//!
+//! ```text
+//!   hutch boot     boot.rs     one machine in the foreground, without any daemon
+//!   hutch doctor   doctor.rs   what this host can do, and what to do about what it cannot
+//!                  vmm.rs      the child process hutch-vmm: descriptors in, report out
+//! ```
+#![forbid(unsafe_code)]
+
+mod boot;
+mod doctor;
+mod vmm;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+/// An EC2 for one workstation: real Linux guests, each in its own KVM micro-VM.
+#[derive(Parser)]
+#[command(name = "hutch", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run one machine in the foreground.
+    Boot(boot::Args),
+    /// Tell what this host's KVM is worth and what to do.
+    Doctor(doctor::Args),
+    /// Print a completion script for a shell.
+    Completion {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Boot(args) => boot::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "hutch", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    result.unwrap_or_else(|e| {
+        eprintln!("hutch: {e:#}");
+        ExitCode::from(boot::MACHINE_ERROR)
+    })
+}

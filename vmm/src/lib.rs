@@ -16,6 +16,7 @@ pub mod ending;
 pub mod machine;
 pub mod memory;
 pub mod plan;
+pub mod probe;
 pub mod vcpu;
 pub mod virtio;
 pub mod x86_64;

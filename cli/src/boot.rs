@@ -1,0 +1,205 @@
+//! `hutch boot`: one machine in the foreground, without any daemon.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use hutch_vmm::config::{BootConfig, End, MachineConfig, Report, RunAs};
+use nix::sys::signal::{Signal, kill};
+
+use crate::vmm::{Inherit, Vmm};
+
+/// Exit status: the machine could not be built or failed.
+pub const MACHINE_ERROR: u8 = 240;
+const PANIC: u8 = 241;
+const TRIPLE_FAULT: u8 = 242;
+const TIMEOUT: u8 = 243;
+const KILLED: u8 = 244;
+/// How much of the console is shown when a guest did not end well.
+const LAST_LINES: usize = 50;
+/// nobody and nogroup of Debian: the rights a machine runs with when hutch is started by root.
+const NOBODY: RunAs = RunAs { uid: 65534, gid: 65534 };
+
+/// Arguments of `hutch boot`.
+///
+/// The exit status is the guest command's own, or 0 when the guest powers off; 240: machine error, 241: the guest's
+/// kernel panicked, 242: triple fault, 243: timeout, 244: killed.
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    /// The kernel: a bzImage, such as /boot/vmlinuz of a distribution.
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// The initrd.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// More words for the kernel's command line; the serial console is always there.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    append: String,
+    /// Virtual CPUs, 1 to 32.
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
+    /// Memory in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    memory: u64,
+    /// Back memory with huge pages reserved on the host.
+    #[arg(long)]
+    hugepages: bool,
+    /// End the machine after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// End the machine when the guest reboots.
+    #[arg(long)]
+    no_reboot: bool,
+    /// Print how the machine ended and its counters, as JSON, to standard error.
+    #[arg(long)]
+    report: bool,
+    /// Do not print the console (its last lines are still shown when the guest fails).
+    #[arg(long, short)]
+    quiet: bool,
+    /// A command that hutch's own init runs in the guest; its exit status becomes hutch's.
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+/// Runs the machine to its end.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let mut inherit = Inherit::default();
+    let (console, console_log) = inherit.pipe()?;
+    let (report, report_fd) = inherit.pipe()?;
+    let kvm = File::options().read(true).write(true).open("/dev/kvm");
+    let kvm = kvm.context("cannot open /dev/kvm; `hutch doctor` tells what to do")?;
+    let config = MachineConfig {
+        id: format!("i-{:017x}", uuid::Uuid::new_v4().as_u128() >> 60),
+        uuid: format!("ec2{}", &uuid::Uuid::new_v4().to_string()[3..]),
+        cpus: args.cpus,
+        memory_mib: args.memory,
+        hugepages: args.hugepages,
+        boot: BootConfig {
+            kernel: inherit.open(&args.kernel, "kernel")?,
+            initrd: args.initrd.as_deref().map(|p| inherit.open(p, "initrd")).transpose()?,
+            cmdline: cmdline(args)?,
+        },
+        disks: vec![],
+        nets: vec![],
+        kvm: inherit.give(kvm.into())?,
+        control: None,
+        console_log: Some(console_log),
+        console_log_limit: 0,
+        report: Some(report_fd),
+        run_as: nix::unistd::geteuid().is_root().then_some(NOBODY),
+        exit_port: true,
+        no_reboot: args.no_reboot,
+    };
+    hutch_vmm::plan::Plan::new(config.clone())?;
+    let vmm = Vmm::start(&config, inherit, report)?;
+
+    let timed_out = AtomicBool::new(false);
+    let (over, ended) = mpsc::channel::<()>();
+    let (report, tail) = std::thread::scope(|scope| {
+        let pid = vmm.pid();
+        let timed_out = &timed_out;
+        if let Some(seconds) = args.timeout {
+            scope.spawn(move || {
+                let waited = ended.recv_timeout(Duration::from_secs(seconds));
+                if waited == Err(mpsc::RecvTimeoutError::Timeout) {
+                    timed_out.store(true, Ordering::Relaxed);
+                    // It fails only when the machine has just ended by itself.
+                    let _ = kill(pid, Signal::SIGTERM);
+                }
+            });
+        }
+        let tail = scope.spawn(move || follow(console, args.quiet));
+        let report = vmm.wait();
+        drop(over);
+        (report, tail.join().unwrap_or_default())
+    });
+    let report = report?;
+    if args.report {
+        eprintln!("{}", serde_json::to_string(&report)?);
+    }
+    Ok(ExitCode::from(verdict(&report, timed_out.into_inner(), args, &tail)))
+}
+
+/// Says how it ended, where that is not plain, and gives the exit status.
+fn verdict(report: &Report, timed_out: bool, args: &Args, tail: &str) -> u8 {
+    let (status, what) = match &report.end {
+        End::PowerOff | End::Reboot => return 0,
+        End::Command { code } => return *code,
+        End::Panic { message } => (PANIC, format!("the guest's kernel panicked: {message}")),
+        End::TripleFault => (TRIPLE_FAULT, "the guest's processor shut down (triple fault)".into()),
+        End::Killed if timed_out => {
+            (TIMEOUT, format!("the guest did not end within {} s", args.timeout.unwrap_or_default()))
+        }
+        End::Killed => (KILLED, "the machine was killed".into()),
+        // hutch-vmm has said it.
+        End::Error { .. } => return MACHINE_ERROR,
+    };
+    eprintln!("hutch: {what}; the console's last lines:\n{tail}");
+    status
+}
+
+fn cmdline(args: &Args) -> anyhow::Result<String> {
+    let mut words = vec!["console=ttyS0 panic=1".to_owned()];
+    words.push(args.append.trim().to_owned());
+    if !args.command.is_empty() {
+        words.push("quiet".into());
+        words.push(format!("hutch.cmd={}", hex(&args.command)));
+    }
+    words.retain(|w| !w.is_empty());
+    let line = words.join(" ");
+    if line.len() > hutch_vmm::plan::CMDLINE_MAX {
+        bail!(
+            "the kernel's command line is {} bytes long, {} at most; shorten --append or the command",
+            line.len(),
+            hutch_vmm::plan::CMDLINE_MAX
+        );
+    }
+    Ok(line)
+}
+
+/// The arguments as hutch's init reads them: hexadecimal, a NUL after each.
+fn hex(command: &[String]) -> String {
+    command.iter().flat_map(|word| word.bytes().chain([0])).map(|b| format!("{b:02x}")).collect()
+}
+
+/// Prints the console until it ends and returns its last lines.
+fn follow(mut console: File, quiet: bool) -> String {
+    let mut last = VecDeque::from([Vec::new()]);
+    let mut buffer = [0; 4096];
+    let mut out = io::stdout();
+    while let Ok(n @ 1..) = console.read(&mut buffer) {
+        if !quiet {
+            // Whoever read our output may be gone; the guest goes on.
+            let _ = out.write_all(&buffer[..n]).and_then(|()| out.flush());
+        }
+        for &b in &buffer[..n] {
+            if b == b'\n' {
+                last.push_back(Vec::new());
+                if last.len() > LAST_LINES + 1 {
+                    last.pop_front();
+                }
+            } else if let Some(line) = last.back_mut().filter(|l| l.len() < 1024) {
+                line.push(b);
+            }
+        }
+    }
+    let lines: Vec<_> = last.iter().map(|l| String::from_utf8_lossy(l).trim_end().to_owned()).collect();
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_encoded_as_init_reads_them() {
+        assert_eq!(hex(&["ls".into(), "-l bé".into()]), "6c73002d6c2062c3a900");
+    }
+}

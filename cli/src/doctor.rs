@@ -1,0 +1,35 @@
+//! What this host can do.
+
+use std::process::ExitCode;
+
+use clap::ValueEnum;
+use hutch_vmm::probe::probe;
+
+/// Arguments of `hutch doctor`. The exit status is 0 where stock kernels run, 1 where they do not.
+#[derive(clap::Args)]
+pub struct Args {
+    /// How to print.
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+/// Probes and prints.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let found = probe();
+    match args.output {
+        Output::Text => println!("kvm: {}", found.advice()),
+        Output::Json => {
+            println!(
+                "{}",
+                serde_json::json!({ "kvm": { "usable": found.usable(), "advice": found.advice() } })
+            );
+        }
+    }
+    Ok(if found.usable() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,86 @@
+//! The child process `hutch-vmm`: it is handed open descriptors and a configuration, and hands back a report.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, bail};
+use hutch_vmm::config::{FdNumber, MachineConfig, Report};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::unistd::pipe2;
+
+/// Descriptors that the child will inherit.
+#[derive(Default)]
+pub struct Inherit(Vec<OwnedFd>);
+
+impl Inherit {
+    /// Opens `path` for reading.
+    pub fn open(&mut self, path: &Path, what: &str) -> anyhow::Result<FdNumber> {
+        let file = File::open(path).with_context(|| format!("cannot open the {what} {}", path.display()))?;
+        if !file.metadata()?.is_file() {
+            bail!("the {what} {} is no regular file", path.display());
+        }
+        self.give(file.into())
+    }
+
+    /// Hands over an open descriptor and tells its number.
+    pub fn give(&mut self, fd: OwnedFd) -> anyhow::Result<FdNumber> {
+        fcntl(fd.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()))?;
+        let number = fd.as_raw_fd();
+        self.0.push(fd);
+        Ok(number)
+    }
+
+    /// Makes a pipe whose writing end the child inherits.
+    pub fn pipe(&mut self) -> anyhow::Result<(File, FdNumber)> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+        Ok((File::from(read), self.give(write)?))
+    }
+}
+
+/// A running `hutch-vmm`.
+pub struct Vmm {
+    child: Child,
+    report: File,
+}
+
+impl Vmm {
+    /// Starts it. `report` is the reading end of the pipe that `config.report` names.
+    pub fn start(config: &MachineConfig, inherit: Inherit, report: File) -> anyhow::Result<Vmm> {
+        let program = program()?;
+        let mut child = Command::new(&program)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        // Only the child holds them now, so that a pipe ends when the child does.
+        drop(inherit);
+        let mut stdin = child.stdin.take().context("hutch-vmm has no standard input")?;
+        stdin.write_all(&serde_json::to_vec(config)?).context("hutch-vmm does not take its configuration")?;
+        Ok(Vmm { child, report })
+    }
+
+    /// The process, for signals.
+    pub fn pid(&self) -> nix::unistd::Pid {
+        nix::unistd::Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// Waits for the end and reads the report.
+    pub fn wait(mut self) -> anyhow::Result<Report> {
+        let mut text = String::new();
+        (&self.report).take(1 << 20).read_to_string(&mut text)?;
+        let status = self.child.wait()?;
+        serde_json::from_str(&text).with_context(|| format!("hutch-vmm left no report ({status})"))
+    }
+}
+
+/// `hutch-vmm` lies beside `hutch`, or where `HUTCH_VMM` says.
+fn program() -> io::Result<PathBuf> {
+    if let Some(path) = std::env::var_os("HUTCH_VMM") {
+        return Ok(path.into());
+    }
+    Ok(std::env::current_exe()?.with_file_name("hutch-vmm"))
+}
