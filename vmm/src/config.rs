@@ -57,7 +57,7 @@ pub struct MachineConfig {
 }
 
 /// The I/O port of the exit device: a byte written there ends the machine with [`End::Command`] and that code. Bytes,
-/// because Linux's `/dev/port` writes bytes; the same port and width as QEMU's isa-debug-exit, so one initrd serves both.
+/// the same port and width as QEMU's isa-debug-exit, so one initrd serves both.
 pub const EXIT_PORT: u16 = 0xf4;
 /// Any byte written here marks in the counters that user space was reached.
 pub const USER_SPACE_PORT: u16 = EXIT_PORT + 1;

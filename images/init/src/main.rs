@@ -1,12 +1,12 @@
 //! PID 1 of hutch's own initrd: loads the modules the initrd lists, mounts a root read-only under a tmpfs overlay when
 //! asked, runs one command, and hands its exit code to the machine.
-#![forbid(unsafe_code)]
 
 mod plan;
+mod port;
 
 use std::ffi::CString;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Seek, SeekFrom, Write};
+use std::fs::{self, File};
+use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -17,8 +17,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 
 /// The machine's ports (`vmm`'s `EXIT_PORT` and `USER_SPACE_PORT`); both take bytes.
-const EXIT_PORT: u64 = 0xf4;
-const USER_SPACE_PORT: u64 = 0xf5;
+const EXIT_PORT: u16 = 0xf4;
+const USER_SPACE_PORT: u16 = 0xf5;
 /// Codes of shells: the command was not found, or could not be run; init itself failed.
 const NOT_FOUND: u8 = 127;
 const NOT_RUN: u8 = 126;
@@ -34,7 +34,7 @@ fn main() {
         INIT_FAILED
     });
     // Where there is no exit port this write is lost, and the power-off below ends the machine.
-    let _ = out(EXIT_PORT, code);
+    let _ = port::out(EXIT_PORT, code);
     nix::unistd::sync();
     let _ = reboot(RebootMode::RB_POWER_OFF);
     // PID 1 must not end: the kernel would panic.
@@ -51,7 +51,7 @@ fn run() -> io::Result<u8> {
             Err(e) => return Err(io::Error::other(format!("cannot mount {kind} at {at}: {e}"))),
         }
     }
-    let _ = out(USER_SPACE_PORT, 1);
+    let _ = port::out(USER_SPACE_PORT, 1);
     println!("hutch-init: user space reached");
     load_modules(Path::new("/modules"))?;
     let cmdline = fs::read_to_string("/proc/cmdline")?;
@@ -129,10 +129,4 @@ fn command(program: &str, args: &[String]) -> u8 {
             if e.kind() == io::ErrorKind::NotFound { NOT_FOUND } else { NOT_RUN }
         }
     }
-}
-
-fn out(port: u64, value: u8) -> io::Result<()> {
-    let mut ports = OpenOptions::new().write(true).open("/dev/port")?;
-    ports.seek(SeekFrom::Start(port))?;
-    ports.write_all(&[value])
 }
