@@ -23,7 +23,7 @@ use crate::bus::Bus;
 use crate::config::{EXIT_PORT, End, Report};
 use crate::console::Console;
 use crate::counts::Counts;
-use crate::devices::{exit, power, serial};
+use crate::devices::{exit, power, rtc, serial};
 use crate::ending::{Ending, Outcome};
 use crate::memory;
 use crate::plan::Plan;
@@ -289,6 +289,7 @@ impl Machine {
         };
         let port = serial::SerialPort::new(self.console.clone(), line);
         put(serial::PORT, 8, Arc::new(Mutex::new(port)))?;
+        put(rtc::PORT, 2, Arc::new(Mutex::new(rtc::CmosClock::default())))?;
         put(power::PORT, power::LEN, Arc::new(Mutex::new(power::Power(ending.clone()))))?;
         put(power::KEYBOARD_PORT, 1, Arc::new(Mutex::new(power::KeyboardReset(ending.clone()))))?;
         if self.plan.config().exit_port {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   0x0064  reset by the keyboard controller's port, for kernels without ACPI
+//!   0x0070  rtc.rs     CMOS clock
 //!   0x00f4  exit.rs    a guest command's exit code, and the mark of user space
 //!   0x03f8  serial.rs  16550A
 //!   0x0600  power.rs   ACPI sleep control and status, reset
@@ -9,4 +10,5 @@
 
 pub mod exit;
 pub mod power;
+pub mod rtc;
 pub mod serial;
