@@ -1,1 +1,14 @@
 //! AMIs: templates, import, and reading the boot configuration off a guest disk.
+//!
+//! ```text
+//!   boot/grub      grub.cfg, as grub-mkconfig writes it ┐
+//!   boot/bls       Boot Loader Specification entries    ├─► BootEntry: kernel, initrds, command line
+//!   boot/extlinux  syslinux's configuration             ┘
+//! ```
+//!
+//! Every byte read here was written by a guest or came with a downloaded image: all work is bounded, and what is
+//! not understood is an error that names it, never a panic.
+
+#![forbid(unsafe_code)]
+
+pub mod boot;
