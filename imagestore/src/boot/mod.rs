@@ -3,7 +3,9 @@
 //! The formats here take text and give a [`BootEntry`]; none of them opens a file. The kernel that a guest installs
 //! is thereby the one that boots next, though no boot loader ever runs in the machine.
 
+pub mod bls;
 pub mod console;
+pub mod extlinux;
 pub mod grub;
 mod script;
 
