@@ -1,6 +1,8 @@
 //! AMIs: templates, import, and reading the boot configuration off a guest disk.
 //!
 //! ```text
+//!   partition      GPT, MBR or none: where on the disk file systems are
+//!   boot/disk      finds the configuration on ext2/3/4, loads what it names
 //!   boot/grub      grub.cfg, as grub-mkconfig writes it ┐
 //!   boot/bls       Boot Loader Specification entries    ├─► BootEntry: kernel, initrds, command line
 //!   boot/extlinux  syslinux's configuration             ┘
@@ -12,3 +14,4 @@
 #![forbid(unsafe_code)]
 
 pub mod boot;
+pub mod partition;

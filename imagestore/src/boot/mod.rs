@@ -1,15 +1,17 @@
 //! What a guest wants to boot: the boot loader's configuration on its disk, read as the loader would read it.
 //!
-//! The formats here take text and give a [`BootEntry`]; none of them opens a file. The kernel that a guest installs
+//! The formats here take text and give a [`BootEntry`]; only [`disk`] opens files, on the guest's disk. The kernel that a guest installs
 //! is thereby the one that boots next, though no boot loader ever runs in the machine.
 
 pub mod bls;
 pub mod console;
+pub mod disk;
 pub mod extlinux;
 pub mod grub;
 mod script;
 
 pub use console::with_serial_console;
+pub use disk::{BootFiles, ReadError, read};
 
 /// The largest configuration file that is read, in bytes. grub-mkconfig writes about 10 KiB with three kernels.
 pub const MAX_CONFIG: usize = 1 << 20;

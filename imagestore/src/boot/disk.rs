@@ -1,0 +1,252 @@
+//! From a guest's disk to the kernel, initrd and command line that it would boot next.
+//!
+//! Every ext2/3/4 file system of the disk is looked at in the order of the partition table; the first configuration
+//! found decides. Sizes are bounded before anything is loaded, since a sparse file may claim any.
+
+use std::io;
+use std::sync::Arc;
+
+use ext4_view::{Ext4, Ext4Error};
+use hutch_blockdev::Disk;
+
+use super::grub::{Choice, Environment};
+use super::{BootEntry, BootError, MAX_CONFIG, bls, extlinux, grub};
+use crate::partition::{Slice, partitions};
+
+/// The largest kernel that is loaded, in bytes.
+pub const MAX_KERNEL: usize = 128 << 20;
+/// The most that all initrds of an entry may have together, in bytes.
+pub const MAX_INITRD: usize = 512 << 20;
+
+/// Where GRUB keeps its directory: with `/boot` on the root file system or on its own; Debian's and Fedora's name.
+const GRUB: [&str; 4] = ["/boot/grub", "/grub", "/boot/grub2", "/grub2"];
+/// Where Boot Loader Specification entries are.
+const BLS: [&str; 2] = ["/boot/loader/entries", "/loader/entries"];
+/// Where extlinux.conf is.
+const EXTLINUX: [&str; 4] = ["/boot/extlinux", "/extlinux", "/boot", "/"];
+
+/// What a guest boots, loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootFiles {
+    /// The entry as the guest's configuration has it.
+    pub entry: BootEntry,
+    /// The kernel image.
+    pub kernel: Vec<u8>,
+    /// The initrds one after the other, each padded to 4 bytes as the kernel's unpacker needs; empty for none.
+    pub initrd: Vec<u8>,
+}
+
+/// Why nothing could be loaded off a disk.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The disk itself could not be read.
+    #[error("cannot read the guest's disk")]
+    Disk(#[from] io::Error),
+    /// No file system has a configuration where one is looked for.
+    #[error(
+        "no boot configuration on any of the disk's {0} ext4 file systems (grub.cfg, loader entries, extlinux.conf); \
+         install a boot loader in the guest, or name a kernel"
+    )]
+    NoConfig(usize),
+    /// The configuration was found but not understood.
+    #[error("cannot boot by {path}")]
+    Config {
+        /// The configuration's path.
+        path: String,
+        /// What is wrong with it.
+        #[source]
+        source: BootError,
+    },
+    /// The configuration names a file system that the disk does not have.
+    #[error(
+        "the boot entry's files are on the file system {uuid}, which is not an ext4 file system of this disk"
+    )]
+    NoFileSystem {
+        /// The UUID that was looked for.
+        uuid: String,
+    },
+    /// A file could not be read, or its file system is broken.
+    #[error("cannot read {path} on the guest's disk; check its file system")]
+    File {
+        /// The file's path.
+        path: String,
+        /// What the file system's reader says.
+        #[source]
+        source: Box<Ext4Error>,
+    },
+    /// A file is larger than any real one.
+    #[error("{path} on the guest's disk has {size} bytes, more than the {limit} that are loaded")]
+    TooLarge {
+        /// The file's path.
+        path: String,
+        /// Its size in bytes.
+        size: u64,
+        /// The limit in bytes.
+        limit: usize,
+    },
+}
+
+/// Loads what `disk` boots by default.
+///
+/// # Errors
+/// Those of [`ReadError`]. A file system that cannot be opened is passed over.
+pub fn read(disk: &Arc<dyn Disk>) -> Result<BootFiles, ReadError> {
+    let mut volumes = Vec::new();
+    for slice in partitions(disk)? {
+        if let Some(uuid) = probe(&slice)?
+            && let Ok(fs) = Ext4::load(Box::new(slice))
+        {
+            volumes.push(Volume { uuid, fs });
+        }
+    }
+    for volume in &volumes {
+        if let Some(entry) = volume.entry()? {
+            return load(&volumes, volume, entry);
+        }
+    }
+    Err(ReadError::NoConfig(volumes.len()))
+}
+
+fn load(volumes: &[Volume], found_on: &Volume, entry: BootEntry) -> Result<BootFiles, ReadError> {
+    let volume = match &entry.fs_uuid {
+        None => found_on,
+        Some(uuid) => volumes
+            .iter()
+            .find(|volume| volume.uuid.eq_ignore_ascii_case(uuid))
+            .ok_or_else(|| ReadError::NoFileSystem { uuid: uuid.clone() })?,
+    };
+    let kernel = volume.read(&entry.kernel, MAX_KERNEL)?;
+    let mut initrd = Vec::new();
+    for path in &entry.initrds {
+        initrd.append(&mut volume.read(path, MAX_INITRD - initrd.len())?);
+        initrd.resize(initrd.len().next_multiple_of(4).min(MAX_INITRD), 0);
+    }
+    Ok(BootFiles { entry, kernel, initrd })
+}
+
+/// The UUID of the ext2/3/4 file system on this slice, if there is one that fits on it (kernel,
+/// filesystems/ext4/super). ext4-view sizes its tables by these numbers, so they are checked before.
+fn probe(slice: &Slice) -> io::Result<Option<String>> {
+    let mut superblock = [0; 1024];
+    match slice.read_exact_at(1024, &mut superblock) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        result => result?,
+    }
+    Ok(probe_superblock(&superblock, slice.size()))
+}
+
+fn probe_superblock(superblock: &[u8], size: u64) -> Option<String> {
+    let le32 = |at: usize| Some(u32::from_le_bytes(*superblock.get(at..)?.first_chunk()?));
+    let magic = u16::from_le_bytes(*superblock.get(0x38..)?.first_chunk()?);
+    let block_size = 1024_u64.checked_shl(le32(0x18)?).filter(|size| (1024..=65536).contains(size))?;
+    let is_64bit = le32(0x60)? & 0x80 != 0;
+    let high = if is_64bit { u64::from(le32(0x150)?) } else { 0 };
+    let blocks = (high << 32) | u64::from(le32(0x04)?);
+    let fits = blocks.checked_mul(block_size)? <= size;
+    // mke2fs makes no smaller groups.
+    let sane = magic == 0xef53 && fits && le32(0x20)? >= 256;
+    sane.then_some(uuid::Uuid::from_bytes(*superblock.get(0x68..)?.first_chunk()?).to_string())
+}
+
+/// A file system of the disk.
+struct Volume {
+    uuid: String,
+    fs: Ext4,
+}
+
+impl Volume {
+    /// The default entry of the first configuration on this file system.
+    fn entry(&self) -> Result<Option<BootEntry>, ReadError> {
+        for directory in GRUB {
+            let path = format!("{directory}/grub.cfg");
+            if let Some(text) = self.text(&path)? {
+                return self.grub_entry(directory, &text, &path).map(Some);
+            }
+        }
+        if let Some(entry) = self.bls_entry(None, &Environment::new())? {
+            return Ok(Some(entry));
+        }
+        for directory in EXTLINUX {
+            let path = format!("{}/extlinux.conf", directory.trim_end_matches('/'));
+            if let Some(text) = self.text(&path)? {
+                let entry = extlinux::choose(&text, directory);
+                return entry.map(Some).map_err(|source| ReadError::Config { path, source });
+            }
+        }
+        Ok(None)
+    }
+
+    fn grub_entry(&self, directory: &str, text: &str, path: &str) -> Result<BootEntry, ReadError> {
+        let block = self.text(&format!("{directory}/grubenv"))?.unwrap_or_default();
+        let mut environment = grub::parse_environment(&block);
+        // For one boot only, and nobody here could clear it afterwards.
+        environment.remove("next_entry");
+        let config = |source| ReadError::Config { path: path.to_owned(), source };
+        match grub::choose(text, &environment).map_err(config)? {
+            Choice::Entry(entry) => Ok(entry),
+            Choice::Bls(variables) => {
+                let default = variables.get("default").map(String::as_str);
+                self.bls_entry(default, &variables)?.ok_or_else(|| config(BootError::NoEntry))
+            }
+        }
+    }
+
+    fn bls_entry(
+        &self,
+        default: Option<&str>,
+        variables: &Environment,
+    ) -> Result<Option<BootEntry>, ReadError> {
+        for directory in BLS {
+            let config = |source| ReadError::Config { path: directory.to_owned(), source };
+            let Ok(listing) = self.fs.read_dir(directory) else { continue };
+            let mut entries = Vec::new();
+            for file in listing.take(4 * bls::MAX_ENTRIES) {
+                let file = file.map_err(|source| file_error(directory, source))?;
+                let name = file.file_name().display().to_string();
+                if name.ends_with(".conf") && entries.len() < bls::MAX_ENTRIES {
+                    let text = self.text(&format!("{directory}/{name}"))?.unwrap_or_default();
+                    entries.push(bls::parse(&name, &text).map_err(config)?);
+                }
+            }
+            if !entries.is_empty() {
+                return bls::choose(entries, default, variables).map(Some).map_err(config);
+            }
+        }
+        Ok(None)
+    }
+
+    /// A configuration's text; `None` if there is no such file. Bytes that are no UTF-8 are replaced.
+    fn text(&self, path: &str) -> Result<Option<String>, ReadError> {
+        match self.read(path, MAX_CONFIG) {
+            Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+            Err(ReadError::File { source, .. })
+                if matches!(*source, Ext4Error::NotFound | Ext4Error::NotADirectory) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn read(&self, path: &str, limit: usize) -> Result<Vec<u8>, ReadError> {
+        let mut file = self.fs.open(path).map_err(|source| file_error(path, source))?;
+        let size = file.metadata().len();
+        let too_large = || ReadError::TooLarge { path: path.to_owned(), size, limit };
+        let len = usize::try_from(size).ok().filter(|len| *len <= limit).ok_or_else(too_large)?;
+
+        let mut bytes = vec![0; len];
+        let mut rest = bytes.as_mut_slice();
+        while !rest.is_empty() {
+            let count = file.read_bytes(rest).map_err(|source| file_error(path, source))?;
+            if count == 0 {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            }
+            (_, rest) = rest.split_at_mut(count);
+        }
+        Ok(bytes)
+    }
+}
+
+fn file_error(path: &str, source: Ext4Error) -> ReadError {
+    ReadError::File { path: path.to_owned(), source: Box::new(source) }
+}
