@@ -1,6 +1,6 @@
 # The commands people type. `make test` is everything CI runs.
-.PHONY: test fmt lint unit
-test: fmt lint unit
+.PHONY: test fmt lint unit stories lab lab-down
+test: fmt lint unit stories
 
 fmt:
 	cargo fmt --all --check
@@ -8,5 +8,16 @@ fmt:
 lint:
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
+# Fast, without root; a /dev/kvm is used where it opens.
 unit:
-	cargo test --workspace --locked
+	cargo test --workspace --exclude hutch-tests --locked
+
+# Real guests: directly where KVM can, else in the lab.
+stories:
+	tests/lab/enter cargo test --locked -p hutch-tests -- --test-threads=2
+
+# The lab, kept up between runs.
+lab:
+	tests/lab/up
+lab-down:
+	tests/lab/down

@@ -1,0 +1,60 @@
+//! First light: Debian's stock kernel in our own machine.
+
+use hutch_tests::{boot_micro, hutch, micro, text};
+
+#[test]
+fn a_stock_kernel_boots_and_its_commands_exit_code_comes_back() {
+    let out = boot_micro(&[
+        "--report",
+        "--",
+        "/bin/sh",
+        "-c",
+        "uname -a; cat /sys/class/dmi/id/sys_vendor; exit 42",
+    ]);
+    let text = text(&out);
+    assert_eq!(out.status.code(), Some(42), "{text}");
+    assert!(text.contains("Linux") && text.contains("cloud-amd64") && text.contains("Amazon EC2"), "{text}");
+    assert!(
+        text.contains("exits_to_user_space\":") && !text.contains("exits_to_user_space\":null"),
+        "{text}"
+    );
+}
+
+#[test]
+fn two_vcpus_are_two() {
+    let out = boot_micro(&["--cpus", "2", "--", "/bin/sh", "-c", "test $(nproc) = 2"]);
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out));
+}
+
+#[test]
+fn a_kernel_that_panics_is_told_from_one_that_hangs() {
+    // No init: the kernel finds no root and panics.
+    let out = boot_micro(&["--quiet", "--append", "rdinit=/nothing"]);
+    let said = text(&out);
+    assert_eq!(out.status.code(), Some(241), "{said}");
+    assert!(said.contains("Kernel panic - not syncing"), "{said}");
+    let kernel = micro().join("vmlinuz");
+    let initrd = micro().join("initrd");
+    let paths = [kernel.to_str().unwrap(), initrd.to_str().unwrap()];
+    let command = ["boot", "--quiet", "--timeout", "20", "--kernel", paths[0], "--initrd", paths[1]];
+    let out = hutch(&[&command[..], &["--", "/bin/sleep", "1000"]].concat());
+    assert_eq!(out.status.code(), Some(243), "{}", text(&out));
+}
+
+#[test]
+fn bad_input_is_refused_with_its_own_words() {
+    let kernel = micro().join("vmlinuz");
+    let kernel = kernel.to_str().unwrap();
+    for (args, words) in [
+        (&["--kernel", "/nonexistent"][..], "cannot open the kernel /nonexistent"),
+        (&["--kernel", "/etc/passwd"], "the kernel is not a bzImage"),
+        (&["--kernel", kernel, "--initrd", kernel, "--memory", "16"], "give the machine more memory"),
+        (&["--kernel", kernel, "--cpus", "33"], "1 to 32"),
+        (&["--kernel", kernel, "--memory", "1"], "16 to 1048576 MiB"),
+    ] {
+        let out = hutch(&[&["boot", "--timeout", "60"], args].concat());
+        let said = text(&out);
+        assert_eq!(out.status.code(), Some(240), "{args:?}: {said}");
+        assert!(said.contains(words), "{args:?}: {said}");
+    }
+}
