@@ -15,6 +15,7 @@ pub mod devices;
 pub mod ending;
 pub mod machine;
 pub mod memory;
+pub mod pci;
 pub mod plan;
 pub mod probe;
 pub mod vcpu;

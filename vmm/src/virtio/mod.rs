@@ -7,10 +7,19 @@
 //!            blk.rs      net.rs       rng.rs      (cores: plain functions over a queue; workers: threads around them)
 //! ```
 
+pub mod blk;
+pub mod chain;
+pub mod net;
+pub mod pci;
+pub mod rng;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod worker;
+
 use std::io;
 use std::sync::Arc;
 
-use virtio_queue::Queue;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -74,4 +83,41 @@ pub trait VirtioDevice: Send {
     fn pause(&mut self) {}
     /// Undoes `pause`.
     fn resume(&mut self) {}
+}
+
+/// Answers every available chain by `answer`, which returns the number of bytes it wrote, and tells the driver where it
+/// wants to know. Returns when the queue is empty and the driver will ring for the next one.
+///
+/// # Errors
+/// What is wrong with a chain or with the rings themselves.
+fn drain(
+    active: &mut ActiveQueue,
+    memory: &Memory,
+    notify: &dyn Notify,
+    mut answer: impl FnMut(DescriptorChain<&Memory>) -> Result<u32, chain::ChainError>,
+) -> Result<(), Broken> {
+    let queue = &mut active.queue;
+    loop {
+        queue.disable_notification(memory)?;
+        while let Some(chain) = queue.iter(memory)?.next() {
+            let head = chain.head_index();
+            let written = answer(chain)?;
+            queue.add_used(memory, head, written)?;
+            if queue.needs_notification(memory)? {
+                notify.used(active.index);
+            }
+        }
+        if !queue.enable_notification(memory)? {
+            return Ok(());
+        }
+    }
+}
+
+/// Why a queue cannot be served any more.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error(transparent)]
+    Chain(#[from] chain::ChainError),
+    #[error("a queue's rings are wrong: {0}")]
+    Rings(#[from] virtio_queue::Error),
 }

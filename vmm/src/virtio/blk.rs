@@ -1,0 +1,334 @@
+//! The block device (virtio 1.2, 5.2): requests of a queue become calls of a [`Disk`], one thread a queue.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use hutch_blockdev::disk::SECTOR;
+use hutch_blockdev::{Disk, DiskError, DiskErrorKind};
+
+use super::chain::{self, Buffers, ChainError};
+use super::pci::{EVENT_IDX, INDIRECT_DESC};
+use super::worker::{Control, Wake, Worker, bell};
+use super::{ActiveQueue, Memory, Notify, Start, VirtioDevice};
+
+/// Feature bits (5.2.3).
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_TOPOLOGY: u64 = 1 << 10;
+const F_MQ: u64 = 1 << 12;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+/// Request types (5.2.6).
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
+/// Status bytes (5.2.6).
+const S_OK: u8 = 0;
+const S_IOERR: u8 = 1;
+const S_UNSUPP: u8 = 2;
+/// The header before a request's data: type, reserved, sector.
+const HEADER: usize = 16;
+/// Entries of a queue; a request may have so many segments less its header and status.
+const QUEUE_SIZE: u16 = 256;
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// One discard or write-zeroes request: ranges, and sectors a range (2 GiB).
+const RANGES_MAX: u32 = 64;
+const RANGE: usize = 16;
+const RANGE_SECTORS_MAX: u32 = 4 << 20;
+const FLAG_UNMAP: u32 = 1;
+/// How long a guest's write waits for room on the host before it is tried again.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// What is counted of one disk since the machine was built.
+#[derive(Default)]
+pub struct DiskCounts {
+    /// Requests answered.
+    pub requests: AtomicU64,
+    /// Bytes the guest read and wrote.
+    pub bytes: [AtomicU64; 2],
+    /// Requests that failed.
+    pub errors: AtomicU64,
+    /// A write waits for room on the host at present.
+    pub no_space: AtomicBool,
+}
+
+/// The device.
+pub struct Blk {
+    core: Arc<Core>,
+    queues: u16,
+    workers: Vec<Worker>,
+}
+
+/// What the threads share.
+struct Core {
+    id: String,
+    disk: Arc<dyn Disk>,
+    serial: [u8; 20],
+    counts: Arc<DiskCounts>,
+}
+
+impl Blk {
+    /// A device on `disk`; `serial` is what the guest reads as its id (at most 20 bytes), `queues` how many it is offered.
+    pub fn new(disk: Arc<dyn Disk>, serial: &str, queues: u16) -> Blk {
+        let mut bytes = [0; 20];
+        bytes.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
+        let queues = queues.clamp(1, disk.parallelism().clamp(1, 32) as u16);
+        let core = Core { id: serial.to_owned(), disk, serial: bytes, counts: Arc::default() };
+        Blk { core: Arc::new(core), queues, workers: Vec::new() }
+    }
+
+    /// The counters, for readers.
+    pub fn counts(&self) -> Arc<DiskCounts> {
+        self.core.counts.clone()
+    }
+
+    /// The device's configuration (5.2.4), as far as features here fill it.
+    fn config(&self) -> [u8; 60] {
+        let mut config = [0; 60];
+        let mut put = |at: usize, bytes: &[u8]| {
+            config.iter_mut().skip(at).zip(bytes).for_each(|(to, from)| *to = *from);
+        };
+        put(0, &(self.core.disk.size() / SECTOR).to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &(SECTOR as u32).to_le_bytes());
+        // Topology: physical blocks of 4 KiB (2^3 sectors), best used by 4 KiB and by 64 KiB.
+        put(24, &[3, 0]);
+        put(26, &8u16.to_le_bytes());
+        put(28, &128u32.to_le_bytes());
+        put(34, &self.queues.to_le_bytes());
+        for at in [36, 48] {
+            put(at, &RANGE_SECTORS_MAX.to_le_bytes());
+            put(at + 4, &RANGES_MAX.to_le_bytes());
+        }
+        put(44, &8u32.to_le_bytes());
+        put(56, &[1]);
+        config
+    }
+}
+
+impl VirtioDevice for Blk {
+    fn device_type(&self) -> u32 {
+        2
+    }
+
+    fn features(&self) -> u64 {
+        let common = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | INDIRECT_DESC | EVENT_IDX;
+        let many = if self.queues > 1 { F_MQ } else { 0 };
+        common | many | if self.core.disk.read_only() { F_RO } else { F_DISCARD | F_WRITE_ZEROES }
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; self.queues.into()]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        data.iter_mut().zip(self.config().iter().skip(offset)).for_each(|(to, from)| *to = *from);
+    }
+
+    fn start(&mut self, start: Start) -> io::Result<()> {
+        let through = start.features & F_FLUSH == 0;
+        for queue in start.queues {
+            let (core, memory, notify) = (self.core.clone(), start.memory.clone(), start.notify.clone());
+            let name = format!("blk{}", queue.index);
+            let serve = move |control: &Control| core.serve(queue, &memory, &*notify, through, control);
+            self.workers.push(Worker::spawn(name, serve)?);
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        self.workers.clear();
+    }
+    fn pause(&mut self) {
+        self.workers.iter().for_each(Worker::pause);
+    }
+    fn resume(&mut self) {
+        self.workers.iter().for_each(Worker::resume);
+    }
+}
+
+/// How a request went wrong, other than by the disk.
+enum Refusal {
+    Unsupported,
+    Invalid,
+    Disk(DiskError),
+}
+
+impl From<DiskError> for Refusal {
+    fn from(e: DiskError) -> Self {
+        Refusal::Disk(e)
+    }
+}
+
+impl Core {
+    /// Serves one queue until it is stopped. `through`: the driver cannot flush, so every write is durable at once (5.2.5.2).
+    fn serve(
+        &self,
+        mut active: ActiveQueue,
+        memory: &Memory,
+        notify: &dyn Notify,
+        through: bool,
+        control: &Control,
+    ) {
+        while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
+            let _ = active.kick.read();
+            let served = super::drain(&mut active, memory, notify, |chain| {
+                let (mut readable, mut writable) = chain::split(memory, chain)?;
+                let header = readable.take(HEADER).ok_or(ChainError::Short)?;
+                let data = writable.len().checked_sub(1).ok_or(ChainError::Short)?;
+                let into = writable.take(data).ok_or(ChainError::Short)?;
+                let mut bytes = [0; HEADER];
+                header.read(&mut bytes);
+                let status = self.request(bytes, &readable, &into, through, control);
+                writable.write(&[status]);
+                Ok(if status == S_OK { into.len() as u32 + 1 } else { 1 })
+            });
+            if let Err(e) = served {
+                return notify.needs_reset(&e.to_string());
+            }
+        }
+    }
+
+    /// Carries one request out and returns its status. A write that finds no room on the host is held and tried again
+    /// until there is room or the device is stopped: the guest sees a slow disk, not a broken one.
+    fn request(
+        &self,
+        header: [u8; HEADER],
+        from: &Buffers<'_>,
+        into: &Buffers<'_>,
+        through: bool,
+        control: &Control,
+    ) -> u8 {
+        self.counts.requests.fetch_add(1, Relaxed);
+        let [a, b, c, d, _, _, _, _, sector @ ..] = header;
+        let (kind, sector) = (u32::from_le_bytes([a, b, c, d]), u64::from_le_bytes(sector));
+        loop {
+            let refusal = match self.try_request(kind, sector, from, into, through) {
+                Ok(()) => {
+                    self.counts.no_space.store(false, Relaxed);
+                    return S_OK;
+                }
+                Err(refusal) => refusal,
+            };
+            match refusal {
+                Refusal::Unsupported => return S_UNSUPP,
+                Refusal::Disk(e) if e.kind == DiskErrorKind::NoSpace => {
+                    if !self.counts.no_space.swap(true, Relaxed) {
+                        eprintln!(
+                            "hutch-vmm: {}: {e}; the guest's write waits: make room on the host and it goes on",
+                            self.id
+                        );
+                    }
+                    if control.wait(&[], Some(RETRY)) == Wake::Stop {
+                        return S_IOERR;
+                    }
+                }
+                refusal => {
+                    // A failing disk says so once, a wrong request of the guest is the guest's affair.
+                    if self.counts.errors.fetch_add(1, Relaxed) == 0
+                        && let Refusal::Disk(e) = refusal
+                    {
+                        let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
+                        eprintln!("hutch-vmm: {}: {e}{cause}; the guest sees an I/O error", self.id);
+                    }
+                    return S_IOERR;
+                }
+            }
+        }
+    }
+
+    fn try_request(
+        &self,
+        kind: u32,
+        sector: u64,
+        from: &Buffers<'_>,
+        into: &Buffers<'_>,
+        through: bool,
+    ) -> Result<(), Refusal> {
+        let at = sector.checked_mul(SECTOR).ok_or(Refusal::Invalid)?;
+        let disk = &*self.disk;
+        match kind {
+            T_IN => {
+                self.check(at, into.len() as u64)?;
+                self.counts.bytes[0].fetch_add(into.len() as u64, Relaxed);
+                // SAFETY: the pieces are of guest memory, which the worker keeps mapped until it has been joined.
+                unsafe { disk.read_vectored(at, &into.iovecs()) }?;
+            }
+            T_OUT => {
+                self.check(at, from.len() as u64)?;
+                // SAFETY: as above.
+                unsafe { disk.write_vectored(at, &from.iovecs()) }?;
+                self.counts.bytes[1].fetch_add(from.len() as u64, Relaxed);
+                if through {
+                    disk.flush()?;
+                }
+            }
+            T_FLUSH => disk.flush()?,
+            T_GET_ID => {
+                into.write(&self.serial);
+            }
+            T_DISCARD | T_WRITE_ZEROES => {
+                let ranges = self.ranges(kind, from)?;
+                for (at, len, unmap) in ranges {
+                    match kind {
+                        T_DISCARD => disk.discard(at, len)?,
+                        _ => disk.write_zeroes(at, len, unmap)?,
+                    }
+                }
+                if through {
+                    disk.flush()?;
+                }
+            }
+            _ => return Err(Refusal::Unsupported),
+        }
+        Ok(())
+    }
+
+    /// Requests are whole sectors within the disk (5.2.6.1); the rest is refused before the disk sees it.
+    fn check(&self, at: u64, len: u64) -> Result<(), Refusal> {
+        let good =
+            len.is_multiple_of(SECTOR) && at.checked_add(len).is_some_and(|end| end <= self.disk.size());
+        if good { Ok(()) } else { Err(Refusal::Invalid) }
+    }
+
+    /// The ranges of a discard or write-zeroes request, all checked before the first is touched (5.2.6.2).
+    fn ranges(&self, kind: u32, from: &Buffers<'_>) -> Result<Vec<(u64, u64, bool)>, Refusal> {
+        if from.is_empty() || !from.len().is_multiple_of(RANGE) || from.len() / RANGE > RANGES_MAX as usize {
+            return Err(Refusal::Invalid);
+        }
+        let mut bytes = vec![0; from.len()];
+        from.read(&mut bytes);
+        let mut ranges = Vec::new();
+        for range in bytes.chunks_exact(RANGE) {
+            let Some((sector, rest)) = range.split_first_chunk() else { return Err(Refusal::Invalid) };
+            let Some((count, flags)) = rest.split_first_chunk() else { return Err(Refusal::Invalid) };
+            let flags = flags.first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
+            let (sector, count) = (u64::from_le_bytes(*sector), u32::from_le_bytes(*count));
+            // Discard knows no flag, write-zeroes the one; others are answered as unsupported (5.2.6.2).
+            let known = if kind == T_WRITE_ZEROES { FLAG_UNMAP } else { 0 };
+            if flags & !known != 0 {
+                return Err(Refusal::Unsupported);
+            }
+            if count > RANGE_SECTORS_MAX {
+                return Err(Refusal::Invalid);
+            }
+            let (at, len) = (sector.checked_mul(SECTOR).ok_or(Refusal::Invalid)?, u64::from(count) * SECTOR);
+            self.check(at, len)?;
+            ranges.push((at, len, flags & FLAG_UNMAP != 0));
+        }
+        Ok(ranges)
+    }
+}
+
+#[cfg(test)]
+#[path = "blk_tests.rs"]
+mod tests;

@@ -1,0 +1,200 @@
+//! Threads that serve queues: wait for doorbells, hold still while the machine is paused, leave when it stops.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    Run,
+    Pause,
+    Stop,
+}
+
+struct State {
+    order: Order,
+    /// The thread holds still, or is gone.
+    still: bool,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    wake: EventFd,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn give(&self, order: Order) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        state.order = order;
+        self.changed.notify_all();
+        // It fails only when the counter is full, and then the thread is being woken already.
+        let _ = self.wake.write(1);
+        state
+    }
+}
+
+/// A running thread; dropping it stops and joins it.
+pub struct Worker {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The thread's side.
+pub struct Control(Arc<Shared>);
+
+/// An eventfd as something to wait for.
+pub fn bell(eventfd: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor stays open as long as the eventfd that is borrowed.
+    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
+}
+
+/// Why a wait ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// Which of the descriptors are ready.
+    Ready(Vec<bool>),
+    /// The time is over.
+    Timeout,
+    /// Leave.
+    Stop,
+}
+
+impl Worker {
+    /// Starts `body`, which must return once [`Control::wait`] says [`Wake::Stop`].
+    pub fn spawn(name: String, body: impl FnOnce(&Control) + Send + 'static) -> io::Result<Worker> {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State { order: Order::Run, still: false }),
+            changed: Condvar::new(),
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        });
+        let control = Control(shared.clone());
+        let run = move || {
+            body(&control);
+            control.0.lock().still = true;
+            control.0.changed.notify_all();
+        };
+        let thread = std::thread::Builder::new().name(name).spawn(run)?;
+        Ok(Worker { shared, thread: Some(thread) })
+    }
+
+    /// Returns when the thread holds still between two requests.
+    pub fn pause(&self) {
+        let mut state = self.shared.give(Order::Pause);
+        while !state.still {
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Lets a paused thread go on.
+    pub fn resume(&self) {
+        drop(self.shared.give(Order::Run));
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        drop(self.shared.give(Order::Stop));
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Control {
+    /// Waits until one of `fds` is readable, `limit` is over, or the thread is to leave. Pauses happen here.
+    pub fn wait(&self, fds: &[BorrowedFd<'_>], limit: Option<Duration>) -> Wake {
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        loop {
+            if !self.obey() {
+                return Wake::Stop;
+            }
+            let timeout = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
+                None => PollTimeout::NONE,
+                Some(left) => PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX),
+            };
+            let mut polled = vec![PollFd::new(bell(&self.0.wake), PollFlags::POLLIN)];
+            polled.extend(fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)));
+            match poll(&mut polled, timeout) {
+                Ok(0) => return Wake::Timeout,
+                Ok(_) => {}
+                // Only EINTR is to be expected; whatever else there is must not make this a busy loop.
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(_) => return Wake::Stop,
+            }
+            let mut ready: Vec<bool> = polled.iter().map(|p| p.any().unwrap_or(true)).collect();
+            if !ready.remove(0) {
+                return Wake::Ready(ready);
+            }
+            let _ = self.0.wake.read();
+        }
+    }
+
+    /// Holds still while paused; whether to go on.
+    fn obey(&self) -> bool {
+        let mut state = self.0.lock();
+        while state.order == Order::Pause {
+            state.still = true;
+            self.0.changed.notify_all();
+            state = self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.still = false;
+        state.order != Order::Stop
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_paused_thread_holds_still_and_a_stopped_one_is_gone() {
+        let doorbell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
+        let (rung, served) = (doorbell.try_clone().unwrap(), Arc::new(AtomicU32::new(0)));
+        let count = served.clone();
+        let worker = Worker::spawn("test".into(), move |control| {
+            while let Wake::Ready(_) = control.wait(&[bell(&rung)], None) {
+                rung.read().unwrap();
+                count.fetch_add(1, Ordering::SeqCst);
+            }
+        })
+        .unwrap();
+        let until = |n| {
+            while served.load(Ordering::SeqCst) < n {
+                std::thread::yield_now()
+            }
+        };
+        doorbell.write(1).unwrap();
+        until(1);
+        worker.pause();
+        doorbell.write(1).unwrap();
+        std::thread::sleep(Duration::from_millis(30));
+        assert_eq!(served.load(Ordering::SeqCst), 1);
+        worker.resume();
+        until(2);
+        worker.pause();
+        drop(worker);
+        assert_eq!(Arc::strong_count(&served), 1, "its thread is gone");
+    }
+
+    #[test]
+    fn a_wait_ends_with_its_time() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let worker = Worker::spawn("test".into(), move |control| {
+            let _ = tell.send(control.wait(&[], Some(Duration::from_millis(1))));
+        });
+        assert_eq!(told.recv().unwrap(), Wake::Timeout);
+        drop(worker);
+    }
+}
