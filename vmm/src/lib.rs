@@ -3,8 +3,9 @@
 //! ```text
 //!   MachineConfig (asked) ──► Plan (checked, laid out) ──► Machine (running) ──► Report
 //!                                                             │
-//!                     memory · boot · x86_64 · vcpu · bus ────┴──── devices · virtio · console
+//!                     memory · boot · x86_64 · vcpu · bus ────┴──── devices · board (pci · virtio) · console
 //! ```
+pub mod board;
 pub mod boot;
 pub mod bus;
 pub mod config;

@@ -18,15 +18,16 @@ use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::board::{Backends, Board, KvmVm};
 use crate::boot;
-use crate::bus::Bus;
+use crate::bus::{Bus, Shared};
 use crate::config::{EXIT_PORT, End, Report};
 use crate::console::Console;
 use crate::counts::Counts;
 use crate::devices::{exit, power, rtc, serial};
 use crate::ending::{Ending, Outcome};
 use crate::memory;
-use crate::plan::Plan;
+use crate::plan::{ECAM, PCI_WINDOW, Plan};
 use crate::vcpu;
 use crate::x86_64::{acpi, cpuid, regs, smbios};
 
@@ -46,6 +47,8 @@ pub struct Files {
     pub initrd: Option<File>,
     /// Where the console's output is appended.
     pub console_log: Option<File>,
+    /// Disks and taps, in the order of the plan.
+    pub backends: Backends,
 }
 
 /// Why a machine could not be built.
@@ -93,6 +96,7 @@ pub struct Machine {
     console: Arc<Mutex<Console>>,
     counts: Arc<Counts>,
     button: Arc<EventFd>,
+    backends: Backends,
 }
 
 /// Acts on the machine from another thread.
@@ -141,6 +145,7 @@ impl Machine {
             initrd: files.initrd,
             console: Arc::new(Mutex::new(console)),
             counts: Arc::default(),
+            backends: files.backends,
             plan,
         })
     }
@@ -203,7 +208,7 @@ impl Machine {
 
     /// Builds the machine from its plan and runs it until it ends or resets.
     fn run_once(&mut self, ending: &Arc<Ending>) -> Result<Outcome, MachineError> {
-        let memory = memory::allocate(&self.plan)?;
+        let memory = Arc::new(memory::allocate(&self.plan)?);
         let id = || self.plan.config().id.clone();
         let loaded = boot::load(&self.plan, &memory, &mut self.kernel, self.initrd.as_mut())
             .map_err(|source| MachineError::Boot { id: id(), source })?;
@@ -211,10 +216,19 @@ impl Machine {
         acpi::write(&self.plan, &memory).map_err(self.host("ACPI tables"))?;
         smbios::write(&memory, &self.plan.config().id, self.plan.uuid())
             .map_err(self.host("SMBIOS tables"))?;
-        let vm = self.create_vm(&memory)?;
+        let vm = Arc::new(self.create_vm(&memory)?);
         vm.register_irqfd(&self.button, acpi::EVENT_GSI).map_err(self.error("KVM_IRQFD"))?;
         let ports = Arc::new(self.ports(&vm, ending)?);
-        let mmio = Arc::new(Bus::default());
+        let board = Board::new(&self.plan, &self.backends, &memory, Arc::new(KvmVm(vm.clone())))
+            .map_err(self.host("devices"))?;
+        let mut mmio = Bus::default();
+        for (region, device) in [
+            (ECAM, Arc::new(Mutex::new(board.bus.ecam())) as Shared),
+            (PCI_WINDOW, Arc::new(Mutex::new(board.bus.window(PCI_WINDOW.start)))),
+        ] {
+            mmio.insert(region.start, region.len, device).map_err(self.host("memory layout"))?;
+        }
+        let mmio = Arc::new(mmio);
 
         let cpus = self.plan.config().cpus;
         let supported = self
@@ -237,7 +251,9 @@ impl Machine {
         let threads = vcpu::Threads::start(fds, ports, mmio, ending, &self.counts)
             .map_err(self.host("cannot start a vCPU's thread"))?;
         let outcome = self.watch(ending);
+        // In this order: nobody can start a device any more, then none runs, then the memory may go.
         drop(threads);
+        board.stop();
         drop(vm);
         Ok(outcome)
     }
@@ -284,7 +300,7 @@ impl Machine {
         let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(self.host("eventfd"))?;
         vm.register_irqfd(&line, serial::IRQ).map_err(self.error("KVM_IRQFD"))?;
         let mut bus = Bus::default();
-        let mut put = |start: u64, len: u64, device: crate::bus::Shared| {
+        let mut put = |start: u64, len: u64, device: Shared| {
             bus.insert(start, len, device).map_err(self.host("port layout"))
         };
         let port = serial::SerialPort::new(self.console.clone(), line);

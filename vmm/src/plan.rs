@@ -11,6 +11,8 @@ pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
 pub const PCI_WINDOW: Region = Region { start: 0xc000_0000, len: 0x2000_0000 };
 /// ECAM of one bus: 32 devices × 8 functions × 4 KiB (PCIe 5.0, 7.2.2).
 pub const ECAM: Region = Region { start: 0xe800_0000, len: 0x10_0000 };
+/// Disks and network interfaces of a machine: a bus has 32 slots, of which the host bridge and the entropy device take two.
+pub const MAX_DEVICES: usize = crate::pci::SLOTS - 2;
 /// The longest kernel command line, without its NUL (COMMAND_LINE_SIZE of x86 Linux is 2048).
 pub const CMDLINE_MAX: usize = 2047;
 
@@ -77,6 +79,14 @@ pub enum PlanError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// More disks and interfaces than slots.
+    #[error("{id}: {count} disks and network interfaces asked for; a machine has slots for {MAX_DEVICES}")]
+    Slots {
+        /// The machine.
+        id: String,
+        /// What was asked.
+        count: usize,
+    },
     /// The UUID is not one.
     #[error("{id}: '{uuid}' is not a UUID such as ec2e1916-9099-7caf-fd21-012345abcdef")]
     Uuid {
@@ -117,6 +127,10 @@ impl Plan {
         }
         if !cmdline.bytes().all(|b| (0x20..0x7f).contains(&b)) {
             return Err(PlanError::Cmdline { id, why: "holds bytes that are not printable ASCII" });
+        }
+        let count = config.disks.len() + config.nets.len();
+        if count > MAX_DEVICES {
+            return Err(PlanError::Slots { id, count });
         }
         for (index, disk) in config.disks.iter().enumerate() {
             let why = if disk.layers.is_empty() {
@@ -247,6 +261,8 @@ mod tests {
             let good = disk("vol0123456789abcdef0", 1);
             assert!(matches!(refused(|c| c.disks = vec![good, bad]), PlanError::Disk { index: 1, .. }));
         }
+        let thirty = vec![disk("v", 1); 31];
+        assert!(matches!(refused(|c| c.disks = thirty), PlanError::Slots { count: 31, .. }));
         let net = |mac: &str, taps: usize, mtu| NetConfig { mac: mac.into(), taps: vec![6; taps], mtu };
         for bad in [
             net("02:00:00:00:00", 1, 1500),

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Write;
 use std::time::Duration;
 
+use hutch_vmm::board::Backends;
 use hutch_vmm::config::{End, MachineConfig, Report};
 use hutch_vmm::machine::{Files, Machine};
 use hutch_vmm::plan::Plan;
@@ -65,7 +66,8 @@ fn run_for(
     let mut config: MachineConfig = serde_json::from_value(config).unwrap();
     change(&mut config);
     let plan = Plan::new(config).unwrap();
-    let files = Files { kvm, kernel: kernel(code), initrd: None, console_log: None };
+    let files =
+        Files { kvm, kernel: kernel(code), initrd: None, console_log: None, backends: Backends::default() };
     let mut machine = Machine::new(plan, files).unwrap();
     let console = machine.console();
     let (done, over) = std::sync::mpsc::channel::<()>();

@@ -11,6 +11,7 @@ use clap::Parser;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, Signal};
 
+use hutch_vmm::board::Backends;
 use hutch_vmm::config::{Counters, End, FdNumber, MachineConfig, Report, RunAs};
 use hutch_vmm::control::Control;
 use hutch_vmm::machine::{Files, Machine};
@@ -62,6 +63,7 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
         kernel: fds.file(config.boot.kernel, "kernel")?,
         initrd: config.boot.initrd.map(|fd| fds.file(fd, "initrd")).transpose()?,
         console_log: config.console_log.map(|fd| fds.file(fd, "console log")).transpose()?,
+        backends: Backends::default(),
     };
     let control = config.control.map(|fd| fds.file(fd, "control socket")).transpose()?;
     let control = control.map(|file| UnixListener::from(std::os::fd::OwnedFd::from(file)));

@@ -75,18 +75,14 @@ struct Core {
 }
 
 impl Blk {
-    /// A device on `disk`; `serial` is what the guest reads as its id (at most 20 bytes), `queues` how many it is offered.
-    pub fn new(disk: Arc<dyn Disk>, serial: &str, queues: u16) -> Blk {
+    /// A device on `disk`; `serial` is what the guest reads as its id (at most 20 bytes), `queues` how many it is
+    /// offered, `counts` where it counts.
+    pub fn new(disk: Arc<dyn Disk>, serial: &str, queues: u16, counts: Arc<DiskCounts>) -> Blk {
         let mut bytes = [0; 20];
         bytes.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
         let queues = queues.clamp(1, disk.parallelism().clamp(1, 32) as u16);
-        let core = Core { id: serial.to_owned(), disk, serial: bytes, counts: Arc::default() };
+        let core = Core { id: serial.to_owned(), disk, serial: bytes, counts };
         Blk { core: Arc::new(core), queues, workers: Vec::new() }
-    }
-
-    /// The counters, for readers.
-    pub fn counts(&self) -> Arc<DiskCounts> {
-        self.core.counts.clone()
     }
 
     /// The device's configuration (5.2.4), as far as features here fill it.

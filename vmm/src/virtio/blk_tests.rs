@@ -82,7 +82,7 @@ fn device(change: impl FnOnce(&mut FakeDisk)) -> (Driver, Blk, Arc<FakeDisk>) {
     *disk.bytes.get_mut().unwrap() = pattern(SIZE as usize);
     change(&mut disk);
     let disk = Arc::new(disk);
-    let mut blk = Blk::new(disk.clone(), "vol0123456789abcdef0", 1);
+    let mut blk = Blk::new(disk.clone(), "vol0123456789abcdef0", 1, Arc::default());
     let mut driver = Driver::new(1);
     driver.start(&mut blk);
     (driver, blk, disk)
@@ -176,13 +176,13 @@ fn a_full_host_makes_the_guest_wait_and_go_on() {
     let (mut driver, blk, disk) = device(|d| d.full = AtomicU64::new(2));
     assert_eq!(status(&ask(&mut driver, T_OUT, 0, &[1; 512], 0)), S_OK);
     assert_eq!(disk.full.load(Relaxed), 0);
-    assert!(!blk.counts().no_space.load(Relaxed));
+    assert!(!blk.core.counts.clone().no_space.load(Relaxed));
 }
 
 #[test]
 fn a_guest_waiting_for_room_can_be_stopped() {
     let (mut driver, mut blk, _) = device(|d| d.full = AtomicU64::new(u64::MAX));
-    let counts = blk.counts();
+    let counts = blk.core.counts.clone();
     let stop = std::thread::spawn(move || {
         while !counts.no_space.load(Relaxed) {
             std::thread::yield_now();
@@ -196,7 +196,7 @@ fn a_guest_waiting_for_room_can_be_stopped() {
 #[test]
 fn without_flush_every_write_is_durable() {
     let disk = Arc::new(FakeDisk { bytes: Mutex::new(vec![0; 4096]), ..FakeDisk::default() });
-    let mut blk = Blk::new(disk.clone(), "v", 1);
+    let mut blk = Blk::new(disk.clone(), "v", 1, Arc::default());
     let mut driver = Driver::new(1);
     let features = blk.features() & !F_FLUSH;
     driver.start_with(&mut blk, features);
@@ -221,7 +221,7 @@ fn broken_chains_ask_for_a_reset() {
 #[test]
 fn queues_and_capacity_are_in_the_configuration() {
     let disk = Arc::new(FakeDisk { bytes: Mutex::new(vec![0; 1 << 20]), ..FakeDisk::default() });
-    let blk = Blk::new(disk, "v", 9);
+    let blk = Blk::new(disk, "v", 9, Arc::default());
     assert_eq!(blk.queue_sizes().len(), 4, "as many as the disk can use");
     assert_ne!(blk.features() & F_MQ, 0);
     let mut config = [0xff; 80];

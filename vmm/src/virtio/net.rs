@@ -84,7 +84,7 @@ impl Net {
     ///
     /// # Errors
     /// The tap's, when it takes no header of 12 bytes or cannot be read without blocking.
-    pub fn new(mac: [u8; 6], mtu: u16, taps: Vec<File>) -> io::Result<Net> {
+    pub fn new(mac: [u8; 6], mtu: u16, taps: Vec<File>, counts: Arc<NetCounts>) -> io::Result<Net> {
         for tap in &taps {
             use nix::fcntl::{FcntlArg, OFlag, fcntl};
             fcntl(tap, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))?;
@@ -93,12 +93,7 @@ impl Net {
             unsafe { tun::set_vnet_header_size(tap.as_raw_fd(), &size) }?;
         }
         let taps = taps.into_iter().map(Arc::new).collect();
-        Ok(Net { mac, mtu, taps, counts: Arc::default(), workers: Vec::new() })
-    }
-
-    /// The counters, for readers.
-    pub fn counts(&self) -> Arc<NetCounts> {
-        self.counts.clone()
+        Ok(Net { mac, mtu, taps, counts, workers: Vec::new() })
     }
 
     /// Tells the tap which frames the guest takes (linux/if_tun.h, TUNSETOFFLOAD).

@@ -63,7 +63,7 @@ fn frame(payload: usize) -> Vec<u8> {
 #[test]
 fn frames_pass_both_ways_whole() {
     let Some((tap, mut wire)) = tap() else { return };
-    let mut net = Net::new(MAC, 1500, vec![tap]).unwrap();
+    let mut net = Net::new(MAC, 1500, vec![tap], Arc::default()).unwrap();
     let mut driver = Driver::new(2);
     // Small frames only: one buffer of 2 KiB is enough room.
     let features = net.features() & !(F_GUEST_TSO4 | F_GUEST_TSO6);
@@ -96,7 +96,7 @@ fn frames_pass_both_ways_whole() {
 #[test]
 fn a_frame_fills_several_buffers_and_says_how_many() {
     let Some((tap, mut wire)) = tap() else { return };
-    let mut net = Net::new(MAC, 1500, vec![tap]).unwrap();
+    let mut net = Net::new(MAC, 1500, vec![tap], Arc::default()).unwrap();
     let mut driver = Driver::new(2);
     let features = net.features() & !(F_GUEST_TSO4 | F_GUEST_TSO6);
     driver.start_with(&mut net, features);
@@ -116,7 +116,7 @@ fn a_frame_fills_several_buffers_and_says_how_many() {
 #[test]
 fn frames_cut_short_ask_for_a_reset() {
     let Some((tap, _wire)) = tap() else { return };
-    let mut net = Net::new(MAC, 1500, vec![tap]).unwrap();
+    let mut net = Net::new(MAC, 1500, vec![tap], Arc::default()).unwrap();
     let mut driver = Driver::new(2);
     driver.start(&mut net);
     assert!(driver.request(1, &[0; HEADER - 1], 0).is_none());
@@ -127,7 +127,7 @@ fn frames_cut_short_ask_for_a_reset() {
 #[test]
 fn the_configuration_has_address_link_and_mtu() {
     let Some((tap, _wire)) = tap() else { return };
-    let net = Net::new(MAC, 9001, vec![tap]).unwrap();
+    let net = Net::new(MAC, 9001, vec![tap], Arc::default()).unwrap();
     let mut config = [0xff; 16];
     net.read_config(0, &mut config);
     assert_eq!(config, [2, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0x29, 0x23, 0, 0, 0, 0]);
