@@ -37,6 +37,41 @@ pub struct DiskError {
     pub source: Option<io::Error>,
 }
 
+impl DiskError {
+    /// The host's error `source` while doing `what` ("read the disk").
+    pub fn io(what: &str, source: io::Error) -> DiskError {
+        let kind = match source.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) => DiskErrorKind::NoSpace,
+            _ => DiskErrorKind::Io,
+        };
+        DiskError { kind, context: format!("cannot {what}"), source: Some(source) }
+    }
+
+    /// The image is not what its format says: `why`.
+    pub fn format(why: impl Into<String>) -> DiskError {
+        DiskError { kind: DiskErrorKind::Format, context: why.into(), source: None }
+    }
+}
+
+/// Refuses what is not whole sectors within the disk.
+pub(crate) fn check_range(offset: u64, len: u64, size: u64) -> Result<()> {
+    let whole = offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR);
+    if whole && offset.checked_add(len).is_some_and(|end| end <= size) {
+        return Ok(());
+    }
+    let context = format!("{len} bytes at {offset} are not whole sectors of a disk of {size} bytes");
+    Err(DiskError { kind: DiskErrorKind::OutOfRange, context, source: None })
+}
+
+/// Refuses to change a disk that is only read.
+pub(crate) fn check_write(read_only: bool) -> Result<()> {
+    let context = "the disk is read-only";
+    match read_only {
+        true => Err(DiskError { kind: DiskErrorKind::ReadOnly, context: context.into(), source: None }),
+        false => Ok(()),
+    }
+}
+
 /// The unit of every request: 512 bytes (virtio 1.2, 5.2.4: sectors are 512 bytes whatever the block size).
 pub const SECTOR: u64 = 512;
 

@@ -15,3 +15,4 @@
 
 pub mod boot;
 pub mod partition;
+pub mod store;

@@ -1,0 +1,320 @@
+//! qcow2 images: read whatever qemu-img makes, write volumes that are laid out by [`layout`].
+//!
+//! ```text
+//!   Qcow2Disk ── mapping (L1 → L2, cached in slices) ──► data in the file │ zeros │ compressed │ the base
+//!        └────── volume: allocator and the order of metadata writes
+//! ```
+//!
+//! Why not qcow2-rs for the data path: tried bare, it returned stale memory past a backing file's end, underflowed
+//! reference counts of compressed clusters, ignored encryption and destroyed snapshots, and a hostile header crashed it
+//! from safe code. It is what the tests compare with; the path a guest's bytes take is here.
+//!
+//! One request at a time holds the disk: its metadata has one owner, and nothing can be freed under a request.
+
+mod cache;
+mod compressed;
+mod cursor;
+mod header;
+mod layout;
+mod volume;
+
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use header::{Header, MAX_SIZE};
+pub use layout::create;
+
+use crate::disk::{check_range, check_write};
+use crate::raw::total;
+use crate::store::{Store, lock};
+use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Result};
+use cache::Cache;
+use cursor::Cursor;
+use volume::Volume;
+
+/// Bits of an L2 entry.
+const COMPRESSED: u64 = 1 << 62;
+const ZERO: u64 = 1;
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// Where the bytes of a guest cluster are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mapping {
+    /// Never written: the base's.
+    Hole,
+    /// Zeros, with the cluster that is still theirs, if any (0: none).
+    Zero(u64),
+    /// In the file, at this offset.
+    Data(u64),
+    /// Packed: the entry.
+    Compressed(u64),
+}
+
+/// A qcow2 image, alone or on a base.
+pub struct Qcow2Disk {
+    inner: Mutex<Inner>,
+    size: AtomicU64,
+    read_only: bool,
+}
+
+/// What a request holds.
+struct Inner {
+    store: Box<dyn Store>,
+    header: Header,
+    l1: Vec<u64>,
+    base: Option<Arc<dyn Disk>>,
+    cache: Cache,
+    /// For writing; `None` in images that are only read.
+    volume: Option<Volume>,
+    /// The cluster that was unpacked last.
+    unpacked: Option<(u64, Vec<u8>)>,
+    /// Where the file ends, in images that are only read.
+    end: Option<u64>,
+    /// A metadata write or a sync failed: what is on the disk is not known any more.
+    failed: bool,
+}
+
+impl Qcow2Disk {
+    /// Opens an image, which it locks; where it holds nothing, `base` is read (zeros past its end). To be
+    /// written, the image must be a volume that [`create`] made; space that a crash left unlinked is freed.
+    ///
+    /// # Errors
+    /// `Format` with the reason, `Busy` when another machine has it, `Io` from the host.
+    pub fn open(file: File, base: Option<Arc<dyn Disk>>, read_only: bool) -> Result<Qcow2Disk> {
+        lock(&file, read_only)?;
+        Qcow2Disk::on(Box::new(file), base, read_only)
+    }
+
+    /// An image on any store, without a lock.
+    ///
+    /// # Errors
+    /// As [`Qcow2Disk::open`].
+    pub fn on(store: Box<dyn Store>, base: Option<Arc<dyn Disk>>, read_only: bool) -> Result<Qcow2Disk> {
+        let header = Header::read(&*store)?;
+        let l1 = read_l1(&*store, &header)?;
+        let cache = Cache::new(header.cluster_bits);
+        let volume = if read_only { None } else { Some(Volume::open(&*store, &header, &l1)?) };
+        let base_size = base.as_ref().map_or(0, |b| b.size());
+        if base_size > header.size {
+            let size = header.size;
+            return Err(DiskError::format(format!(
+                "a disk of {size} bytes lies on a base of {base_size}; make it larger"
+            )));
+        }
+        let file = store.size().map_err(|e| DiskError::io("find the image's size", e))?;
+        let end = read_only.then_some(file);
+        let size = AtomicU64::new(header.size);
+        let inner = Inner { store, header, l1, base, cache, volume, unpacked: None, end, failed: false };
+        Ok(Qcow2Disk { inner: Mutex::new(inner), size, read_only })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn writable(&self, offset: u64, len: u64) -> Result<MutexGuard<'_, Inner>> {
+        check_write(self.read_only)?;
+        check_range(offset, len, self.size())?;
+        let inner = self.lock();
+        inner.alive()?;
+        Ok(inner)
+    }
+}
+
+/// The L1 table, every entry of it checked against the file.
+fn read_l1(store: &dyn Store, header: &Header) -> Result<Vec<u64>> {
+    let len = store.size().map_err(|e| DiskError::io("find the image's size", e))?;
+    let mut bytes = vec![0; header.l1_entries as usize * 8];
+    store.read_bytes(header.l1_offset, &mut bytes).map_err(|e| DiskError::io("read the L1 table", e))?;
+    let entries = bytes.as_chunks().0.iter().map(|b| u64::from_be_bytes(*b));
+    let check = |(index, entry): (usize, u64)| {
+        let offset = entry & OFFSET;
+        let known = entry & !(OFFSET | layout::COPIED) == 0;
+        let fits = offset.checked_add(header.cluster()).is_some_and(|end| end <= len);
+        if entry == 0 || known && fits && offset.is_multiple_of(header.cluster()) && offset != 0 {
+            return Ok(offset);
+        }
+        Err(DiskError::format(format!(
+            "entry {index} of the image's L1 table ({entry:#x}) points where no L2 table can be; the image is damaged"
+        )))
+    };
+    entries.enumerate().map(check).collect()
+}
+
+impl Inner {
+    fn alive(&self) -> Result<()> {
+        let context =
+            "an earlier error left the disk in doubt; stop the machine, check the host's disk, start again";
+        match self.failed {
+            true => Err(DiskError { kind: DiskErrorKind::Failed, context: context.into(), source: None }),
+            false => Ok(()),
+        }
+    }
+
+    /// Where guest cluster `index` is.
+    fn mapping(&mut self, index: u64) -> Result<Mapping> {
+        let (table, _) = self.place(index);
+        let Some(&l2) = self.l1.get(table) else { return Ok(Mapping::Hole) };
+        if l2 == 0 {
+            return Ok(Mapping::Hole);
+        }
+        let entry = self.entry(index)?;
+        if entry & COMPRESSED != 0 {
+            return Ok(Mapping::Compressed(entry));
+        }
+        let zero = if self.header.version >= 3 { ZERO } else { 0 };
+        let offset = entry & OFFSET;
+        let known = entry & !(OFFSET | layout::COPIED | zero) == 0;
+        if !known || !offset.is_multiple_of(self.header.cluster()) {
+            return Err(DiskError::format(format!(
+                "the L2 entry of cluster {index} ({entry:#x}) has bits that mean nothing; the image is damaged"
+            )));
+        }
+        Ok(match (entry & zero != 0, offset) {
+            (true, offset) => Mapping::Zero(offset),
+            (false, 0) => Mapping::Hole,
+            (false, offset) if self.end.is_some_and(|end| offset >= end) => {
+                return Err(DiskError::format(format!(
+                    "cluster {index} lies at {offset:#x}, past the end of the file; the image was cut off, copy it again"
+                )));
+            }
+            (false, offset) => Mapping::Data(offset),
+        })
+    }
+
+    /// Index into L1, and into the L2 table there.
+    fn place(&self, index: u64) -> (usize, u64) {
+        let bits = self.header.cluster_bits - 3;
+        (usize::try_from(index >> bits).unwrap_or(usize::MAX), index & ((1 << bits) - 1))
+    }
+
+    /// The longest piece of `at..end` that lies together: how it is mapped and its length. `Data` and
+    /// `Compressed` are of the first cluster.
+    fn run(&mut self, at: u64, end: u64) -> Result<(Mapping, u64)> {
+        let cluster = self.header.cluster();
+        let mut index = at / cluster;
+        let first = self.mapping(index)?;
+        let mut reach = ((index + 1) * cluster).min(end);
+        while reach < end && !matches!(first, Mapping::Compressed(_)) {
+            index += 1;
+            let together = match (first, self.mapping(index)?) {
+                (Mapping::Data(a), Mapping::Data(b)) => {
+                    a.checked_add((index - at / cluster) * cluster) == Some(b)
+                }
+                (Mapping::Zero(_), Mapping::Zero(_)) | (Mapping::Hole, Mapping::Hole) => true,
+                _ => false,
+            };
+            if !together {
+                break;
+            }
+            reach = ((index + 1) * cluster).min(end);
+        }
+        Ok((first, reach - at))
+    }
+
+    /// Reads `bufs` from guest offset `at`.
+    ///
+    /// # Safety
+    /// As [`Disk::read_vectored`].
+    unsafe fn read(&mut self, mut at: u64, bufs: &[IoBufMut]) -> Result<()> {
+        let end = at.saturating_add(total(bufs));
+        let mut cursor = Cursor::new(bufs);
+        while at < end {
+            let (mapping, len) = self.run(at, end)?;
+            let part = cursor.take(len);
+            let cluster = self.header.cluster();
+            match mapping {
+                // SAFETY: the parts are of the caller's buffers; that holds for each of these.
+                Mapping::Hole => unsafe { self.read_base(at, &part) }?,
+                // SAFETY: as above.
+                Mapping::Zero(_) => unsafe { cursor::zero(&part) },
+                // SAFETY: as above.
+                Mapping::Data(host) => unsafe { self.store.read(host + at % cluster, &part) }
+                    .map_err(|e| DiskError::io("read the disk", e))?,
+                Mapping::Compressed(entry) => {
+                    let index = at / cluster;
+                    if self.unpacked.as_ref().is_none_or(|(have, _)| *have != index) {
+                        self.unpacked = None;
+                        self.unpacked = Some((index, compressed::unpack(&*self.store, &self.header, entry)?));
+                    }
+                    let bytes = self.unpacked.as_ref().map_or(&[][..], |(_, bytes)| bytes);
+                    let piece = bytes.get((at % cluster) as usize..).unwrap_or_default();
+                    // SAFETY: as above; the bytes are ours, so they do not overlap.
+                    unsafe { cursor::copy(piece, &part) };
+                }
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Reads the base; past its end, zeros.
+    ///
+    /// # Safety
+    /// As [`Disk::read_vectored`].
+    unsafe fn read_base(&self, at: u64, bufs: &[IoBufMut]) -> Result<()> {
+        let have = self.base.as_ref().map_or(0, |b| b.size().saturating_sub(at)).min(total(bufs));
+        let mut cursor = Cursor::new(bufs);
+        if let Some(base) = self.base.as_ref().filter(|_| have > 0) {
+            // SAFETY: the caller's promise; the rest below likewise.
+            unsafe { base.read_vectored(at, &cursor.take(have)) }?;
+        }
+        // SAFETY: as above.
+        unsafe { cursor::zero(&cursor.rest()) };
+        Ok(())
+    }
+}
+
+impl Disk for Qcow2Disk {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    unsafe fn read_vectored(&self, offset: u64, bufs: &[IoBufMut]) -> Result<()> {
+        check_range(offset, total(bufs), self.size())?;
+        // SAFETY: the caller's promise.
+        unsafe { self.lock().read(offset, bufs) }
+    }
+
+    unsafe fn write_vectored(&self, offset: u64, bufs: &[IoBuf]) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.writable(offset, total(bufs))?.write(offset, bufs) }
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.writable(offset, len)?.write_zeroes(offset, len, unmap)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.writable(offset, len)?.discard(offset, len)
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.writable(0, 0)?.flush()
+    }
+
+    fn grow(&self, new_size: u64) -> Result<()> {
+        let mut inner = self.writable(0, 0)?;
+        inner.grow(new_size)?;
+        self.size.store(new_size, Ordering::Release);
+        Ok(())
+    }
+}
+
+impl Drop for Qcow2Disk {
+    fn drop(&mut self) {
+        let mut inner = self.lock();
+        if inner.volume.is_some() && !inner.failed {
+            // Nothing was promised beyond the last flush; what can be kept is.
+            let _ = inner.flush();
+        }
+    }
+}

@@ -1,0 +1,658 @@
+//! Writing: which clusters are taken, and in which order metadata reaches the disk.
+//!
+//! ```text
+//!   write    data into fresh clusters ─► entries in memory
+//!   flush    counts of the fresh ones ─► sync ─► entries ─► sync ─► old clusters are punched, counted down, reusable
+//! ```
+//! A crash between any two steps leaves at worst counted clusters that nothing links to; the next opening frees them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::cache::Slice;
+use super::cursor::{Cursor, buffer};
+use super::header::Header;
+use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, COUNTS, ENTRIES, L2_REACH};
+use super::{Inner, Mapping, OFFSET, ZERO};
+use crate::raw::total;
+use crate::store::Store;
+use crate::{DiskError, DiskErrorKind, IoBuf, Result, SECTOR};
+
+/// Counts are written by sectors of so many.
+const GROUP: u64 = 256;
+/// The file grows by this much at a time.
+const STEP: u64 = 16 << 20;
+
+/// The clusters of a volume's file.
+pub(super) struct Volume {
+    /// Where each refcount block lies.
+    blocks: Vec<u64>,
+    /// One bit a cluster: taken.
+    taken: Vec<u64>,
+    /// From here on no cluster was ever used: they read as zeros.
+    fresh: u64,
+    /// Runs of clusters below that can be used again: first and number.
+    free: BTreeMap<u64, u64>,
+    /// Clusters that no entry in memory links to any more, but an entry on the disk may.
+    leaving: Vec<u64>,
+    /// Groups of counts that are not on the disk as they are here.
+    counts: BTreeSet<u64>,
+    /// The file's size.
+    len: u64,
+}
+
+/// Clusters for new data.
+struct Fresh {
+    first: u64,
+    count: u64,
+    /// They read as zeros.
+    zero: bool,
+}
+
+fn damaged<T>(why: String) -> Result<T> {
+    Err(DiskError::format(format!("{why}; the volume is damaged: restore it from a snapshot")))
+}
+
+impl Volume {
+    /// Reads all metadata of a volume, frees what a crash left behind, and refuses what it did not make.
+    pub(super) fn open(store: &dyn Store, header: &Header, l1: &[u64]) -> Result<Volume> {
+        let io = |e| DiskError::io("read the volume's metadata", e);
+        if header.cluster_bits != CLUSTER_BITS || header.refcount_order != 4 || header.version != 3 {
+            let why =
+                "the image was not made by hutch, so it is only read; import it, then make a volume of it";
+            return Err(DiskError::format(why));
+        }
+        let len = store.size().map_err(io)?;
+        let mut volume = Volume {
+            blocks: Vec::new(),
+            taken: Vec::new(),
+            fresh: 0,
+            free: BTreeMap::new(),
+            leaving: Vec::new(),
+            counts: BTreeSet::new(),
+            len,
+        };
+        let mut table = vec![0; header.reftable_clusters as usize * CLUSTER as usize];
+        store.read_bytes(header.reftable_offset, &mut table).map_err(io)?;
+        let table = table.as_chunks().0.iter().map(|b| u64::from_be_bytes(*b));
+        volume.blocks = table.take_while(|b| *b != 0).collect();
+
+        let own = 1 + u64::from(header.reftable_clusters) + u64::from(header.l1_entries).div_ceil(ENTRIES);
+        let tables = header.size.div_ceil(L2_REACH) as usize;
+        if l1.iter().take(tables).any(|offset| *offset == 0) {
+            let why =
+                "the image was not made by hutch, so it is only read; import it, then make a volume of it";
+            return Err(DiskError::format(why));
+        }
+        let parts = [
+            (0..1).map(|c| c * CLUSTER).collect::<Vec<_>>(),
+            (0..u64::from(header.reftable_clusters)).map(|c| header.reftable_offset + c * CLUSTER).collect(),
+            (0..own - 1 - u64::from(header.reftable_clusters))
+                .map(|c| header.l1_offset + c * CLUSTER)
+                .collect(),
+            volume.blocks.clone(),
+            l1.iter().copied().filter(|offset| *offset != 0).collect(),
+        ];
+        for offset in parts.into_iter().flatten() {
+            volume.claim(offset)?;
+        }
+        for &offset in l1.iter().filter(|offset| **offset != 0) {
+            volume.claim_data(store, offset)?;
+        }
+        volume.settle(store)?;
+        Ok(volume)
+    }
+
+    /// Marks the cluster at `offset` as taken; nothing else may have it.
+    fn claim(&mut self, offset: u64) -> Result<()> {
+        let cluster = offset / CLUSTER;
+        if !offset.is_multiple_of(CLUSTER) || offset >= self.len || cluster >= self.limit() {
+            return damaged(format!("something is said to be at {offset:#x}, where nothing can be"));
+        }
+        if self.is_taken(cluster) {
+            return damaged(format!("the cluster at {offset:#x} is used twice"));
+        }
+        self.set_taken(cluster, true);
+        Ok(())
+    }
+
+    /// Claims what the L2 table at `offset` links to. Holes of it are empty entries, and cost nothing.
+    fn claim_data(&mut self, store: &dyn Store, offset: u64) -> Result<()> {
+        let io = |e| DiskError::io("read the volume's metadata", e);
+        let mut at = offset;
+        let mut bytes = vec![0; 4096];
+        while let Some(data) = store.next_data(at).map_err(io)?.filter(|data| *data < offset + CLUSTER) {
+            at = data.max(offset) / 4096 * 4096;
+            store.read_bytes(at, &mut bytes).map_err(io)?;
+            for entry in bytes.as_chunks().0.iter().map(|b| u64::from_be_bytes(*b)) {
+                if entry & !(OFFSET | COPIED | ZERO) != 0 {
+                    return damaged(format!("an L2 entry is {entry:#x}"));
+                }
+                if entry & OFFSET != 0 {
+                    self.claim(entry & OFFSET)?;
+                }
+            }
+            at += 4096;
+        }
+        Ok(())
+    }
+
+    /// After everything is claimed: the file ends behind the last cluster in use, what is free before that is
+    /// given back to the host, and counts that differ are marked to be written.
+    fn settle(&mut self, store: &dyn Store) -> Result<()> {
+        let io = |e| DiskError::io("prepare the volume", e);
+        let last = self.taken.iter().rposition(|word| *word != 0).map_or(0, |i| {
+            let top = self.taken.get(i).map_or(0, |word| 63 - word.leading_zeros());
+            i as u64 * 64 + u64::from(top)
+        });
+        self.fresh = last + 1;
+        if self.len > self.fresh * CLUSTER {
+            store.set_len(self.fresh * CLUSTER).map_err(io)?;
+        }
+        self.len = self.fresh * CLUSTER;
+        let mut start = None;
+        for cluster in 0..=self.fresh {
+            match (self.is_taken(cluster) || cluster == self.fresh, start) {
+                (false, None) => start = Some(cluster),
+                (true, Some(first)) => {
+                    self.free.insert(first, cluster - first);
+                    start = None;
+                }
+                _ => {}
+            }
+        }
+        for (first, count) in &self.free {
+            store.zero(first * CLUSTER, count * CLUSTER, true).map_err(io)?;
+        }
+        // Only what differs has to be written.
+        self.counts.clear();
+        let mut bytes = vec![0; SECTOR as usize];
+        let mut group = 0;
+        while let Some(at) = self.group_offset(group) {
+            // Behind the last cluster all counts are 0, as in the holes of the blocks: those are passed over.
+            if group * GROUP >= self.fresh {
+                let left = (COUNTS - group * GROUP % COUNTS) * 2;
+                let data = store.next_data(at).map_err(io)?.map_or(left, |data| data.saturating_sub(at));
+                if data >= SECTOR {
+                    group += data.min(left) / SECTOR;
+                    continue;
+                }
+            }
+            store.read_bytes(at, &mut bytes).map_err(io)?;
+            if bytes != self.group_bytes(group) {
+                self.counts.insert(group);
+            }
+            group += 1;
+        }
+        Ok(())
+    }
+
+    /// Clusters that can be counted.
+    fn limit(&self) -> u64 {
+        self.blocks.len() as u64 * COUNTS
+    }
+
+    fn is_taken(&self, cluster: u64) -> bool {
+        self.taken.get((cluster / 64) as usize).is_some_and(|word| word >> (cluster % 64) & 1 == 1)
+    }
+
+    fn set_taken(&mut self, cluster: u64, taken: bool) {
+        let word = (cluster / 64) as usize;
+        if word >= self.taken.len() {
+            self.taken.resize(word + 1, 0);
+        }
+        if let Some(word) = self.taken.get_mut(word) {
+            let bit = 1 << (cluster % 64);
+            *word = if taken { *word | bit } else { *word & !bit };
+        }
+        self.counts.insert(cluster / GROUP);
+    }
+
+    fn group_offset(&self, group: u64) -> Option<u64> {
+        let count = group * GROUP;
+        let block = self.blocks.get((count / COUNTS) as usize)?;
+        Some(block + count % COUNTS * 2)
+    }
+
+    fn group_bytes(&self, group: u64) -> Vec<u8> {
+        (group * GROUP..(group + 1) * GROUP).flat_map(|c| [0, u8::from(self.is_taken(c))]).collect()
+    }
+
+    /// Up to `wanted` clusters that lie together; `None` when all that can be counted are taken.
+    fn take(&mut self, wanted: u64) -> Option<Fresh> {
+        let fresh = match self.free.pop_first() {
+            Some((first, count)) => {
+                if count > wanted {
+                    self.free.insert(first + wanted, count - wanted);
+                }
+                Fresh { first, count: count.min(wanted), zero: false }
+            }
+            None => {
+                let count = wanted.min(self.limit().saturating_sub(self.fresh));
+                self.fresh += count;
+                Fresh { first: self.fresh - count, count, zero: true }
+            }
+        };
+        for cluster in fresh.first..fresh.first + fresh.count {
+            self.set_taken(cluster, true);
+        }
+        (fresh.count > 0).then_some(fresh)
+    }
+
+    /// Clusters that nothing ever linked to can be used again at once.
+    fn give_back(&mut self, first: u64, count: u64) {
+        for cluster in first..first + count {
+            self.set_taken(cluster, false);
+        }
+        if count > 0 {
+            self.free.insert(first, count);
+        }
+    }
+
+    /// Writes the counts that changed.
+    fn write_counts(&mut self, store: &dyn Store) -> std::io::Result<()> {
+        let mut groups = std::mem::take(&mut self.counts).into_iter().peekable();
+        while let Some(first) = groups.next() {
+            let Some(at) = self.group_offset(first) else { continue };
+            let mut bytes = self.group_bytes(first);
+            let mut last = first;
+            // Groups that lie together are written together; blocks may lie apart.
+            while groups.peek() == Some(&(last + 1)) && !((last + 1) * GROUP).is_multiple_of(COUNTS) {
+                last += 1;
+                groups.next();
+                bytes.extend(self.group_bytes(last));
+            }
+            if let Err(e) = store.write_bytes(at, &bytes) {
+                self.counts.extend(first..=last);
+                self.counts.extend(groups);
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    fn volume(&mut self) -> Result<&mut Volume> {
+        self.volume.as_mut().ok_or_else(|| DiskError {
+            kind: DiskErrorKind::ReadOnly,
+            context: "the disk is read-only".into(),
+            source: None,
+        })
+    }
+
+    /// A failed metadata write: when the host is full it may be tried again, else the disk is in doubt.
+    fn metadata_error(&mut self, e: std::io::Error) -> DiskError {
+        let error = DiskError::io("write the volume's metadata", e);
+        self.failed |= error.kind != DiskErrorKind::NoSpace;
+        error
+    }
+
+    /// The L2 entry of guest cluster `index`, whose table exists.
+    pub(super) fn entry(&mut self, index: u64) -> Result<u64> {
+        self.load(index)?;
+        Ok(self.cache.find(index).and_then(|(slice, at)| slice.entries.get(at).copied()).unwrap_or(0))
+    }
+
+    fn set_entry(&mut self, index: u64, value: u64) -> Result<()> {
+        self.load(index)?;
+        if let Some((slice, at)) = self.cache.find(index)
+            && let Some(entry) = slice.entries.get_mut(at)
+        {
+            slice.dirty |= *entry != value;
+            *entry = value;
+        }
+        Ok(())
+    }
+
+    /// Brings the slice with guest cluster `index` into the cache.
+    fn load(&mut self, index: u64) -> Result<()> {
+        if self.cache.find(index).is_some() {
+            return Ok(());
+        }
+        if !self.cache.has_room() {
+            self.commit()?;
+            self.cache.has_room();
+        }
+        let (table, at) = self.place(index);
+        let width = self.cache.width();
+        let offset = self.l1.get(table).copied().unwrap_or(0) + at / width * width * 8;
+        let mut bytes = vec![0; width as usize * 8];
+        self.store.read_bytes(offset, &mut bytes).map_err(|e| DiskError::io("read an L2 table", e))?;
+        self.cache.put(index, Slice::new(offset, &bytes));
+        Ok(())
+    }
+
+    /// Makes all metadata durable, in the order that keeps the image whole at every step.
+    fn commit(&mut self) -> Result<()> {
+        let Some(volume) = self.volume.as_mut() else { return Ok(()) };
+        let dirty = !self.cache.dirty().is_empty();
+        if !dirty && volume.counts.is_empty() && volume.leaving.is_empty() {
+            return Ok(());
+        }
+        if let Err(e) = volume.write_counts(&*self.store) {
+            return Err(self.metadata_error(e));
+        }
+        // Data and counts are on the disk before anything links to them.
+        self.sync()?;
+        if dirty {
+            let mut written = Ok(());
+            for slice in self.cache.dirty() {
+                written = self.store.write_bytes(slice.offset, &slice.to_bytes());
+                if written.is_err() {
+                    break;
+                }
+                slice.dirty = false;
+            }
+            if let Err(e) = written {
+                return Err(self.metadata_error(e));
+            }
+            self.sync()?;
+        }
+        // Nothing on the disk links to these any more.
+        let Some(volume) = self.volume.as_mut() else { return Ok(()) };
+        let mut leaving = std::mem::take(&mut volume.leaving);
+        leaving.sort_unstable();
+        for run in leaving.chunk_by(|a, b| a + 1 == *b) {
+            let (first, count) = (run.first().copied().unwrap_or(0), run.len() as u64);
+            // Space that the host does not take back is only that: the cluster is filled whole when it is used again.
+            let _ = self.store.zero(first * CLUSTER, count * CLUSTER, true);
+            volume.give_back(first, count);
+        }
+        // Durable with the next sync; until then they are counted, but not linked.
+        if let Err(e) = volume.write_counts(&*self.store) {
+            return Err(self.metadata_error(e));
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        // After a failed sync the kernel forgets what it did not write: there is no second try.
+        self.store.sync().map_err(|e| {
+            self.failed = true;
+            DiskError { kind: DiskErrorKind::Io, context: "cannot flush the disk".into(), source: Some(e) }
+        })
+    }
+
+    /// Everything so far survives loss of power.
+    pub(super) fn flush(&mut self) -> Result<()> {
+        self.commit()?;
+        self.sync()
+    }
+
+    /// Writes `bufs` at guest offset `at`.
+    ///
+    /// # Safety
+    /// As [`crate::Disk::write_vectored`].
+    pub(super) unsafe fn write(&mut self, mut at: u64, bufs: &[IoBuf]) -> Result<()> {
+        let end = at.saturating_add(total(bufs));
+        let mut cursor = Cursor::new(bufs);
+        while at < end {
+            let (mapping, len) = self.run(at, end)?;
+            let len = match mapping {
+                Mapping::Data(host) => {
+                    // SAFETY: the part is of the caller's buffers.
+                    unsafe { self.store.write(host + at % CLUSTER, &cursor.take(len)) }
+                        .map_err(|e| DiskError::io("write the disk", e))?;
+                    len
+                }
+                // SAFETY: as above.
+                _ => unsafe { self.write_fresh(at, len, &mut cursor) }?,
+            };
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Writes up to `len` bytes at `at` into clusters of their own; returns how many. What the first and the last of
+    /// them held before is kept.
+    ///
+    /// # Safety
+    /// As [`crate::Disk::write_vectored`], for what the cursor holds.
+    unsafe fn write_fresh(&mut self, at: u64, len: u64, cursor: &mut Cursor<'_>) -> Result<u64> {
+        let index = at / CLUSTER;
+        let wanted = (at + len).div_ceil(CLUSTER) - index;
+        let fresh = match self.volume()?.take(wanted) {
+            Some(fresh) => fresh,
+            None => {
+                // Freed clusters become usable once that is durable.
+                self.commit()?;
+                let none = || DiskError::format("the volume has no cluster left to count; it is damaged");
+                self.volume()?.take(wanted).ok_or_else(none)?
+            }
+        };
+        let (start, stop) = (index * CLUSTER, (index + fresh.count) * CLUSTER);
+        let len = len.min(stop - at);
+        // SAFETY: the part is of the caller's buffers.
+        let done = unsafe { self.fill(&fresh, start, (at, len), &cursor.take(len), stop) };
+        let mut linked = 0;
+        let result = done.and_then(|()| {
+            for i in 0..fresh.count {
+                let old = self.mapping(index + i)?;
+                self.set_entry(index + i, ((fresh.first + i) * CLUSTER) | COPIED)?;
+                linked = i + 1;
+                self.leave(old)?;
+            }
+            Ok(len)
+        });
+        if result.is_err() {
+            self.volume()?.give_back(fresh.first + linked, fresh.count - linked);
+        }
+        result
+    }
+
+    /// Writes fresh clusters whole: what guest range `start..stop` holds, with `part` in the place of `at, len`.
+    ///
+    /// # Safety
+    /// As [`crate::Disk::write_vectored`], for `part`.
+    unsafe fn fill(
+        &mut self,
+        fresh: &Fresh,
+        start: u64,
+        (at, len): (u64, u64),
+        part: &[IoBuf],
+        stop: u64,
+    ) -> Result<()> {
+        let size = self.header.size;
+        let before = self.old_bytes(start, at, fresh.zero)?;
+        // The guest's disk may end within its last cluster.
+        let after = self.old_bytes(at + len, stop.min(size.next_multiple_of(CLUSTER)), fresh.zero)?;
+        let mut bufs = Vec::with_capacity(part.len() + 2);
+        bufs.extend(before.as_deref().map(buffer));
+        bufs.extend_from_slice(part);
+        bufs.extend(after.as_deref().map(buffer));
+        let host = fresh.first * CLUSTER;
+        let skip = if before.is_some() { 0 } else { at - start };
+        let end = host + fresh.count * CLUSTER;
+        let volume = self.volume()?;
+        if end > volume.len {
+            let len = end.next_multiple_of(STEP);
+            volume.len = len;
+            self.store.set_len(len).map_err(|e| DiskError::io("grow the volume's file", e))?;
+        }
+        // SAFETY: the caller's promise for `part`; the rest is ours and outlives the call.
+        unsafe { self.store.write(host + skip, &bufs) }.map_err(|e| DiskError::io("write the disk", e))
+    }
+
+    /// What guest range `from..to`, within one cluster that is not in the file, holds now. `None` when there is nothing
+    /// to write: the range is empty, or it is zeros and `zero` says that so is the cluster.
+    fn old_bytes(&mut self, from: u64, to: u64, zero: bool) -> Result<Option<Vec<u8>>> {
+        if from >= to {
+            return Ok(None);
+        }
+        let base = self.base.as_ref().map_or(0, |b| b.size());
+        let hole = self.mapping(from / CLUSTER)? == Mapping::Hole;
+        if zero && !(hole && from < base) {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; (to - from) as usize];
+        if hole && from < base {
+            // SAFETY: the buffer is ours.
+            unsafe {
+                self.read_base(
+                    from,
+                    &[libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }],
+                )
+            }?;
+        }
+        Ok(Some(bytes))
+    }
+
+    /// Guest range `at..at + len` reads as zeros from now on.
+    pub(super) fn write_zeroes(&mut self, at: u64, len: u64, unmap: bool) -> Result<()> {
+        let end = at + len;
+        let whole_from = at.next_multiple_of(CLUSTER).min(end);
+        // The disk's last cluster is whole where the disk ends.
+        let whole_to = if end == self.header.size { end } else { end / CLUSTER * CLUSTER }.max(whole_from);
+        self.write_zero_bytes(at, whole_from)?;
+        let mut index = whole_from.div_ceil(CLUSTER);
+        while index * CLUSTER < whole_to {
+            match self.mapping(index)? {
+                Mapping::Data(host) if !unmap => {
+                    let zero = self.store.zero(host, CLUSTER, false);
+                    zero.map_err(|e| DiskError::io("zero a part of the disk", e))?;
+                }
+                _ => self.unlink(index)?,
+            }
+            index += 1;
+        }
+        self.write_zero_bytes(whole_to, end)
+    }
+
+    /// Zeros for a part of a cluster.
+    fn write_zero_bytes(&mut self, from: u64, to: u64) -> Result<()> {
+        if from >= to {
+            return Ok(());
+        }
+        let already = match self.mapping(from / CLUSTER)? {
+            Mapping::Zero(_) => true,
+            Mapping::Hole => from >= self.base.as_ref().map_or(0, |b| b.size()),
+            _ => false,
+        };
+        if already {
+            return Ok(());
+        }
+        let zeros = vec![0; (to - from) as usize];
+        // SAFETY: the buffer is ours.
+        unsafe { self.write(from, &[buffer(&zeros)]) }
+    }
+
+    /// Guest cluster `index` reads as zeros and takes no room.
+    fn unlink(&mut self, index: u64) -> Result<()> {
+        // Without a base an empty entry is zeros too.
+        let empty = if self.base.is_some() { ZERO } else { 0 };
+        let old = self.mapping(index)?;
+        self.set_entry(index, empty)?;
+        self.leave(old)
+    }
+
+    /// The cluster of a mapping that no entry in memory has any more will be free once that is durable.
+    fn leave(&mut self, old: Mapping) -> Result<()> {
+        if let Mapping::Data(host) | Mapping::Zero(host) = old
+            && host != 0
+        {
+            self.volume()?.leaving.push(host / CLUSTER);
+        }
+        Ok(())
+    }
+
+    /// The guest does not need this range any more; parts of clusters are kept.
+    pub(super) fn discard(&mut self, at: u64, len: u64) -> Result<()> {
+        let end = at + len;
+        let last = if end == self.header.size { end.div_ceil(CLUSTER) } else { end / CLUSTER };
+        for index in at.div_ceil(CLUSTER)..last {
+            if !matches!(self.mapping(index)?, Mapping::Zero(0)) {
+                self.unlink(index)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The disk has `size` bytes from now on. Tables that are missing are put behind everything else; the header, which
+    /// makes it true, is written last.
+    pub(super) fn grow(&mut self, size: u64) -> Result<()> {
+        let refuse = |context: String| DiskError { kind: DiskErrorKind::OutOfRange, context, source: None };
+        let old = self.header.size;
+        let most = (u64::from(self.header.l1_entries) * L2_REACH).min(super::MAX_SIZE);
+        if size < old || size > most || !size.is_multiple_of(SECTOR) {
+            let why = format!(
+                "the volume has {old} bytes and cannot become {size}; at most {most}, in steps of 512"
+            );
+            return Err(refuse(why));
+        }
+        // What the last cluster holds past the old end must be zeros when it comes into view.
+        let hidden = old.next_multiple_of(CLUSTER).min(size);
+        self.flush()?;
+        let missing: Vec<usize> =
+            (0..size.div_ceil(L2_REACH) as usize).filter(|i| self.l1.get(*i) == Some(&0)).collect();
+        let data = size.div_ceil(CLUSTER) - old.div_ceil(CLUSTER);
+        self.add_tables(&missing, data)?;
+        self.header.size = size;
+        if hidden > old
+            && let Err(e) = self.clear_tail(old, hidden)
+        {
+            self.header.size = old;
+            return Err(e);
+        }
+        let written = self.store.write_bytes(0, &self.header.to_bytes());
+        if let Err(e) = written {
+            self.header.size = old;
+            return Err(self.metadata_error(e));
+        }
+        self.sync()
+    }
+
+    fn clear_tail(&mut self, from: u64, to: u64) -> Result<()> {
+        if let Mapping::Data(host) = self.mapping(from / CLUSTER)? {
+            let zero = self.store.zero(host + from % CLUSTER, to - from, false);
+            zero.map_err(|e| DiskError::io("grow the volume", e))?;
+        }
+        Ok(())
+    }
+
+    /// Adds L2 tables for the L1 entries `missing`, and refcount blocks for them and `data` more clusters.
+    fn add_tables(&mut self, missing: &[usize], data: u64) -> Result<()> {
+        let reftable = (self.header.reftable_offset, u64::from(self.header.reftable_clusters) * ENTRIES);
+        let volume = self.volume()?;
+        let tables = missing.len() as u64;
+        let had = volume.blocks.len() as u64;
+        // Every block counts itself too.
+        let blocks = (tables + data).div_ceil(COUNTS - 1);
+        if had + blocks > reftable.1 {
+            let context = "the volume's refcount table is full; make a larger volume and copy".to_owned();
+            return Err(DiskError { kind: DiskErrorKind::OutOfRange, context, source: None });
+        }
+        let first = volume.fresh;
+        let end = (first + blocks + tables) * CLUSTER;
+        let new_blocks: Vec<u64> = (0..blocks).map(|i| (first + i) * CLUSTER).collect();
+        volume.blocks.extend(&new_blocks);
+        volume.fresh += blocks + tables;
+        for cluster in first..volume.fresh {
+            volume.set_taken(cluster, true);
+        }
+        let len = end.max(volume.len);
+        volume.len = len;
+        let list: Vec<u8> = new_blocks.iter().flat_map(|b| b.to_be_bytes()).collect();
+        let result = (|| {
+            self.store.set_len(len)?;
+            self.store.write_bytes(reftable.0 + had * 8, &list)?;
+            self.store.sync()?;
+            let volume = self.volume.as_mut().ok_or(std::io::ErrorKind::ReadOnlyFilesystem)?;
+            volume.write_counts(&*self.store)?;
+            self.store.sync()?;
+            for (i, index) in missing.iter().enumerate() {
+                let offset = (first + blocks + i as u64) * CLUSTER;
+                let at = self.header.l1_offset + *index as u64 * 8;
+                self.store.write_bytes(at, &(offset | COPIED).to_be_bytes())?;
+                if let Some(entry) = self.l1.get_mut(*index) {
+                    *entry = offset;
+                }
+            }
+            self.store.sync()
+        })();
+        result.map_err(|e| {
+            // Half grown: what was written is consistent, but not known exactly.
+            self.failed = true;
+            DiskError::io("grow the volume", e)
+        })
+    }
+}
