@@ -634,10 +634,11 @@ impl Inner {
         let list: Vec<u8> = new_blocks.iter().flat_map(|b| b.to_be_bytes()).collect();
         let result = (|| {
             self.store.set_len(len)?;
-            self.store.write_bytes(reftable.0 + had * 8, &list)?;
-            self.store.sync()?;
+            // The new blocks' counts first, their own among them: a block that is linked counts itself.
             let volume = self.volume.as_mut().ok_or(std::io::ErrorKind::ReadOnlyFilesystem)?;
             volume.write_counts(&*self.store)?;
+            self.store.sync()?;
+            self.store.write_bytes(reftable.0 + had * 8, &list)?;
             self.store.sync()?;
             for (i, index) in missing.iter().enumerate() {
                 let offset = (first + blocks + i as u64) * CLUSTER;
