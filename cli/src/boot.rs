@@ -10,9 +10,10 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use hutch_vmm::config::{BootConfig, End, MachineConfig, Report, RunAs};
+use hutch_vmm::config::{BootConfig, DiskConfig, End, MachineConfig, Report, RunAs};
 use nix::sys::signal::{Signal, kill};
 
+use crate::disks::{self, DiskArg};
 use crate::vmm::{Inherit, Vmm};
 
 /// Exit status: the machine could not be built or failed.
@@ -33,12 +34,22 @@ const NOBODY: RunAs = RunAs { uid: 65534, gid: 65534 };
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
-    /// The kernel: a bzImage, such as /boot/vmlinuz of a distribution.
+    /// The image to boot: a .qcow2 file, or a raw one by any other name. It is never written.
+    #[arg(value_name = "IMAGE", required_unless_present = "kernel")]
+    image: Option<PathBuf>,
+    /// Keep the root disk in FILE, a volume on IMAGE; made when it is not there yet. Without this, what the guest writes
+    /// is forgotten at the end.
+    #[arg(long, value_name = "FILE", requires = "image")]
+    root_volume: Option<PathBuf>,
+    /// The kernel: a bzImage, such as /boot/vmlinuz of a distribution. Without it, what IMAGE's boot loader would load.
     #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    kernel: Option<PathBuf>,
     /// The initrd.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
+    /// One more disk: a .qcow2 volume, or anything else as raw; `:ro` is only read, `:ephemeral` forgets what is written.
+    #[arg(long = "disk", value_name = "FILE[:ro|:ephemeral]")]
+    disks: Vec<DiskArg>,
     /// More words for the kernel's command line; the serial console is always there.
     #[arg(long, value_name = "TEXT", default_value = "")]
     append: String,
@@ -75,18 +86,15 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let (report, report_fd) = inherit.pipe()?;
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     let kvm = kvm.context("cannot open /dev/kvm; `hutch doctor` tells what to do")?;
+    let (boot, disks) = boot_and_disks(args, &mut inherit)?;
     let config = MachineConfig {
         id: format!("i-{:017x}", uuid::Uuid::new_v4().as_u128() >> 60),
         uuid: format!("ec2{}", &uuid::Uuid::new_v4().to_string()[3..]),
         cpus: args.cpus,
         memory_mib: args.memory,
         hugepages: args.hugepages,
-        boot: BootConfig {
-            kernel: inherit.open(&args.kernel, "kernel")?,
-            initrd: args.initrd.as_deref().map(|p| inherit.open(p, "initrd")).transpose()?,
-            cmdline: cmdline(args)?,
-        },
-        disks: vec![],
+        boot,
+        disks,
         nets: vec![],
         kvm: inherit.give(kvm.into())?,
         control: None,
@@ -145,9 +153,41 @@ fn verdict(report: &Report, timed_out: bool, args: &Args, tail: &str) -> u8 {
     status
 }
 
-fn cmdline(args: &Args) -> anyhow::Result<String> {
-    let mut words = vec!["console=ttyS0 panic=1".to_owned()];
-    words.push(args.append.trim().to_owned());
+/// What the machine boots, and its disks: the image's first, then the others in the order they were named.
+fn boot_and_disks(args: &Args, inherit: &mut Inherit) -> anyhow::Result<(BootConfig, Vec<DiskConfig>)> {
+    let mut disks = Vec::new();
+    let mut guest = None;
+    let serial = |index: usize| format!("vol{index:017x}");
+    if let Some(image) = &args.image {
+        let layers = disks::root_layers(image, args.root_volume.as_deref())?;
+        if args.kernel.is_none() {
+            let disk = disks::open(&layers).with_context(|| format!("the image {}", image.display()))?;
+            let files = hutch_imagestore::boot::read(&disk);
+            guest = Some(files.with_context(|| format!("cannot boot the image {}", image.display()))?);
+        }
+        disks.push(disks::give(layers, serial(0), false, inherit)?);
+    }
+    for arg in &args.disks {
+        disks.push(disks::give(disks::layers(arg)?, serial(disks.len()), arg.read_only(), inherit)?);
+    }
+    let boot = match (&args.kernel, guest) {
+        (Some(kernel), _) => BootConfig {
+            kernel: inherit.open(kernel, "kernel")?,
+            initrd: args.initrd.as_deref().map(|p| inherit.open(p, "initrd")).transpose()?,
+            cmdline: cmdline(args, "console=ttyS0 panic=1")?,
+        },
+        (None, Some(files)) => BootConfig {
+            kernel: inherit.bytes(&files.kernel)?,
+            initrd: (!files.initrd.is_empty()).then(|| inherit.bytes(&files.initrd)).transpose()?,
+            cmdline: cmdline(args, &hutch_imagestore::boot::with_serial_console(&files.entry.cmdline))?,
+        },
+        (None, None) => bail!("nothing to boot: name an IMAGE or a --kernel"),
+    };
+    Ok((boot, disks))
+}
+
+fn cmdline(args: &Args, first: &str) -> anyhow::Result<String> {
+    let mut words = vec![first.trim().to_owned(), args.append.trim().to_owned()];
     if !args.command.is_empty() {
         words.push("quiet".into());
         words.push(format!("hutch.cmd={}", hex(&args.command)));

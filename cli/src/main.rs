@@ -3,11 +3,13 @@
 //! ```text
 //!   hutch boot     boot.rs     one machine in the foreground, without any daemon
 //!   hutch doctor   doctor.rs   what this host can do, and what to do about what it cannot
+//!                  disks.rs    what --disk and IMAGE name: layers of files
 //!                  vmm.rs      the child process hutch-vmm: descriptors in, report out
 //! ```
 #![forbid(unsafe_code)]
 
 mod boot;
+mod disks;
 mod doctor;
 mod vmm;
 

@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, bail};
 use hutch_vmm::config::{FdNumber, MachineConfig, Report};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::pipe2;
 
 /// Descriptors that the child will inherit.
@@ -22,6 +23,13 @@ impl Inherit {
         if !file.metadata()?.is_file() {
             bail!("the {what} {} is no regular file", path.display());
         }
+        self.give(file.into())
+    }
+
+    /// Hands over a file in memory that holds `bytes`.
+    pub fn bytes(&mut self, bytes: &[u8]) -> anyhow::Result<FdNumber> {
+        let mut file = File::from(memfd_create(c"hutch-boot", MFdFlags::MFD_CLOEXEC)?);
+        file.write_all(bytes)?;
         self.give(file.into())
     }
 

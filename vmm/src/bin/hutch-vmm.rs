@@ -6,13 +6,14 @@ use std::io::{Read, Write};
 use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, Signal};
 
 use hutch_vmm::board::Backends;
-use hutch_vmm::config::{Counters, End, FdNumber, MachineConfig, Report, RunAs};
+use hutch_vmm::config::{Counters, DiskFormat, End, FdNumber, MachineConfig, Report, RunAs};
 use hutch_vmm::control::Control;
 use hutch_vmm::machine::{Files, Machine};
 use hutch_vmm::plan::Plan;
@@ -52,18 +53,12 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
     *report_to = config.report.map(|fd| fds.file(fd, "report")).transpose()?;
     let plan = Plan::new(config).map_err(|e| e.to_string())?;
     let config = plan.config();
-    if !config.disks.is_empty() || !config.nets.is_empty() {
-        return Err(format!(
-            "{}: disks and network interfaces are not served yet; leave them out",
-            config.id
-        ));
-    }
     let files = Files {
         kvm: fds.file(config.kvm, "kvm")?,
         kernel: fds.file(config.boot.kernel, "kernel")?,
         initrd: config.boot.initrd.map(|fd| fds.file(fd, "initrd")).transpose()?,
         console_log: config.console_log.map(|fd| fds.file(fd, "console log")).transpose()?,
-        backends: Backends::default(),
+        backends: backends(config, fds)?,
     };
     let control = config.control.map(|fd| fds.file(fd, "control socket")).transpose()?;
     let control = control.map(|file| UnixListener::from(std::os::fd::OwnedFd::from(file)));
@@ -94,6 +89,31 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
         }
     });
     trouble.map_or(Ok(report), Err)
+}
+
+/// Opens what the disks and interfaces run on, from inherited descriptors.
+fn backends(config: &MachineConfig, fds: &mut Inherited) -> Result<Backends, String> {
+    let mut backends = Backends::default();
+    for disk in &config.disks {
+        let mut layers = Vec::new();
+        for layer in &disk.layers {
+            let format = match layer.format {
+                DiskFormat::Raw => hutch_blockdev::Format::Raw,
+                DiskFormat::Qcow2 => hutch_blockdev::Format::Qcow2,
+            };
+            layers.push((fds.file(layer.fd, &disk.serial)?, format));
+        }
+        let opened = hutch_blockdev::open_layers(layers, disk.read_only).map_err(|e| {
+            let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
+            format!("{}: disk {}: {e}{cause}", config.id, disk.serial)
+        })?;
+        backends.disks.push((opened, Arc::default()));
+    }
+    for net in &config.nets {
+        let taps = net.taps.iter().map(|fd| fds.file(*fd, "tap")).collect::<Result<Vec<_>, _>>()?;
+        backends.taps.push((taps, Arc::default()));
+    }
+    Ok(backends)
 }
 
 /// Descriptors taken over from the parent, each at most once.
