@@ -234,9 +234,14 @@ impl Store {
         let disk = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
         let pending = disk.and_then(|disk| disk.try_lock().map_err(io::Error::from).map(|()| disk));
         match pending {
-            Ok(disk) => {
-                Ok(Pending { store: self.clone(), id, name: name.to_owned(), directory, disk, committed: false })
-            }
+            Ok(disk) => Ok(Pending {
+                store: self.clone(),
+                id,
+                name: name.to_owned(),
+                directory,
+                disk,
+                committed: false,
+            }),
             Err(error) => {
                 let _ = delete(&directory);
                 Err(io_error("make", &path)(error))
@@ -345,8 +350,8 @@ impl Pending {
             .map_err(io_error("write", &path))?;
         self.write_record(&record)?;
         let directory = self.store.root.join(&self.id);
-        // Renamed while it is still writable: only root may rename a directory that is not. The crash between the two
-        // leaves a whole image whose files are read-only.
+        fs::set_permissions(&self.directory, Permissions::from_mode(0o555))
+            .map_err(io_error("write", &self.directory))?;
         sync(&self.directory)?;
         {
             let _lock = self.store.lock()?;
@@ -354,7 +359,6 @@ impl Pending {
             fs::rename(&self.directory, &directory).map_err(io_error("make", &directory))?;
             self.committed = true;
         }
-        fs::set_permissions(&directory, Permissions::from_mode(0o555)).map_err(io_error("close", &directory))?;
         sync(&self.store.root)?;
         Ok(Image { record, directory })
     }
