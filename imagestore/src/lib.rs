@@ -1,6 +1,8 @@
 //! AMIs: templates, import, and reading the boot configuration off a guest disk.
 //!
 //! ```text
+//!   import         a raw or qcow2 file, read by a confined process, becomes a template
+//!   store          templates that nobody can write, each with its record
 //!   partition      GPT, MBR or none: where on the disk file systems are
 //!   boot/disk      finds the configuration on ext2/3/4, loads what it names
 //!   boot/grub      grub.cfg, as grub-mkconfig writes it ┐
@@ -14,5 +16,6 @@
 #![forbid(unsafe_code)]
 
 pub mod boot;
+pub mod import;
 pub mod partition;
 pub mod store;

@@ -1,0 +1,383 @@
+//! From a file that somebody downloaded to a template: raw, sparse, and read by a process that can do nothing else.
+//!
+//! ```text
+//!   import (the caller's rights)                     worker (nobody, no-new-privs, rlimits)
+//!     stdin   the source, read only        ─────►      reads it as blockdev reads disks
+//!     stdout  the store's pending disk     ─────►      writes what is not zeros
+//!     stderr  a pipe                       ◄─────      JSON lines: progress, then done or refused
+//! ```
+//!
+//! The worker is a program, so that nothing of the caller's memory is in it: its three descriptors are all it has.
+//! The checksum is of the source's bytes and taken by the caller, beside the worker: it cannot be lied to.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use hutch_blockdev::{Format as DiskFormat, open_layers};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::Signal;
+use nix::unistd::{Gid, Uid, geteuid, setgid, setgroups, setuid};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::store::{Architecture, Format, Image, Origin, Store, StoreError};
+
+/// How much is read at once, in bytes.
+const CHUNK: usize = 1 << 20;
+/// What is looked at for zeros, in bytes: a file system's block.
+const BLOCK: usize = 4096;
+/// The user and group `nobody`.
+const NOBODY: u32 = 65534;
+/// The most of a worker's report that is kept, in bytes.
+const MAX_REPORT: usize = 64 << 10;
+
+/// What an import may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// The largest virtual size in bytes.
+    pub virtual_bytes: u64,
+    /// The most bytes that are not zeros: a small file can unpack to any size.
+    pub data_bytes: u64,
+    /// Address space of the worker in bytes.
+    pub memory_bytes: u64,
+    /// Processor time of the worker in seconds.
+    pub cpu_seconds: u64,
+    /// Time in seconds, after which the worker is killed.
+    pub wall_seconds: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            virtual_bytes: 16 << 40,
+            data_bytes: 256 << 30,
+            memory_bytes: 1 << 30,
+            cpu_seconds: 3600,
+            wall_seconds: 7200,
+        }
+    }
+}
+
+/// What to make of a source.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The image's name.
+    pub name: String,
+    /// The source's format; `None` has it checked, once, here.
+    pub format: Option<Format>,
+    /// The processor it is for.
+    pub architecture: Architecture,
+    /// What it may take.
+    pub limits: Limits,
+}
+
+/// Why nothing was imported. Nothing is left of it.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// The store's own reasons.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The source is no image that can be imported.
+    #[error("the image is refused: {0}")]
+    Refused(String),
+    /// It took more than was allowed.
+    #[error("the import was ended: it needs more than {0}; check the image, or allow more")]
+    Limit(String),
+    /// The worker could not be run, or broke.
+    #[error("the import failed to {what}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The host's error.
+        #[source]
+        source: io::Error,
+    },
+    /// The worker ended without a word.
+    #[error("the import's worker ended with {status}: {last}")]
+    Worker {
+        /// How it ended.
+        status: ExitStatus,
+        /// The last that it said.
+        last: String,
+    },
+}
+
+fn io_error(what: &'static str) -> impl Fn(io::Error) -> ImportError {
+    move |source| ImportError::Io { what, source }
+}
+
+/// A line that the worker says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Report {
+    /// Bytes of the disk done, and its size.
+    Progress { done: u64, total: u64 },
+    /// All is written and durable.
+    Done { total: u64 },
+    /// The image is bad.
+    Refused(String),
+    /// More than one of the limits.
+    Limit(String),
+    /// The host failed.
+    Failed(String),
+}
+
+/// What the worker is told.
+#[derive(Debug, Serialize, Deserialize)]
+struct Task {
+    format: Format,
+    limits: Limits,
+}
+
+/// Imports `source` into `store`. `worker` is the program (`hutch-import-worker`, or one with [`worker`] behind a
+/// subcommand); `progress` is told bytes done and in all.
+///
+/// # Errors
+/// Those of [`ImportError`].
+pub fn import(
+    store: &Store,
+    source: &File,
+    request: &Request,
+    mut worker: Command,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Image, ImportError> {
+    let format = match request.format {
+        Some(format) => format,
+        None => detect(source)?,
+    };
+    let pending = store.begin(&request.name)?;
+    let clone = |file: &File| file.try_clone().map_err(io_error("hand over the files"));
+    let task = serde_json::to_string(&Task { format, limits: request.limits })
+        .map_err(|error| io_error("describe the task")(error.into()))?;
+    worker
+        .arg(task)
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::from(clone(source)?))
+        .stdout(Stdio::from(clone(pending.disk())?))
+        .stderr(Stdio::piped());
+    let child = Running(worker.spawn().map_err(io_error("start its worker"))?);
+    let (total, sha256) = std::thread::scope(|scope| {
+        let sum = scope.spawn(|| checksum(source));
+        let total = watch(child, &request.limits, progress);
+        let sum = sum.join().unwrap_or_else(|_| Err(io::Error::other("the checksum's thread ended")));
+        Ok::<_, ImportError>((total?, sum.map_err(io_error("read the image"))?))
+    })?;
+    let len = pending.disk().metadata().map_err(io_error("look at the disk"))?.len();
+    if len != total || len == 0 || !len.is_multiple_of(512) || len > request.limits.virtual_bytes {
+        return Err(ImportError::Refused(format!("its disk has {len} bytes")));
+    }
+    Ok(pending.commit(Origin { format, sha256, architecture: request.architecture })?)
+}
+
+/// The format by the source's first bytes. Formats that are neither raw nor qcow2 are told apart from raw.
+fn detect(source: &File) -> Result<Format, ImportError> {
+    const FOREIGN: [(&[u8], &str); 8] = [
+        (b"KDMV", "VMDK"),
+        (b"# Disk DescriptorFile", "VMDK"),
+        (b"vhdxfile", "VHDX"),
+        (b"conectix", "VHD"),
+        (b"QED\0", "QED"),
+        (b"\x1f\x8b", "gzip-compressed"),
+        (b"\xfd7zXZ\0", "xz-compressed"),
+        (b"\x28\xb5\x2f\xfd", "zstd-compressed"),
+    ];
+    let mut head = [0; 32];
+    let count = source.read_at(&mut head, 0).map_err(io_error("read the image"))?;
+    let head = head.get(..count).unwrap_or_default();
+    if head.starts_with(b"QFI\xfb") {
+        return Ok(Format::Qcow2);
+    }
+    match FOREIGN.iter().find(|(magic, _)| head.starts_with(magic)) {
+        Some((_, name)) => Err(ImportError::Refused(format!(
+            "it looks {name}; unpack it or convert it by `qemu-img convert -O qcow2`, or say that its format is raw"
+        ))),
+        None => Ok(Format::Raw),
+    }
+}
+
+fn checksum(source: &File) -> io::Result<String> {
+    let (mut hash, mut buffer, mut at) = (Sha256::new(), vec![0; CHUNK], 0);
+    loop {
+        let count = match source.read_at(&mut buffer, at) {
+            Ok(0) => break,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            result => result?,
+        };
+        hash.update(buffer.get(..count).unwrap_or_default());
+        at += count as u64;
+    }
+    Ok(format!("{:x}", hash.finalize()))
+}
+
+/// A worker that does not outlive its import.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Listens to the worker until it ends; tells the disk's size.
+fn watch(
+    mut child: Running,
+    limits: &Limits,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<u64, ImportError> {
+    let deadline = Instant::now() + Duration::from_secs(limits.wall_seconds);
+    let Some(mut pipe) = child.0.stderr.take() else {
+        return Err(io_error("listen to its worker")(io::ErrorKind::BrokenPipe.into()));
+    };
+    let (mut text, mut last, mut buffer) = (Vec::new(), String::new(), [0; 4096]);
+    let mut end = None;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ImportError::Limit(format!("{} seconds", limits.wall_seconds)));
+        }
+        let timeout = PollTimeout::try_from(left.min(Duration::from_secs(3600))).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(0) | Err(Errno::EINTR) => continue,
+            result => result.map_err(|error| io_error("listen to its worker")(error.into()))?,
+        };
+        let count = pipe.read(&mut buffer).map_err(io_error("listen to its worker"))?;
+        if count == 0 {
+            break;
+        }
+        text.extend_from_slice(buffer.get(..count).unwrap_or_default());
+        while let Some(newline) = text.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = text.drain(..=newline).collect();
+            match serde_json::from_slice(&line) {
+                Ok(Report::Progress { done, total }) => progress(done, total),
+                Ok(report) => end = Some(report),
+                Err(_) => last = String::from_utf8_lossy(&line).trim_end().to_owned(),
+            }
+        }
+        if text.len() > MAX_REPORT {
+            return Err(ImportError::Refused("its worker talks without end".to_owned()));
+        }
+    }
+    let status = child.0.wait().map_err(io_error("wait for its worker"))?;
+    let killed = |signal: Signal| status.signal() == Some(signal as i32);
+    match end {
+        _ if killed(Signal::SIGXCPU) || killed(Signal::SIGKILL) => {
+            Err(ImportError::Limit(format!("{} seconds of processor time", limits.cpu_seconds)))
+        }
+        _ if killed(Signal::SIGXFSZ) => Err(ImportError::Limit(format!("{} bytes", limits.virtual_bytes))),
+        Some(Report::Done { total }) if status.success() => Ok(total),
+        Some(Report::Refused(why)) => Err(ImportError::Refused(why)),
+        Some(Report::Limit(what)) => Err(ImportError::Limit(what)),
+        Some(Report::Failed(why)) => Err(io_error("write the disk")(io::Error::other(why))),
+        _ => Err(ImportError::Worker { status, last }),
+    }
+}
+
+/// The worker's whole life: `task` is the last argument that [`import`] gave it. It gives up all rights before it
+/// looks at the image.
+pub fn worker(task: &str) -> ExitCode {
+    let report = work(task).unwrap_or_else(|report| report);
+    say(&report);
+    if matches!(report, Report::Done { .. }) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn say(report: &Report) {
+    // Whoever listened is gone when this fails, and then so is the reason to work; the next write to the disk's
+    // pending file harms nobody.
+    if let Ok(mut line) = serde_json::to_vec(report) {
+        line.push(b'\n');
+        let _ = io::stderr().write_all(&line);
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> Report {
+    Report::Failed(error.to_string())
+}
+
+fn work(task: &str) -> Result<Report, Report> {
+    let Task { format, limits } = serde_json::from_str(task).map_err(failed)?;
+    let own = |fd: io::Result<OwnedFd>| fd.map(File::from).map_err(failed);
+    let source = own(io::stdin().as_fd().try_clone_to_owned())?;
+    let target = own(io::stdout().as_fd().try_clone_to_owned())?;
+    confine(&limits).map_err(failed)?;
+
+    let format = match format {
+        Format::Raw => DiskFormat::Raw,
+        Format::Qcow2 => DiskFormat::Qcow2,
+    };
+    let refused = |error: hutch_blockdev::DiskError| match std::error::Error::source(&error) {
+        Some(cause) => Report::Refused(format!("{error}: {cause}")),
+        None => Report::Refused(error.to_string()),
+    };
+    let disk = open_layers(vec![(source, format)], true).map_err(refused)?;
+    let total = disk.size();
+    if total == 0 {
+        return Err(Report::Refused("it is empty".to_owned()));
+    }
+    if total > limits.virtual_bytes {
+        return Err(Report::Limit(format!("{} bytes of disk: it has {total}", limits.virtual_bytes)));
+    }
+    target.set_len(total).map_err(failed)?;
+    let (mut buffer, mut at, mut data) = (vec![0; CHUNK], 0, 0_u64);
+    while at < total {
+        let count = usize::try_from(total - at).unwrap_or(CHUNK).min(CHUNK);
+        let chunk = buffer.get_mut(..count).ok_or_else(|| failed("chunk"))?;
+        disk.read_at(at, chunk).map_err(refused)?;
+        data += write_data(&target, at, chunk).map_err(failed)?;
+        if data > limits.data_bytes {
+            return Err(Report::Limit(format!("{} bytes of data", limits.data_bytes)));
+        }
+        at += count as u64;
+        if at.is_multiple_of(16 << 20) || at == total {
+            say(&Report::Progress { done: at, total });
+        }
+    }
+    target.sync_all().map_err(failed)?;
+    Ok(Report::Done { total })
+}
+
+/// Writes the blocks of `chunk` that are not zeros, neighbours at once; tells how many bytes that were.
+fn write_data(target: &File, at: u64, chunk: &[u8]) -> io::Result<u64> {
+    let (mut offset, mut written) = (at, 0);
+    for run in chunk.chunks(BLOCK).collect::<Vec<_>>().chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+        let len: usize = run.iter().map(|block| block.len()).sum();
+        if run.first().is_some_and(|block| !is_zero(block)) {
+            target.write_all_at(&run.concat(), offset)?;
+            written += len as u64;
+        }
+        offset += len as u64;
+    }
+    Ok(written)
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    block.iter().fold(0, |bits, byte| bits | byte) == 0
+}
+
+/// Gives up every right that reading one file and writing another does not need.
+fn confine(limits: &Limits) -> nix::Result<()> {
+    let fixed = |resource, value| setrlimit(resource, value, value);
+    fixed(Resource::RLIMIT_AS, limits.memory_bytes)?;
+    fixed(Resource::RLIMIT_CPU, limits.cpu_seconds)?;
+    fixed(Resource::RLIMIT_FSIZE, limits.virtual_bytes)?;
+    fixed(Resource::RLIMIT_CORE, 0)?;
+    // What is open stays open; nothing more can be.
+    fixed(Resource::RLIMIT_NOFILE, 0)?;
+    if geteuid().is_root() {
+        setgroups(&[])?;
+        setgid(Gid::from_raw(NOBODY))?;
+        setuid(Uid::from_raw(NOBODY))?;
+    }
+    fixed(Resource::RLIMIT_NPROC, 0)?;
+    nix::sys::prctl::set_no_new_privs()?;
+    // After the change of user, which clears it.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
+}
