@@ -201,3 +201,42 @@ fn whatever_call_fails_the_image_stays_whole() {
         }
     }
 }
+
+#[test]
+fn growth_on_a_full_host_can_be_tried_again() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("volume");
+    for n in 0..8 {
+        let _ = std::fs::remove_file(&path);
+        qcow2::create(&rw(&path), 500 * MIB).expect("create");
+        let plan = Plan::new();
+        let disk = Qcow2Disk::on(Box::new(Faulty(rw(&path), plan.clone())), None, false).expect("open");
+        disk.write_at(0, &[1; 4096]).expect("write");
+        disk.flush().expect("flush");
+        // Once: the host has room again for what comes after.
+        plan.fail_once(n, libc::ENOSPC);
+        let first = disk.grow(1700 * MIB);
+        plan.relent();
+        // Calls 1 and 2 make room and write counts; before and between are syncs, which have no second try.
+        if [1, 2].contains(&n) {
+            assert_eq!(first.expect_err("the host was full").kind, DiskErrorKind::NoSpace);
+            assert_eq!(disk.size(), 500 * MIB);
+            disk.write_at(MIB, &[2; 512]).expect("write meanwhile");
+            disk.flush().expect("flush meanwhile");
+            disk.grow(1700 * MIB).expect("with room again");
+            disk.write_at(1700 * MIB - 512, &[3; 512]).expect("write behind the old end");
+            disk.flush().expect("flush");
+        }
+        drop(disk);
+        let (code, said) = common::qemu_img(&["check", "-f", "qcow2", path.to_str().expect("UTF-8")]);
+        assert!(code == 0 || code == 3, "ENOSPC at call {n}: {said}");
+        let disk = open_volume(&path, None);
+        let mut bytes = [0; 4096];
+        disk.read_at(0, &mut bytes).expect("read");
+        assert_eq!(bytes, [1; 4096]);
+        disk.grow(1700 * MIB).expect("grow at the next start");
+        disk.flush().expect("flush");
+        drop(disk);
+        assert_clean(&path);
+    }
+}

@@ -632,11 +632,16 @@ impl Inner {
         let len = end.max(volume.len);
         volume.len = len;
         let list: Vec<u8> = new_blocks.iter().flat_map(|b| b.to_be_bytes()).collect();
+        // The new blocks' counts first, their own among them: a block that is linked counts itself.
+        let counted = self.store.set_len(len).and_then(|()| match self.volume.as_mut() {
+            Some(volume) => volume.write_counts(&*self.store),
+            None => Ok(()),
+        });
+        if let Err(e) = counted {
+            self.drop_tables(first, had as usize);
+            return Err(self.metadata_error(e));
+        }
         let result = (|| {
-            self.store.set_len(len)?;
-            // The new blocks' counts first, their own among them: a block that is linked counts itself.
-            let volume = self.volume.as_mut().ok_or(std::io::ErrorKind::ReadOnlyFilesystem)?;
-            volume.write_counts(&*self.store)?;
             self.store.sync()?;
             self.store.write_bytes(reftable.0 + had * 8, &list)?;
             self.store.sync()?;
@@ -655,5 +660,17 @@ impl Inner {
             self.failed = true;
             DiskError::io("grow the volume", e)
         })
+    }
+    /// Takes back what a growth set aside from cluster `first` on, while nothing links to it yet.
+    fn drop_tables(&mut self, first: u64, blocks: usize) {
+        let Some(volume) = self.volume.as_mut() else { return };
+        for cluster in first..volume.fresh {
+            volume.set_taken(cluster, false);
+        }
+        volume.blocks.truncate(blocks);
+        volume.fresh = first;
+        volume.len = first * CLUSTER;
+        // Cut off, so that the clusters read as zeros when they are taken again.
+        self.failed |= self.store.set_len(first * CLUSTER).is_err();
     }
 }

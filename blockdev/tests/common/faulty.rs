@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 use hutch_blockdev::store::Store;
 use libc::iovec;
@@ -13,18 +13,25 @@ pub struct Plan {
     countdown: AtomicI64,
     errno: AtomicI64,
     calls: AtomicU64,
+    once: AtomicBool,
 }
 
 impl Plan {
     pub fn new() -> Arc<Plan> {
-        Arc::new(Plan { countdown: (-1).into(), errno: 0.into(), calls: 0.into() })
+        Arc::new(Plan { countdown: (-1).into(), errno: 0.into(), calls: 0.into(), once: false.into() })
     }
     /// Fails the `n`-th changing call from now (0: the next) and all after it, with `errno`, until `relent`.
     pub fn fail(&self, n: i64, errno: i32) {
         self.errno.store(errno.into(), Ordering::SeqCst);
         self.countdown.store(n, Ordering::SeqCst);
     }
+    /// Fails only the `n`-th changing call from now.
+    pub fn fail_once(&self, n: i64, errno: i32) {
+        self.once.store(true, Ordering::SeqCst);
+        self.fail(n, errno);
+    }
     pub fn relent(&self) {
+        self.once.store(false, Ordering::SeqCst);
         self.countdown.store(-1, Ordering::SeqCst);
     }
     /// Changing calls so far.
@@ -41,6 +48,9 @@ impl Plan {
         if left > 0 {
             self.countdown.store(left - 1, Ordering::SeqCst);
             return None;
+        }
+        if self.once.load(Ordering::SeqCst) {
+            self.countdown.store(-1, Ordering::SeqCst);
         }
         Some(true)
     }
