@@ -5,7 +5,7 @@ fn guest(n: u8) -> Guest {
         tap: format!("hu0000000{n:x}").parse().unwrap(),
         mac: MacAddr::new([2, 0, 0, 0, 0, n]).unwrap(),
         ip4: Ipv4Addr::new(172, 31, 0, n),
-        ip6: (n % 2 == 0).then(|| Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, n.into())),
+        ip6: n.is_multiple_of(2).then(|| Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, n.into())),
     }
 }
 
