@@ -3,17 +3,20 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::path::PathBuf;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use hutch_vmm::config::{BootConfig, DiskConfig, End, MachineConfig, Report, RunAs};
+use hutch_netfw::GuestNet;
+use hutch_vmm::config::{BootConfig, DiskConfig, End, MachineConfig, NetConfig, Report, RunAs};
 use nix::sys::signal::{Signal, kill};
 
 use crate::disks::{self, DiskArg};
+use crate::ssh;
 use crate::vmm::{Inherit, Vmm};
 
 /// Exit status: the machine could not be built or failed.
@@ -26,6 +29,20 @@ const KILLED: u8 = 244;
 const LAST_LINES: usize = 50;
 /// nobody and nogroup of Debian: the rights a machine runs with when hutch is started by root.
 const NOBODY: RunAs = RunAs { uid: 65534, gid: 65534 };
+
+/// Where networks are recorded while they are up.
+pub const RUN_DIR: &str = "/run/hutch";
+/// The MTU of a guest's link, in bytes.
+const MTU: u16 = 1500;
+
+/// What `--net` may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum NetArg {
+    /// A tap.
+    Tap,
+    /// No interface.
+    None,
+}
 
 /// Arguments of `hutch boot`.
 ///
@@ -62,6 +79,13 @@ pub struct Args {
     /// Back memory with huge pages reserved on the host.
     #[arg(long)]
     hugepages: bool,
+    /// The network: a tap of its own, routed, with DHCP, NAT out and ssh in from this host; or none. [default: tap for an
+    /// IMAGE, none for a --kernel]
+    #[arg(long)]
+    net: Option<NetArg>,
+    /// A public SSH key (FILE.pub) that may log in; by default hutch's own, which `hutch ssh` uses.
+    #[arg(long, value_name = "FILE", requires = "image")]
+    key: Option<PathBuf>,
     /// End the machine after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -87,6 +111,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     let kvm = kvm.context("cannot open /dev/kvm; `hutch doctor` tells what to do")?;
     let (boot, disks) = boot_and_disks(args, &mut inherit)?;
+    // The network lives as long as this does: it goes when the machine has ended.
+    let (net, nets) = network(args, &mut inherit)?;
     let config = MachineConfig {
         id: format!("i-{:017x}", uuid::Uuid::new_v4().as_u128() >> 60),
         uuid: format!("ec2{}", &uuid::Uuid::new_v4().to_string()[3..]),
@@ -95,7 +121,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         hugepages: args.hugepages,
         boot,
         disks,
-        nets: vec![],
+        nets,
         kvm: inherit.give(kvm.into())?,
         control: None,
         console_log: Some(console_log),
@@ -106,6 +132,9 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         no_reboot: args.no_reboot,
     };
     hutch_vmm::plan::Plan::new(config.clone())?;
+    if let Some(net) = &net {
+        eprintln!("hutch: {} has address {}", config.id, net.ip);
+    }
     let vmm = Vmm::start(&config, inherit, report)?;
 
     let timed_out = AtomicBool::new(false);
@@ -153,6 +182,26 @@ fn verdict(report: &Report, timed_out: bool, args: &Args, tail: &str) -> u8 {
     status
 }
 
+/// The machine's network, up.
+fn network(args: &Args, inherit: &mut Inherit) -> anyhow::Result<(Option<GuestNet>, Vec<NetConfig>)> {
+    let default = if args.image.is_some() { NetArg::Tap } else { NetArg::None };
+    if args.net.unwrap_or(default) == NetArg::None {
+        return Ok((None, vec![]));
+    }
+    let mut net = GuestNet::up(Path::new(RUN_DIR), 1, MTU, name_servers())?;
+    let taps = net.take_taps().into_iter().map(|tap| inherit.give(tap.into()));
+    let taps = taps.collect::<anyhow::Result<Vec<_>>>()?;
+    let config = NetConfig { mac: net.mac.to_string(), taps, mtu: MTU };
+    Ok((Some(net), vec![config]))
+}
+
+/// The host's name servers, but for those that only the host can reach.
+fn name_servers() -> Vec<Ipv4Addr> {
+    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let servers = text.lines().filter_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok());
+    servers.filter(|ip: &Ipv4Addr| !ip.is_loopback()).take(3).collect()
+}
+
 /// What the machine boots, and its disks: the image's first, then the others in the order they were named.
 fn boot_and_disks(args: &Args, inherit: &mut Inherit) -> anyhow::Result<(BootConfig, Vec<DiskConfig>)> {
     let mut disks = Vec::new();
@@ -179,7 +228,10 @@ fn boot_and_disks(args: &Args, inherit: &mut Inherit) -> anyhow::Result<(BootCon
         (None, Some(files)) => BootConfig {
             kernel: inherit.bytes(&files.kernel)?,
             initrd: (!files.initrd.is_empty()).then(|| inherit.bytes(&files.initrd)).transpose()?,
-            cmdline: cmdline(args, &hutch_imagestore::boot::with_serial_console(&files.entry.cmdline))?,
+            cmdline: {
+                let own = hutch_imagestore::boot::with_serial_console(&files.entry.cmdline);
+                cmdline(args, &format!("{own} hutch.key={}", ssh::public_key(args.key.as_deref())?))?
+            },
         },
         (None, None) => bail!("nothing to boot: name an IMAGE or a --kernel"),
     };

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   hutch boot     boot.rs     one machine in the foreground, without any daemon
+//!   hutch ssh      ssh.rs      log in, with hutch's own key
 //!   hutch doctor   doctor.rs   what this host can do, and what to do about what it cannot
 //!                  disks.rs    what --disk and IMAGE name: layers of files
 //!                  vmm.rs      the child process hutch-vmm: descriptors in, report out
@@ -11,6 +12,7 @@
 mod boot;
 mod disks;
 mod doctor;
+mod ssh;
 mod vmm;
 
 use std::process::ExitCode;
@@ -29,6 +31,8 @@ struct Cli {
 enum Command {
     /// Run one machine in the foreground.
     Boot(boot::Args),
+    /// Log in to a machine that `hutch boot` runs, or run a command there.
+    Ssh(ssh::Args),
     /// Tell what this host's KVM is worth and what to do.
     Doctor(doctor::Args),
     /// Print a completion script for a shell.
@@ -41,6 +45,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Boot(args) => boot::run(&args),
+        Command::Ssh(args) => ssh::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "hutch", &mut std::io::stdout());

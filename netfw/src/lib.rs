@@ -1,8 +1,15 @@
-//! What a guest network is made of: taps, addresses, DHCP, router advertisements, nftables.
+//! What a guest network is made of: taps, addresses, DHCP, nftables.
 //!
-//! [`name`] holds the checked names and addresses that everything else is built from; [`nft`] renders them to the
-//! firewall that must be in the kernel before the first tap is up.
-#![forbid(unsafe_code)]
+//! ```text
+//!   guest.rs   a guest's network, up and down      dhcp.rs   its lease
+//!   nft.rs     the firewall, rendered and swapped  tap.rs    its link, addressed and routed by netlink
+//!   name.rs    checked names: nothing else gets into a ruleset's text
+//! ```
 
+pub mod dhcp;
+pub mod guest;
 pub mod name;
 pub mod nft;
+pub mod tap;
+
+pub use guest::{GATEWAY, GuestNet, NetError, SUBNET, repair};

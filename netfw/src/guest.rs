@@ -1,0 +1,242 @@
+//! A guest's network as a whole: rules, then the tap, then DHCP; and all of it undone at the end.
+//!
+//! ```text
+//!   GuestNet::up ── firewall (whole, or one more guest) ─► tap ─► address and route, up ─► DHCP
+//!   drop         ── DHCP ─► tap ─► the guest's elements; the last one takes the tables along
+//! ```
+//! Who dies without saying so leaves elements for a tap that is gone, which lead nowhere; the next start and
+//! [`repair`] take them out.
+
+use std::fs::{self, File};
+use std::io;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use ipnet::Ipv4Net;
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use crate::dhcp::{Lease, Server};
+use crate::name::{MacAddr, TapName, Uplink};
+use crate::nft::{self, Guest, NftError, Ruleset};
+use crate::tap::{self, TapError};
+
+/// The default VPC's first subnet.
+pub const SUBNET: Ipv4Net = match Ipv4Net::new(Ipv4Addr::new(172, 31, 0, 0), 20) {
+    Ok(net) => net,
+    Err(_) => panic!("a prefix of 20 bits is one"),
+};
+/// The gateway of every guest: the subnet's first address, as in EC2.
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 1);
+/// Addresses that EC2 keeps for itself at the start of a subnet.
+const RESERVED: u32 = 4;
+const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
+
+/// Why a guest has no network.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// The firewall.
+    #[error(transparent)]
+    Firewall(#[from] NftError),
+    /// The tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// Where networks are recorded.
+    #[error("cannot use {path}; run as root, or without a network (--net none)")]
+    State {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// All addresses are taken.
+    #[error("all addresses of {SUBNET} are taken; stop a guest")]
+    Full,
+    /// DHCP cannot be served.
+    #[error("cannot serve DHCP on {tap}")]
+    Dhcp {
+        /// The tap.
+        tap: TapName,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A guest, as recorded for those who come after a crash.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Record {
+    tap: String,
+    mac: String,
+    ip: Ipv4Addr,
+    /// Forwarding was off before the first guest came.
+    forwarding_was_off: bool,
+}
+
+impl Record {
+    fn guest(&self) -> Option<Guest> {
+        Some(Guest { tap: self.tap.parse().ok()?, mac: self.mac.parse().ok()?, ip4: self.ip, ip6: None })
+    }
+    fn alive(&self) -> bool {
+        Path::new("/sys/class/net").join(&self.tap).exists()
+    }
+}
+
+/// A guest's network; dropping it undoes it.
+pub struct GuestNet {
+    /// The guest's address.
+    pub ip: Ipv4Addr,
+    /// Its hardware address.
+    pub mac: MacAddr,
+    guest: Guest,
+    state: PathBuf,
+    taps: Vec<File>,
+    server: Option<Server>,
+}
+
+impl GuestNet {
+    /// Gives a guest its network in this process's network namespace: an address of [`SUBNET`] that nobody has, a tap of
+    /// so many `queues`, NAT out by the host's default route. `state` is a directory that holds what is to be undone.
+    ///
+    /// # Errors
+    /// See [`NetError`]; nothing is left behind.
+    pub fn up(state: &Path, queues: usize, mtu: u16, dns: Vec<Ipv4Addr>) -> Result<GuestNet, NetError> {
+        let _lock = lock(state)?;
+        let mut records = clean(state)?;
+        let taken: Vec<Ipv4Addr> = records.iter().map(|r| r.ip).collect();
+        let first = u32::from(SUBNET.network()) + RESERVED;
+        let free = (first..u32::from(SUBNET.broadcast())).map(Ipv4Addr::from).find(|ip| !taken.contains(ip));
+        let ip = free.ok_or(NetError::Full)?;
+        let [a, b, c, d] = ip.octets();
+        let tap: TapName = format!("hu{a:02x}{b:02x}{c:02x}{d:02x}").parse().map_err(|_| NetError::Full)?;
+        let mac = MacAddr::new([0x02, 0x68, a, b, c, d]).ok_or(NetError::Full)?;
+        let guest = Guest { tap: tap.clone(), mac, ip4: ip, ip6: None };
+
+        let uplink = tap::default_link().and_then(|name| name.parse::<Uplink>().ok());
+        let text = |path: &Path| fs::read_to_string(path).unwrap_or_default();
+        let was_off =
+            records.first().map_or(text(Path::new(FORWARDING)).trim() == "0", |r| r.forwarding_was_off);
+        let record = Record {
+            tap: tap.to_string(),
+            mac: mac.to_string(),
+            ip,
+            forwarding_was_off: was_off && uplink.is_some(),
+        };
+        // Recorded first, so that whatever happens next can be undone by someone else.
+        write_record(state, &record)?;
+        let mut net = GuestNet { ip, mac, guest, state: state.to_owned(), taps: Vec::new(), server: None };
+        let mut rules = Ruleset::new(SUBNET, GATEWAY, uplink.clone())?;
+        records.push(record);
+        for guest in records.iter().filter_map(Record::guest) {
+            rules.add(guest)?;
+        }
+        nft::apply(&rules.render())?;
+        net.taps = tap::create(&tap, queues)?;
+        tap::configure(&tap, mtu, GATEWAY, ip)?;
+        if uplink.is_some() && was_off {
+            let path = PathBuf::from(FORWARDING);
+            fs::write(&path, "1").map_err(|source| NetError::State { path, source })?;
+        }
+        let lease = Lease { mac, ip, subnet: SUBNET, gateway: GATEWAY, dns, mtu };
+        let served = Server::start(&tap, lease);
+        net.server = Some(served.map_err(|source| NetError::Dhcp { tap, source })?);
+        Ok(net)
+    }
+
+    /// The tap's queues, for the machine; the tap lives as long as anyone holds one.
+    pub fn take_taps(&mut self) -> Vec<File> {
+        std::mem::take(&mut self.taps)
+    }
+}
+
+impl Drop for GuestNet {
+    fn drop(&mut self) {
+        self.server = None;
+        self.taps.clear();
+        // What cannot be undone now is undone by the next start.
+        let Ok(_lock) = lock(&self.state) else { return };
+        let _ = fs::remove_file(record_path(&self.state, &self.guest.tap.to_string()));
+        let _ = nft::apply(&nft::render_remove(&self.guest));
+        let _ = finish(&self.state, true);
+    }
+}
+
+/// Takes out what machines left that died without a word. Returns how many there were.
+///
+/// # Errors
+/// See [`NetError`].
+pub fn repair(state: &Path) -> Result<usize, NetError> {
+    let _lock = lock(state)?;
+    let before = records(state)?.len();
+    let after = clean(state)?.len();
+    finish(state, before != after)?;
+    Ok(before - after)
+}
+
+/// Removes records and elements of taps that are gone; returns the others.
+fn clean(state: &Path) -> Result<Vec<Record>, NetError> {
+    let (alive, dead): (Vec<_>, Vec<_>) = records(state)?.into_iter().partition(Record::alive);
+    for record in dead {
+        if let Some(guest) = record.guest() {
+            // Without tables there are no elements either.
+            let _ = nft::apply(&nft::render_remove(&guest));
+        }
+        if alive.is_empty() && record.forwarding_was_off {
+            let _ = fs::write(FORWARDING, "0");
+        }
+        let path = record_path(state, &record.tap);
+        fs::remove_file(&path).map_err(|source| NetError::State { path, source })?;
+    }
+    Ok(alive)
+}
+
+/// Without guests there are no tables, and forwarding is as it was.
+fn finish(state: &Path, changed: bool) -> Result<(), NetError> {
+    if changed && records(state)?.is_empty() {
+        nft::apply(nft::render_teardown())?;
+        let was_off = state.join("forwarding-was-off");
+        if was_off.exists() {
+            let _ = fs::write(FORWARDING, "0");
+            let _ = fs::remove_file(was_off);
+        }
+    }
+    Ok(())
+}
+
+fn lock(state: &Path) -> Result<Flock<File>, NetError> {
+    let path = state.join("net.lock");
+    let error = |source| NetError::State { path: path.clone(), source };
+    fs::create_dir_all(state).map_err(error)?;
+    let file = File::options().create(true).append(true).open(&path).map_err(error)?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| error(e.into()))
+}
+
+fn record_path(state: &Path, tap: &str) -> PathBuf {
+    state.join(format!("{tap}.json"))
+}
+
+fn write_record(state: &Path, record: &Record) -> Result<(), NetError> {
+    let path = record_path(state, &record.tap);
+    let error = |source| NetError::State { path: path.clone(), source };
+    if record.forwarding_was_off {
+        fs::write(state.join("forwarding-was-off"), "").map_err(error)?;
+    }
+    let bytes = serde_json::to_vec(record).map_err(|e| error(e.into()))?;
+    fs::write(&path, bytes).map_err(error)
+}
+
+/// The records, in order of their taps; what is no record is passed over.
+fn records(state: &Path) -> Result<Vec<Record>, NetError> {
+    let error = |source| NetError::State { path: state.to_owned(), source };
+    let mut records = Vec::new();
+    for entry in fs::read_dir(state).map_err(error)? {
+        let path = entry.map_err(error)?.path();
+        if path.extension().is_some_and(|e| e == "json") {
+            let record = fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok());
+            records.extend(record);
+        }
+    }
+    records.sort_by(|a, b| a.tap.cmp(&b.tap));
+    Ok(records)
+}

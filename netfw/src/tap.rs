@@ -1,0 +1,176 @@
+//! Taps: one link a guest, routed, never bridged. A tap is gone when the last of its descriptors is closed.
+
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsRawFd;
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+use crate::name::TapName;
+
+mod tun {
+    // TUNSETIFF is declared with an int, and takes an ifreq (linux/if_tun.h).
+    nix::ioctl_write_ptr_bad!(
+        set_interface,
+        nix::request_code_write!(b'T', 202, size_of::<libc::c_int>()),
+        libc::ifreq
+    );
+}
+
+/// Why a tap could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// The kernel gives no taps.
+    #[error("cannot open /dev/net/tun; load the module tun, and run as root")]
+    NoTun(#[source] io::Error),
+    /// The name is another's.
+    #[error("the tap {0} is in use by another machine; stop that one, or choose another address")]
+    Busy(TapName),
+    /// The kernel refused.
+    #[error("{tap}: cannot {what}")]
+    Refused {
+        /// The tap.
+        tap: TapName,
+        /// What was being done.
+        what: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Makes the tap `name` with so many `queues` (1 to 8), in this thread's network namespace. It is down.
+///
+/// # Errors
+/// See [`TapError`]; nothing is left.
+pub fn create(name: &TapName, queues: usize) -> Result<Vec<File>, TapError> {
+    let text = name.to_string();
+    // Without the flag for many queues, a second opening of the same name is refused, which is what tells that it is taken.
+    let many = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    if std::path::Path::new("/sys/class/net").join(&text).exists() {
+        return Err(TapError::Busy(name.clone()));
+    }
+    let mut taps = Vec::new();
+    for _ in 0..queues {
+        let tap = File::options().read(true).write(true).open("/dev/net/tun").map_err(TapError::NoTun)?;
+        // SAFETY: all zeros is a valid ifreq.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        request.ifr_name.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from as libc::c_char);
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | many;
+        request.ifr_ifru.ifru_flags = flags as libc::c_short;
+        // SAFETY: the descriptor is open and the request is a valid ifreq.
+        unsafe { tun::set_interface(tap.as_raw_fd(), &request) }.map_err(|e| match e {
+            nix::errno::Errno::EBUSY => TapError::Busy(name.clone()),
+            e => TapError::Refused { tap: name.clone(), what: "make the tap", source: e.into() },
+        })?;
+        taps.push(tap);
+    }
+    Ok(taps)
+}
+
+/// Makes the host the guest's gateway on its tap, and routes the guest's address there. Call it when the firewall knows
+/// the guest: afterwards the tap is up.
+///
+/// # Errors
+/// The kernel's. What was done goes away with the tap.
+pub fn configure(name: &TapName, mtu: u16, gateway: Ipv4Addr, guest: Ipv4Addr) -> Result<(), TapError> {
+    let refused = |what| move |source| TapError::Refused { tap: name.clone(), what, source };
+    for (key, value) in [
+        ("ipv6/conf/{}/disable_ipv6", "1"),
+        ("ipv4/conf/{}/rp_filter", "1"),
+        ("ipv4/conf/{}/accept_redirects", "0"),
+        ("ipv4/conf/{}/send_redirects", "0"),
+        // The guest believes that its neighbours are on its link: the host answers for them, and then decides.
+        ("ipv4/conf/{}/proxy_arp", "1"),
+        ("ipv4/neigh/{}/proxy_delay", "0"),
+        ("ipv4/conf/{}/forwarding", "1"),
+    ] {
+        let path = format!("/proc/sys/net/{}", key.replace("{}", &name.to_string()));
+        match std::fs::write(path, value) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound && key.starts_with("ipv6") => {}
+            done => done.map_err(refused("set the tap's sysctls"))?,
+        }
+    }
+    let index = nix::net::if_::if_nametoindex(name.to_string().as_str());
+    let index = index.map_err(|e| refused("find the tap")(e.into()))?;
+    let mut kernel = Route::open().map_err(refused("talk to the kernel"))?;
+
+    let mut link = LinkMessage::default();
+    link.header.index = index;
+    link.header.flags = LinkFlags::Up;
+    link.header.change_mask = LinkFlags::Up;
+    link.attributes.push(LinkAttribute::Mtu(mtu.into()));
+    kernel.ask(RouteNetlinkMessage::SetLink(link), 0).map_err(refused("bring the tap up"))?;
+
+    let mut address = AddressMessage::default();
+    address.header.family = AddressFamily::Inet;
+    address.header.prefix_len = 32;
+    address.header.index = index;
+    address.header.scope = AddressScope::Link;
+    for attribute in [AddressAttribute::Local, AddressAttribute::Address] {
+        address.attributes.push(attribute(IpAddr::V4(gateway)));
+    }
+    let create = NLM_F_CREATE | NLM_F_EXCL;
+    let asked = kernel.ask(RouteNetlinkMessage::NewAddress(address), create);
+    asked.map_err(refused("give the tap the gateway's address"))?;
+
+    let mut route = RouteMessage::default();
+    route.header.address_family = AddressFamily::Inet;
+    route.header.destination_prefix_length = 32;
+    route.header.table = RouteHeader::RT_TABLE_MAIN;
+    route.header.protocol = RouteProtocol::Static;
+    route.header.scope = RouteScope::Link;
+    route.header.kind = RouteType::Unicast;
+    route.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(guest)));
+    route.attributes.push(RouteAttribute::PrefSource(RouteAddress::Inet(gateway)));
+    route.attributes.push(RouteAttribute::Oif(index));
+    // Exclusive: an address that is routed already is another guest's.
+    kernel.ask(RouteNetlinkMessage::NewRoute(route), create).map_err(refused("route the guest's address"))
+}
+
+/// The link that the host's default route leaves by; `None` without one.
+pub fn default_link() -> Option<String> {
+    let table = std::fs::read_to_string("/proc/net/route").ok()?;
+    let default = |line: &&str| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        fields.next() == Some("00000000") && fields.nth(5) == Some("00000000")
+    };
+    table.lines().skip(1).find(default)?.split_ascii_whitespace().next().map(str::to_owned)
+}
+
+/// A conversation with the kernel about links, addresses and routes.
+struct Route(Socket);
+
+impl Route {
+    fn open() -> io::Result<Route> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        Ok(Route(socket))
+    }
+
+    fn ask(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        let mut packet = NetlinkMessage::from(message);
+        packet.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        packet.finalize();
+        let mut bytes = vec![0; packet.buffer_len()];
+        packet.serialize(&mut bytes);
+        self.0.send(&bytes, 0)?;
+        let (answer, _) = self.0.recv_from_full()?;
+        let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
+        match answer.payload {
+            NetlinkPayload::Error(error) => error.code.map_or(Ok(()), |_| Err(error.to_io())),
+            _ => Err(io::Error::other("the kernel answered something else")),
+        }
+    }
+}
