@@ -130,6 +130,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         run_as: nix::unistd::geteuid().is_root().then_some(NOBODY),
         exit_port: true,
         no_reboot: args.no_reboot,
+        tethered: true,
     };
     hutch_vmm::plan::Plan::new(config.clone())?;
     if let Some(net) = &net {

@@ -11,6 +11,9 @@ pub struct Args {
     /// How to print.
     #[arg(long, value_enum, default_value_t = Output::Text)]
     output: Output,
+    /// Take out what machines left in the network that were killed without a word.
+    #[arg(long)]
+    repair: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -21,6 +24,11 @@ enum Output {
 
 /// Probes and prints.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    if args.repair {
+        let count = hutch_netfw::repair(std::path::Path::new(crate::boot::RUN_DIR))?;
+        println!("network: took out what {count} machines had left");
+        return Ok(ExitCode::SUCCESS);
+    }
     let found = probe();
     match args.output {
         Output::Text => println!("kvm: {}", found.advice()),

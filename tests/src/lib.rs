@@ -36,11 +36,16 @@ pub fn host(program: &str, args: &[&str]) -> Output {
     command.args(args).current_dir(root()).env("LAB_TIMEOUT", "180").output().expect("the command starts")
 }
 
-/// Runs the `hutch` that was built beside these tests.
-pub fn hutch(args: &[&str]) -> Output {
+/// The `hutch` that was built beside these tests.
+pub fn hutch_path() -> String {
     let profile = std::env::current_exe().expect("a test program has a path");
     let target = profile.ancestors().nth(2).expect("target/<profile>/deps/<test>");
-    host(&target.join("hutch").to_string_lossy(), args)
+    target.join("hutch").to_string_lossy().into_owned()
+}
+
+/// Runs `hutch`.
+pub fn hutch(args: &[&str]) -> Output {
+    host(&hutch_path(), args)
 }
 
 /// Boots `micro` with more options, and a command after `--`.

@@ -54,6 +54,9 @@ pub struct MachineConfig {
     /// End the machine when the guest asks for a reboot, instead of rebooting.
     #[serde(default)]
     pub no_reboot: bool,
+    /// End the machine when nobody can read `report` (a pipe) any more: its parent is gone.
+    #[serde(default)]
+    pub tethered: bool,
 }
 
 /// The I/O port of the exit device: a byte written there ends the machine with [`End::Command`] and that code. Bytes,

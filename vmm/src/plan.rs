@@ -221,6 +221,7 @@ mod tests {
             run_as: None,
             exit_port: false,
             no_reboot: false,
+            tethered: false,
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsFd, FromRawFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -68,6 +68,10 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
     nix::sys::prctl::set_no_new_privs().map_err(|e| format!("{}: no-new-privs: {e}", config.id))?;
 
     let id = config.id.clone();
+    let tether = match (plan.config().tethered, &report_to) {
+        (true, Some(report)) => Some(report.try_clone().map_err(|e| format!("{id}: report: {e}"))?),
+        _ => None,
+    };
     let terminate = block_termination().map_err(|e| format!("{id}: signals: {e}"))?;
     let mut machine = Machine::new(plan, files).map_err(|e| e.to_string())?;
     let (console, counts) = (machine.console(), machine.counts());
@@ -80,10 +84,19 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
             }
         };
         let signals = std::thread::Builder::new().name("signals".into()).spawn(wait).map(drop);
+        let killer = handle.clone();
+        let hold = move |tether: File| {
+            if reader_is_gone(&tether) {
+                killer.kill();
+            }
+        };
+        let tethered = tether.map_or(Ok(()), |tether| {
+            std::thread::Builder::new().name("tether".into()).spawn(move || hold(tether)).map(drop)
+        });
         let served = control.map_or(Ok(()), |listener| {
             Control { id: id.clone(), handle: handle.clone(), console, counts }.serve(listener)
         });
-        if let Err(e) = signals.and(served) {
+        if let Err(e) = signals.and(tethered).and(served) {
             trouble = Some(format!("{id}: cannot start a thread: {e}"));
             handle.kill();
         }
@@ -134,6 +147,18 @@ impl Inherited {
             .map_err(|e| format!("{what}: descriptor {fd} was not inherited: {e}"))?;
         // SAFETY: the descriptor is open, was made by the parent for us, and the set above gives it out only once.
         Ok(unsafe { File::from_raw_fd(fd) })
+    }
+}
+
+/// Waits until the reading end of a pipe is closed; false when that cannot be known.
+fn reader_is_gone(pipe: &File) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    loop {
+        match poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::empty())], PollTimeout::NONE) {
+            Ok(_) => return true,
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(_) => return false,
+        }
     }
 }
 

@@ -1,0 +1,62 @@
+//! A guest's network: a lease, the gateway, ssh in from the host and nothing else; afterwards nothing is left.
+
+use hutch_tests::{host, hutch_path, micro, root, text};
+
+/// Runs a script in a network namespace of its own where guests can run. `$HUTCH`, `$BOOT` (with the micro image) are set.
+fn in_namespace(script: &str) -> (Option<i32>, String) {
+    let (kernel, initrd) = (micro().join("vmlinuz"), micro().join("initrd"));
+    let hutch = hutch_path();
+    let boot =
+        format!("{hutch} boot --timeout 120 --kernel {} --initrd {}", kernel.display(), initrd.display());
+    let script = format!(
+        "set -u; HUTCH={hutch}; BOOT='{boot}'; D=$(mktemp -d); trap 'rm -rf $D' EXIT; mount -t tmpfs run /run\n\
+         ip link set lo up\n{script}"
+    );
+    let dir = root().join("target/stories");
+    std::fs::create_dir_all(&dir).expect("target is writable");
+    let path = dir.join(format!("{:?}.sh", std::thread::current().id()).replace(['(', ')'], ""));
+    std::fs::write(&path, script).expect("target is writable");
+    let out = host("unshare", &["-nm", "bash", &path.to_string_lossy()]);
+    (out.status.code(), text(&out))
+}
+
+/// What the guest does first: take the lease it is offered.
+const LEASE: &str = r##"ip link set eth0 up; printf "#!/bin/sh\n[ \$1 = bound ] && ip addr add \$ip/20 dev eth0 && ip route add default via \$router && echo BOUND \$ip \$router \$mtu \$hostname" >/tmp/s; chmod +x /tmp/s; udhcpc -i eth0 -nq -t 9 -s /tmp/s"##;
+
+#[test]
+fn a_guest_has_a_lease_a_gateway_and_an_open_port_22() {
+    let (code, said) = in_namespace(&format!(
+        r#"
+        $BOOT --net tap -- /bin/sh -c '{LEASE}; ping -c1 -W9 172.31.0.1 >/dev/null && echo GATEWAY; ping -c1 -W2 172.31.0.99 >/dev/null || echo ALONE; (echo open | nc -l -p 80 &); echo READY; echo hello | nc -l -p 22' >$D/guest 2>&1 &
+        for i in $(seq 100); do grep -q READY $D/guest && break; sleep 0.5; done
+        timeout 9 bash -c 'exec 3<>/dev/tcp/172.31.0.4/22; cat <&3'
+        timeout 3 bash -c 'exec 3<>/dev/tcp/172.31.0.4/80' && echo LEAK
+        wait; cat $D/guest
+        echo "left: $(nft list ruleset | wc -l) $(ls /sys/class/net | grep -c hu)"
+        "#
+    ));
+    assert_eq!(code, Some(0), "{said}");
+    for word in ["BOUND 172.31.0.4 172.31.0.1 1500 ip-172-31-0-4", "GATEWAY", "ALONE", "hello", "left: 0 0"] {
+        assert!(said.contains(word), "{word} is missing: {said}");
+    }
+    assert!(!said.contains("LEAK"), "port 80 must be closed: {said}");
+}
+
+#[test]
+fn what_a_killed_machine_left_is_taken_out() {
+    let (code, said) = in_namespace(
+        r#"
+        $BOOT --net tap -- /bin/sleep 1000 >$D/guest 2>&1 &
+        for i in $(seq 60); do grep -q "user space" $D/guest && break; sleep 0.5; done
+        echo "up: $(nft list table inet hutch | grep -c huac1f0004)"
+        kill -9 $!
+        for i in $(seq 20); do [ -e /sys/class/net/huac1f0004 ] || break; sleep 0.2; done
+        echo "killed: $(nft list table inet hutch | grep -c huac1f0004)"
+        $HUTCH doctor --repair
+        echo "left: $(nft list ruleset | wc -l) $(ls /run/hutch | grep -c json)"
+        "#,
+    );
+    assert_eq!(code, Some(0), "{said}");
+    assert!(!said.contains("up: 0") && !said.contains("killed: 0"), "{said}");
+    assert!(said.contains("left: 0 0"), "{said}");
+}
