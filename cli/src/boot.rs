@@ -16,6 +16,7 @@ use hutch_vmm::config::{BootConfig, DiskConfig, End, MachineConfig, NetConfig, R
 use nix::sys::signal::{Signal, kill};
 
 use crate::disks::{self, DiskArg};
+use crate::image;
 use crate::ssh;
 use crate::vmm::{Inherit, Vmm};
 
@@ -51,7 +52,8 @@ pub enum NetArg {
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
-    /// The image to boot: a .qcow2 file, or a raw one by any other name. It is never written.
+    /// The image to boot: an imported one by id or name, or a file: .qcow2, or a raw one by any other name. It is never
+    /// written.
     #[arg(value_name = "IMAGE", required_unless_present = "kernel")]
     image: Option<PathBuf>,
     /// Keep the root disk in FILE, a volume on IMAGE; made when it is not there yet. Without this, what the guest writes
@@ -209,6 +211,7 @@ fn boot_and_disks(args: &Args, inherit: &mut Inherit) -> anyhow::Result<(BootCon
     let mut guest = None;
     let serial = |index: usize| format!("vol{index:017x}");
     if let Some(image) = &args.image {
+        let image = &image::disk(image)?;
         let layers = disks::root_layers(image, args.root_volume.as_deref())?;
         if args.kernel.is_none() {
             let disk = disks::open(&layers).with_context(|| format!("the image {}", image.display()))?;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   hutch boot     boot.rs     one machine in the foreground, without any daemon
+//!   hutch image    image.rs    templates: build, import, ls, rm, inspect
 //!   hutch ssh      ssh.rs      log in, with hutch's own key
 //!   hutch doctor   doctor.rs   what this host can do, and what to do about what it cannot
 //!                  disks.rs    what --disk and IMAGE name: layers of files
@@ -12,6 +13,8 @@
 mod boot;
 mod disks;
 mod doctor;
+mod image;
+mod output;
 mod ssh;
 mod vmm;
 
@@ -31,6 +34,8 @@ struct Cli {
 enum Command {
     /// Run one machine in the foreground.
     Boot(boot::Args),
+    /// Build, import, list, remove and inspect images.
+    Image(image::Args),
     /// Log in to a machine that `hutch boot` runs, or run a command there.
     Ssh(ssh::Args),
     /// Tell what this host's KVM is worth and what to do.
@@ -45,6 +50,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Boot(args) => boot::run(&args),
+        Command::Image(args) => image::run(&args),
         Command::Ssh(args) => ssh::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completion { shell } => {

@@ -17,7 +17,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::dhcp::{Lease, Server};
-use crate::name::{MacAddr, TapName, Uplink};
+use crate::name::{MacAddr, TAP_PREFIX, TapName, Uplink};
 use crate::nft::{self, Guest, NftError, Ruleset};
 use crate::tap::{self, TapError};
 
@@ -79,7 +79,7 @@ impl Record {
         Some(Guest { tap: self.tap.parse().ok()?, mac: self.mac.parse().ok()?, ip4: self.ip, ip6: None })
     }
     fn alive(&self) -> bool {
-        Path::new("/sys/class/net").join(&self.tap).exists()
+        nix::net::if_::if_nametoindex(self.tap.as_str()).is_ok()
     }
 }
 
@@ -182,18 +182,16 @@ fn clean(state: &Path) -> Result<Vec<Record>, NetError> {
             // Without tables there are no elements either.
             let _ = nft::apply(&nft::render_remove(&guest));
         }
-        if alive.is_empty() && record.forwarding_was_off {
-            let _ = fs::write(FORWARDING, "0");
-        }
         let path = record_path(state, &record.tap);
         fs::remove_file(&path).map_err(|source| NetError::State { path, source })?;
     }
     Ok(alive)
 }
 
-/// Without guests there are no tables, and forwarding is as it was.
+/// Without guests there are no tables, and forwarding is as it was. While any tap of ours is there, its machine alive
+/// though its record be lost, the tables stay: they are what drops by the prefix.
 fn finish(state: &Path, changed: bool) -> Result<(), NetError> {
-    if changed && records(state)?.is_empty() {
+    if changed && records(state)?.is_empty() && !any_tap() {
         nft::apply(nft::render_teardown())?;
         let was_off = state.join("forwarding-was-off");
         if was_off.exists() {
@@ -202,6 +200,12 @@ fn finish(state: &Path, changed: bool) -> Result<(), NetError> {
         }
     }
     Ok(())
+}
+
+/// Whether a link of this namespace is named like our taps.
+fn any_tap() -> bool {
+    let Ok(links) = nix::net::if_::if_nameindex() else { return true };
+    links.iter().any(|link| link.name().to_bytes().starts_with(TAP_PREFIX.as_bytes()))
 }
 
 fn lock(state: &Path) -> Result<Flock<File>, NetError> {
@@ -223,7 +227,9 @@ fn write_record(state: &Path, record: &Record) -> Result<(), NetError> {
         fs::write(state.join("forwarding-was-off"), "").map_err(error)?;
     }
     let bytes = serde_json::to_vec(record).map_err(|e| error(e.into()))?;
-    fs::write(&path, bytes).map_err(error)
+    // Whole or not at all: a record cut short would hide a living guest.
+    let half = path.with_extension("new");
+    fs::write(&half, bytes).and_then(|()| fs::rename(&half, &path)).map_err(error)
 }
 
 /// The records, in order of their taps; what is no record is passed over.
@@ -239,4 +245,86 @@ fn records(state: &Path) -> Result<Vec<Record>, NetError> {
     }
     records.sort_by(|a, b| a.tap.cmp(&b.tap));
     Ok(records)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// Runs `test` in a network namespace of its own; says so where there is none to be had.
+    fn in_namespace(test: impl FnOnce(&Path) + Send + 'static) {
+        let run = move || {
+            if let Err(e) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
+                eprintln!("SKIPPED: a network namespace: {e}");
+                return;
+            }
+            if !Path::new("/dev/net/tun").exists() || Command::new("nft").arg("--version").output().is_err() {
+                eprintln!("SKIPPED: no /dev/net/tun, or no nft");
+                return;
+            }
+            let state = tempfile::tempdir().unwrap();
+            test(state.path());
+        };
+        std::thread::spawn(run).join().unwrap();
+    }
+
+    fn tables() -> String {
+        let out = Command::new("nft").args(["list", "ruleset"]).output().unwrap();
+        String::from_utf8(out.stdout).unwrap()
+    }
+
+    fn up(state: &Path) -> GuestNet {
+        GuestNet::up(state, 1, 1500, vec![]).unwrap()
+    }
+
+    #[test]
+    fn guests_have_addresses_of_their_own_and_leave_nothing() {
+        in_namespace(|state| {
+            let (a, b) = (up(state), up(state));
+            assert_eq!([a.ip, b.ip].map(|ip| ip.octets()[3]), [4, 5]);
+            assert_ne!(a.mac, b.mac);
+            drop(a);
+            let text = tables();
+            assert!(!text.contains("172.31.0.4") && text.contains("172.31.0.5"), "{text}");
+            let again = up(state);
+            assert_eq!(again.ip.octets()[3], 4, "a free address is used again");
+            drop((again, b));
+            assert_eq!(tables(), "");
+            assert!(!any_tap());
+            assert_eq!(fs::read_dir(state).unwrap().count(), 1, "only the lock is left");
+        });
+    }
+
+    #[test]
+    fn while_a_tap_lives_its_firewall_does() {
+        in_namespace(|state| {
+            let mut net = up(state);
+            let held = net.take_taps();
+            drop(net);
+            let text = tables();
+            assert!(text.contains("hu*") && !text.contains("172.31.0.4"), "a machine without rules: {text}");
+            drop(held);
+            let next = up(state);
+            drop(next);
+            assert_eq!(tables(), "");
+        });
+    }
+
+    #[test]
+    fn what_a_crash_left_is_repaired() {
+        in_namespace(|state| {
+            let mut net = up(state);
+            let taps = net.take_taps();
+            // As if the process had ended here: nothing is undone but what the kernel closes.
+            drop(net.server.take());
+            std::mem::forget(net);
+            assert_eq!(repair(state).unwrap(), 0, "it lives");
+            drop(taps);
+            assert!(tables().contains("172.31.0.4"));
+            assert_eq!(repair(state).unwrap(), 1);
+            assert_eq!(tables(), "");
+        });
+    }
 }

@@ -57,7 +57,7 @@ pub fn create(name: &TapName, queues: usize) -> Result<Vec<File>, TapError> {
     let text = name.to_string();
     // Without the flag for many queues, a second opening of the same name is refused, which is what tells that it is taken.
     let many = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
-    if std::path::Path::new("/sys/class/net").join(&text).exists() {
+    if nix::net::if_::if_nametoindex(text.as_str()).is_ok() {
         return Err(TapError::Busy(name.clone()));
     }
     let mut taps = Vec::new();

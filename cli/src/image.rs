@@ -1,0 +1,270 @@
+//! `hutch image`: the templates that machines are made of.
+
+use std::fs::File;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::{Subcommand, ValueEnum};
+use hutch_imagestore::import::{Limits, Request, import};
+use hutch_imagestore::store::{Architecture, Format, Image, Store};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::output::{self, Output};
+
+/// Arguments of `hutch image`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Where images are kept.
+    #[arg(long, value_name = "DIR", env = "HUTCH_STATE", default_value = DEFAULT_STATE, global = true)]
+    state: PathBuf,
+    #[command(subcommand)]
+    command: Image_,
+}
+
+/// Where everything of hutch's is kept that outlives a reboot.
+const DEFAULT_STATE: &str = "/var/lib/hutch";
+
+#[derive(Subcommand)]
+enum Image_ {
+    /// Build an image from Debian packages (as root; from a checkout) and import it.
+    Build {
+        /// Which one.
+        recipe: Recipe,
+    },
+    /// Import a raw or qcow2 file as a template that nobody can write.
+    Import {
+        /// The file.
+        file: PathBuf,
+        /// The image's name. [default: the file's, without its extension]
+        #[arg(long)]
+        name: Option<String>,
+        /// The file's format; checked once, now, when it is not said.
+        #[arg(long, value_enum)]
+        format: Option<FormatArg>,
+        /// Do nothing where an image of this name was made of the same bytes.
+        #[arg(long)]
+        keep: bool,
+    },
+    /// List the images.
+    Ls {
+        /// How to print.
+        #[arg(long, value_enum, default_value_t = Output::Table)]
+        output: Output,
+    },
+    /// Remove images. Machines that run on them go on.
+    Rm {
+        /// Ids or names.
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+    },
+    /// Show an image, and what it boots.
+    Inspect {
+        /// Id or name.
+        image: String,
+        /// How to print.
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Recipe {
+    #[value(name = "debian-12-lean")]
+    Debian12Lean,
+    #[value(name = "debian-12")]
+    Debian12,
+    #[value(name = "debian-13")]
+    Debian13,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum FormatArg {
+    Raw,
+    Qcow2,
+}
+
+/// The image's disk that `name` names: in the store by id or name, else a file.
+pub fn disk(name: &Path) -> anyhow::Result<PathBuf> {
+    let text = name.to_string_lossy();
+    if text.contains('/') || name.exists() {
+        return Ok(name.to_owned());
+    }
+    let state = std::env::var_os("HUTCH_STATE").map_or_else(|| PathBuf::from(DEFAULT_STATE), PathBuf::from);
+    if !state.join("images").is_dir() {
+        bail!("there is no image {text}: no file of this name, and no images in {}", state.display());
+    }
+    Ok(Store::open(&state)?.get(&text)?.disk())
+}
+
+/// Carries the command out.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let store = || Store::open(&args.state).context("run as root, or choose another directory with --state");
+    match &args.command {
+        Image_::Build { recipe } => {
+            let name = recipe.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default();
+            let file = build(&name)?;
+            print_image(&import_file(&store()?, &file, &name, Some(Format::Qcow2), true)?, Output::Text)?;
+        }
+        Image_::Import { file, name, format, keep } => {
+            let stem = file.file_stem().map(|s| s.to_string_lossy().into_owned());
+            let name = name.clone().or(stem).context("name the image (--name)")?;
+            let format = format.map(|format| match format {
+                FormatArg::Raw => Format::Raw,
+                FormatArg::Qcow2 => Format::Qcow2,
+            });
+            print_image(&import_file(&store()?, file, &name, format, *keep)?, Output::Text)?;
+        }
+        Image_::Ls { output } => {
+            let images = store()?.list()?;
+            let rows = images.iter().map(|image| {
+                let r = &image.record;
+                [r.id.clone(), r.name.clone(), size(r.virtual_size), output::time(r.created)]
+            });
+            output::list(
+                *output,
+                ["ID", "NAME", "SIZE", "CREATED"],
+                rows,
+                &images.iter().map(|i| &i.record).collect::<Vec<_>>(),
+            )?;
+        }
+        Image_::Rm { images } => {
+            let store = store()?;
+            // All are there, or none is removed.
+            for image in images {
+                store.get(image)?;
+            }
+            for image in images {
+                println!("removed {}", store.remove(image)?.id);
+            }
+        }
+        Image_::Inspect { image, output } => print_image(&store()?.get(image)?, *output)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs a recipe, which says what it does; it prints the file it made.
+fn build(name: &str) -> anyhow::Result<PathBuf> {
+    let recipe = Path::new("images/build-debian");
+    if !recipe.exists() {
+        bail!("images are built from a checkout of hutch: run this there, or import an image file");
+    }
+    let made = Command::new(recipe).arg(name).stderr(std::process::Stdio::inherit()).output();
+    let made = made.context("cannot run images/build-debian")?;
+    if !made.status.success() {
+        bail!("images/build-debian {name} failed ({}); what it said is above", made.status);
+    }
+    Ok(String::from_utf8_lossy(&made.stdout).trim().into())
+}
+
+fn import_file(
+    store: &Store,
+    path: &Path,
+    name: &str,
+    format: Option<Format>,
+    keep: bool,
+) -> anyhow::Result<Image> {
+    if keep && let Ok(image) = store.get(name) {
+        return Ok(image);
+    }
+    let source = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let request = Request {
+        name: name.to_owned(),
+        format,
+        architecture: Architecture::X86_64,
+        limits: Limits::default(),
+    };
+    let worker = Command::new(std::env::current_exe()?.with_file_name("hutch-import-worker"));
+    let mut progress = Progress::new(name);
+    let image = import(store, &source, &request, worker, &mut |done, total| progress.show(done, total));
+    let image = image.with_context(|| format!("cannot import {}", path.display()))?;
+    progress.end();
+    Ok(image)
+}
+
+/// A bar on a terminal, a line every few seconds elsewhere.
+struct Progress {
+    bar: Option<ProgressBar>,
+    name: String,
+    started: Instant,
+    said: Instant,
+}
+
+impl Progress {
+    fn new(name: &str) -> Progress {
+        let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}");
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0).with_message(format!("importing {name}"));
+            style.map(|style| bar.clone().with_style(style)).unwrap_or(bar)
+        });
+        Progress { bar, name: name.to_owned(), started: Instant::now(), said: Instant::now() }
+    }
+
+    fn show(&mut self, done: u64, total: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+        } else if self.said.elapsed() > Duration::from_secs(5) {
+            self.said = Instant::now();
+            eprintln!("importing {}: {} of {}", self.name, size(done), size(total));
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        eprintln!("imported {} in {:.1} s", self.name, self.started.elapsed().as_secs_f64());
+    }
+}
+
+/// An image, and what its boot loader's configuration says.
+fn print_image(image: &Image, output: Output) -> anyhow::Result<()> {
+    let record = &image.record;
+    let file = File::open(image.disk()).context("cannot open the image's disk")?;
+    let disk = hutch_blockdev::open_layers(vec![(file, hutch_blockdev::Format::Raw)], true)?;
+    let boots = hutch_imagestore::boot::read(&disk).map(|files| files.entry);
+    if output == Output::Json {
+        let boot =
+            boots.ok().map(|entry| serde_json::json!({ "kernel": entry.kernel, "cmdline": entry.cmdline }));
+        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "image": record, "boot": boot }))?);
+        return Ok(());
+    }
+    println!("id        {}", record.id);
+    println!("name      {}", record.name);
+    println!("size      {}", size(record.virtual_size));
+    println!("created   {}", output::time(record.created));
+    println!("sha256    {}", record.source_sha256);
+    match boots {
+        Ok(entry) => println!("boots     {} {}", entry.kernel, entry.cmdline),
+        Err(e) => println!("boots     not by itself: {e}"),
+    }
+    Ok(())
+}
+
+/// Bytes for people, in powers of 1024.
+pub fn size(bytes: u64) -> String {
+    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    match units.into_iter().find(|(shift, _)| bytes >> shift > 0) {
+        Some((shift, unit)) => {
+            let whole = bytes as f64 / (1_u64 << shift) as f64;
+            if whole.fract() < 0.05 { format!("{whole:.0} {unit}") } else { format!("{whole:.1} {unit}") }
+        }
+        None => format!("{bytes} B"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_for_people() {
+        assert_eq!(
+            [size(0), size(1 << 20), size(3 << 29), size(1023)],
+            ["0 B", "1 MiB", "1.5 GiB", "1023 B"]
+        );
+    }
+}
