@@ -1,5 +1,9 @@
 # The commands people type. `make test` is everything CI runs.
-.PHONY: test fmt lint unit stories lab lab-down
+.PHONY: demo deny test fmt lint unit stories lab lab-down
+# Builds all it needs, makes an AMI, launches it, and shows the main job.
+demo:
+	tests/demo
+
 test: fmt lint unit stories
 
 fmt:
@@ -15,6 +19,11 @@ unit:
 # Real guests: directly where KVM can, else in the lab.
 stories:
 	tests/lab/enter cargo test --locked -p hutch-tests -- --test-threads=2
+
+# Licences and sources of all that is linked.
+deny:
+	command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
+	cargo deny check licenses bans sources
 
 # The lab, kept up between runs.
 lab:

@@ -1,0 +1,75 @@
+//! hutch beside QEMU, in the same run, with the same kernel, initrd and files: what `make bench` runs.
+//!
+//! ```text
+//!   tests/bench/run ── builds ──► hutch-bench all          (on the host, or in the lab)
+//!        machine ── starts hutch or QEMU, reads its CPU clock when a line of the console comes
+//!        exits ──── counts returns of KVM_RUN by the kernel's own tracepoint
+//!        boot, volume ── take turns, round by round ──► table ── medians: Markdown, and JSON
+//! ```
+//!
+//! Wall times say little where the host itself is emulated; CPU seconds, exits, memory and bytes hold.
+#![forbid(unsafe_code)]
+
+mod boot;
+mod exits;
+mod machine;
+mod table;
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use table::Table;
+
+/// Measures hutch beside QEMU.
+#[derive(Parser)]
+enum Args {
+    /// Measures everything and prints the table.
+    All(All),
+}
+
+/// What is measured, and with what.
+#[derive(clap::Args)]
+struct All {
+    /// The `hutch` to measure; `hutch-vmm` lies beside it.
+    #[arg(long)]
+    hutch: PathBuf,
+    /// The directory of the `micro` image: `vmlinuz` and `initrd`.
+    #[arg(long)]
+    micro: PathBuf,
+    /// Where the JSON goes.
+    #[arg(long)]
+    json: PathBuf,
+    /// How often everything is measured; medians are shown.
+    #[arg(long, env = "HUTCH_BENCH_ROUNDS", default_value_t = 5)]
+    rounds: usize,
+    /// Measure only these parts.
+    #[arg(long, env = "HUTCH_BENCH_PARTS", value_delimiter = ',', default_value = "boot")]
+    parts: Vec<Part>,
+}
+
+/// A part of the bench.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// To user space: CPU, exits, wall time, memory.
+    Boot,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Args::parse() {
+        Args::All(all) => measure(&all),
+    }
+}
+
+fn measure(all: &All) -> anyhow::Result<()> {
+    let mut table = Table::default();
+    for part in &all.parts {
+        match part {
+            Part::Boot => boot::measure(all, &mut table)?,
+        }
+        // After each part, so that a later one that fails costs only itself.
+        table.save(&all.json)?;
+    }
+    println!("{}", table.markdown());
+    Ok(())
+}
