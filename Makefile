@@ -1,8 +1,12 @@
 # The commands people type. `make test` is everything CI runs.
-.PHONY: demo deny test fmt lint unit stories lab lab-down
+.PHONY: demo bench deny test fmt lint unit stories lab lab-down
 # Builds all it needs, makes an AMI, launches it, and shows the main job.
 demo:
 	tests/demo
+
+# hutch beside QEMU: a table, and target/bench/latest.json.
+bench:
+	tests/bench/run
 
 test: fmt lint unit stories
 

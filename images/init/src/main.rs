@@ -29,12 +29,15 @@ fn main() {
         eprintln!("hutch-init is the first process of a guest, nothing to run by hand");
         std::process::exit(2);
     }
-    let code = run().unwrap_or_else(|e| {
+    let mut ports = true;
+    let code = run(&mut ports).unwrap_or_else(|e| {
         eprintln!("hutch-init: {e}");
         INIT_FAILED
     });
     // Where there is no exit port this write is lost, and the power-off below ends the machine.
-    let _ = port::out(EXIT_PORT, code);
+    if ports {
+        let _ = port::out(EXIT_PORT, code);
+    }
     nix::unistd::sync();
     let _ = reboot(RebootMode::RB_POWER_OFF);
     // PID 1 must not end: the kernel would panic.
@@ -43,7 +46,8 @@ fn main() {
     }
 }
 
-fn run() -> io::Result<u8> {
+/// What the machine was started for; `ports` becomes whether its ports may be used.
+fn run(ports: &mut bool) -> io::Result<u8> {
     for (kind, at) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys"), ("tmpfs", "/run")] {
         fs::create_dir_all(at)?;
         match mount(Some(kind), at, Some(kind), MsFlags::empty(), None::<&str>) {
@@ -51,12 +55,15 @@ fn run() -> io::Result<u8> {
             Err(e) => return Err(io::Error::other(format!("cannot mount {kind} at {at}: {e}"))),
         }
     }
-    let _ = port::out(USER_SPACE_PORT, 1);
-    println!("hutch-init: user space reached");
-    load_modules(Path::new("/modules"))?;
     let cmdline = fs::read_to_string("/proc/cmdline")?;
     let plan = plan::Plan::parse(&cmdline)
         .map_err(|e| io::Error::other(format!("hutch.cmd on the kernel's command line: {e:?}")))?;
+    *ports = !plan.no_ports;
+    if *ports {
+        let _ = port::out(USER_SPACE_PORT, 1);
+    }
+    println!("hutch-init: user space reached");
+    load_modules(Path::new("/modules"))?;
     if let Some(device) = &plan.root {
         enter_root(device)?;
     }

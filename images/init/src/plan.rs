@@ -7,6 +7,8 @@ pub struct Plan {
     pub root: Option<String>,
     /// The command to run, its arguments apart; empty: a halt at once with code 0.
     pub command: Vec<String>,
+    /// The machine has none of hutch's ports, or they cannot be reached: no exit code, no mark.
+    pub no_ports: bool,
 }
 
 /// Why the command line cannot be followed.
@@ -19,7 +21,8 @@ pub enum PlanError {
 }
 
 impl Plan {
-    /// Reads `hutch.root=DEVICE` and `hutch.cmd=HEX`, where HEX encodes the arguments with a NUL after each.
+    /// Reads `hutch.root=DEVICE`, `hutch.cmd=HEX`, where HEX encodes the arguments with a NUL after each, and
+    /// `hutch.ports=none`.
     pub fn parse(cmdline: &str) -> Result<Plan, PlanError> {
         let mut plan = Plan::default();
         for word in cmdline.split_ascii_whitespace() {
@@ -29,6 +32,8 @@ impl Plan {
                 let bytes = unhex(hex).ok_or(PlanError::NotHex)?;
                 let text = String::from_utf8(bytes).map_err(|_| PlanError::NotUtf8)?;
                 plan.command = text.split_terminator('\0').map(str::to_owned).collect();
+            } else if word == "hutch.ports=none" {
+                plan.no_ports = true;
             }
         }
         Ok(plan)
@@ -52,6 +57,8 @@ mod tests {
             Plan::parse("console=ttyS0 hutch.root=/dev/vda hutch.cmd=6c73002d6c2062c3a900 quiet\n").unwrap();
         assert_eq!(plan.root.as_deref(), Some("/dev/vda"));
         assert_eq!(plan.command, ["ls", "-l bé"]);
+        assert!(!plan.no_ports);
+        assert!(Plan::parse("quiet hutch.ports=none").is_ok_and(|plan| plan.no_ports));
     }
 
     #[test]

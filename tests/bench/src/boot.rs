@@ -39,7 +39,9 @@ pub fn measure(all: &All, table: &mut Table) -> anyhow::Result<()> {
             add("exits to user space, until it is reached", "exits", count as f64);
             add("wall time to user space", "s", wall);
             add("VMM memory beside the guest's", "MiB", memory);
-            eprintln!("boot, round {round}: {name}: {cpu:.2} CPU s, {count} exits, {wall:.2} s, {memory:.1} MiB");
+            eprintln!(
+                "boot, round {round}: {name}: {cpu:.2} CPU s, {count} exits, {wall:.2} s, {memory:.1} MiB"
+            );
         }
     }
     Ok(())
@@ -50,10 +52,13 @@ fn reserve_huge_pages(pages: u64) -> anyhow::Result<()> {
     let path = "/proc/sys/vm/nr_hugepages";
     let now = || -> anyhow::Result<u64> { Ok(fs::read_to_string(path)?.trim().parse()?) };
     if now()? < pages {
-        fs::write(path, pages.to_string()).with_context(|| format!("cannot write {path}; run the bench as root"))?;
+        fs::write(path, pages.to_string())
+            .with_context(|| format!("cannot write {path}; run the bench as root"))?;
     }
     match now()? {
-        got if got < pages => bail!("the host set aside {got} huge pages of {pages}; it has too little free memory"),
+        got if got < pages => {
+            bail!("the host set aside {got} huge pages of {pages}; it has too little free memory")
+        }
         _ => Ok(()),
     }
 }

@@ -1,6 +1,6 @@
 //! Exits to user space, counted by the kernel: every return of KVM_RUN passes the tracepoint `kvm_userspace_exit`, on
 //! which a histogram by thread and reason is hung. It stops by itself when a guest writes to the port that marks user
-//! space, so that the number ends where hutch's own does, whoever the machine is run by.
+//! space, where hutch's own count ends too; a guest without that port is counted until its console's line is read.
 //!
 //! No other guest may boot meanwhile: its mark would stop the count.
 

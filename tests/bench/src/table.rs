@@ -17,6 +17,7 @@ pub enum Better {
     /// Less is better.
     Lower,
     /// More is better.
+    #[cfg_attr(not(test), expect(dead_code, reason = "what is measured so far is a cost"))]
     Higher,
 }
 
@@ -65,18 +66,26 @@ impl Table {
 
     /// A table of medians; each peer's number comes with how many times better hutch's is.
     pub fn markdown(&self) -> String {
-        let mut text = String::from("| metric | unit | better | hutch | peers (hutch is so many times better) |\n");
+        let mut text =
+            String::from("| metric | unit | better | hutch | peers (hutch is so many times better) |\n");
         text.push_str("|---|---|---|---:|---|\n");
         for row in self.rows() {
             let peers = row.peers.iter().map(|(who, peer)| {
-                let (good, bad) = if row.better == Better::Lower { (*peer, row.hutch) } else { (row.hutch, *peer) };
+                let (good, bad) =
+                    if row.better == Better::Lower { (*peer, row.hutch) } else { (row.hutch, *peer) };
                 let ratio = if bad == 0.0 { String::new() } else { format!(" ({:.2}×)", good / bad) };
                 format!("{who} {}{ratio}", number(*peer))
             });
             let peers = peers.collect::<Vec<_>>().join(", ");
             let better = if row.better == Better::Lower { "lower" } else { "higher" };
             // A String takes all that is written to it.
-            let _ = writeln!(text, "| {} | {} | {better} | {} | {peers} |", row.metric, row.unit, number(row.hutch));
+            let _ = writeln!(
+                text,
+                "| {} | {} | {better} | {} | {peers} |",
+                row.metric,
+                row.unit,
+                number(row.hutch)
+            );
         }
         text
     }
