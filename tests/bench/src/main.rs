@@ -14,6 +14,7 @@ mod boot;
 mod exits;
 mod machine;
 mod table;
+mod volume;
 
 use std::path::PathBuf;
 
@@ -26,6 +27,13 @@ use table::Table;
 enum Args {
     /// Measures everything and prints the table.
     All(All),
+    /// Makes an empty volume.
+    Create {
+        /// The file to make.
+        path: PathBuf,
+        /// Bytes the guest sees.
+        size: u64,
+    },
 }
 
 /// What is measured, and with what.
@@ -40,11 +48,14 @@ struct All {
     /// Where the JSON goes.
     #[arg(long)]
     json: PathBuf,
+    /// Where disks are made: 2 GiB on a file system of the host.
+    #[arg(long, env = "HUTCH_BENCH_DIR", default_value = "/var/tmp")]
+    dir: PathBuf,
     /// How often everything is measured; medians are shown.
     #[arg(long, env = "HUTCH_BENCH_ROUNDS", default_value_t = 5)]
     rounds: usize,
     /// Measure only these parts.
-    #[arg(long, env = "HUTCH_BENCH_PARTS", value_delimiter = ',', default_value = "boot")]
+    #[arg(long, env = "HUTCH_BENCH_PARTS", value_delimiter = ',', default_value = "boot,volume")]
     parts: Vec<Part>,
 }
 
@@ -53,11 +64,14 @@ struct All {
 enum Part {
     /// To user space: CPU, exits, wall time, memory.
     Boot,
+    /// A volume, made.
+    Volume,
 }
 
 fn main() -> anyhow::Result<()> {
     match Args::parse() {
         Args::All(all) => measure(&all),
+        Args::Create { path, size } => volume::create(&path, size),
     }
 }
 
@@ -66,6 +80,7 @@ fn measure(all: &All) -> anyhow::Result<()> {
     for part in &all.parts {
         match part {
             Part::Boot => boot::measure(all, &mut table)?,
+            Part::Volume => volume::measure(all, &mut table)?,
         }
         // After each part, so that a later one that fails costs only itself.
         table.save(&all.json)?;
