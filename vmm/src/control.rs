@@ -1,8 +1,10 @@
 //! The control socket: one JSON object a line in, one a line out.
 //!
 //! ```text
-//! {"command":"status"}        → {"ok":true,"id":"i-…","counters":{…}}
+//! {"command":"status"}        → {"ok":true,"id":"i-…","state":"running"|"paused","counters":{…}}
 //! {"command":"power-button"}  → {"ok":true}       the guest decides what it does
+//! {"command":"pause"}         → {"ok":true}       every vCPU and device is held when the answer comes
+//! {"command":"resume"}        → {"ok":true}
 //! {"command":"kill"}          → {"ok":true}       the machine ends now, its report says `killed`
 //! {"command":"console"}       → {"ok":true,"text":"…"}   what is in the console's ring
 //! ```
@@ -30,6 +32,8 @@ const CONNECTIONS_MAX: usize = 16;
 enum Request {
     Status,
     PowerButton,
+    Pause,
+    Resume,
     Kill,
     Console,
 }
@@ -94,10 +98,19 @@ impl Control {
         match request {
             Request::Status => {
                 let counters = self.counts.counters(console().total());
-                json!({ "ok": true, "id": self.id, "counters": counters })
+                let state = if self.handle.is_paused() { "paused" } else { "running" };
+                json!({ "ok": true, "id": self.id, "state": state, "counters": counters })
             }
             Request::PowerButton => {
                 self.handle.press_power_button();
+                json!({ "ok": true })
+            }
+            Request::Pause => {
+                self.handle.pause();
+                json!({ "ok": true })
+            }
+            Request::Resume => {
+                self.handle.resume();
                 json!({ "ok": true })
             }
             Request::Kill => {

@@ -14,6 +14,7 @@ pub mod control;
 pub mod counts;
 pub mod devices;
 pub mod ending;
+pub mod gate;
 pub mod machine;
 pub mod memory;
 pub mod pci;

@@ -10,7 +10,7 @@
 use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_userspace_memory_region};
@@ -26,6 +26,7 @@ use crate::console::Console;
 use crate::counts::Counts;
 use crate::devices::{exit, power, rtc, serial};
 use crate::ending::{Ending, Outcome};
+use crate::gate::Gate;
 use crate::memory;
 use crate::plan::{ECAM, PCI_WINDOW, Plan};
 use crate::vcpu;
@@ -95,27 +96,68 @@ pub struct Machine {
     initrd: Option<File>,
     console: Arc<Mutex<Console>>,
     counts: Arc<Counts>,
-    button: Arc<EventFd>,
+    reach: Arc<Reach>,
     backends: Backends,
+}
+
+/// What acts on the machine from other threads, over all its runs.
+struct Reach {
+    ending: Mutex<Arc<Ending>>,
+    button: EventFd,
+    gate: Arc<Gate>,
+    /// The devices of the run that is under way. Whoever pauses, resumes, starts or ends a run holds this lock.
+    board: Mutex<Option<Arc<Board>>>,
+}
+
+impl Reach {
+    fn ending(&self) -> Arc<Ending> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn board(&self) -> MutexGuard<'_, Option<Arc<Board>>> {
+        self.board.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Acts on the machine from another thread.
 #[derive(Clone)]
-pub struct Handle {
-    current: Arc<Mutex<Arc<Ending>>>,
-    button: Arc<EventFd>,
-}
+pub struct Handle(Arc<Reach>);
 
 impl Handle {
-    /// Ends the run that is under way.
+    /// Ends the run that is under way, also a paused one.
     pub fn kill(&self) {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner).set(Outcome::Killed);
+        self.0.ending().set(Outcome::Killed);
     }
 
     /// Presses the power button: the guest's kernel hears of it and powers off if it wants to.
     pub fn press_power_button(&self) {
         // It fails only when the counter is full, and then the button is pressed already.
-        let _ = self.button.write(1);
+        let _ = self.0.button.write(1);
+    }
+
+    /// Returns when every vCPU is held and every device stands still between two requests. A machine that is just
+    /// rebooting is held before its first instruction. Pausing a paused machine changes nothing.
+    pub fn pause(&self) {
+        let board = self.0.board();
+        // In this order: a vCPU that runs could start a device that was just held.
+        self.0.gate.close();
+        if let Some(board) = &*board {
+            board.pause();
+        }
+    }
+
+    /// Lets a paused machine go on; a running one is left alone.
+    pub fn resume(&self) {
+        let board = self.0.board();
+        if let Some(board) = &*board {
+            board.resume();
+        }
+        self.0.gate.open();
+    }
+
+    /// Whether the machine is paused or about to be.
+    pub fn is_paused(&self) -> bool {
+        self.0.gate.is_closed()
     }
 }
 
@@ -139,7 +181,12 @@ impl Machine {
             why: e.to_string(),
         })?;
         Ok(Machine {
-            button: Arc::new(button),
+            reach: Arc::new(Reach {
+                ending: Mutex::default(),
+                button,
+                gate: Arc::default(),
+                board: Mutex::default(),
+            }),
             kvm,
             kernel: files.kernel,
             initrd: files.initrd,
@@ -162,10 +209,9 @@ impl Machine {
 
     /// Runs the machine until it ends, reboots included. `handle` receives the way to end it from outside.
     pub fn run(&mut self, started: impl FnOnce(Handle)) -> Report {
-        let current = Arc::new(Mutex::new(Arc::new(Ending::default())));
-        started(Handle { current: current.clone(), button: self.button.clone() });
+        started(Handle(self.reach.clone()));
         let end = loop {
-            let ending = current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let ending = self.reach.ending();
             match self.run_once(&ending) {
                 Err(e) => break End::Error { message: e.to_string() },
                 Ok(Outcome::Reset) => {
@@ -176,7 +222,7 @@ impl Machine {
                         break End::Reboot;
                     }
                     self.counts.reboots.fetch_add(1, Relaxed);
-                    *current.lock().unwrap_or_else(PoisonError::into_inner) = Arc::default();
+                    *self.reach.ending.lock().unwrap_or_else(PoisonError::into_inner) = Arc::default();
                 }
                 Ok(Outcome::PowerOff) => break End::PowerOff,
                 Ok(Outcome::Command(code)) => break End::Command { code },
@@ -217,10 +263,10 @@ impl Machine {
         smbios::write(&memory, &self.plan.config().id, self.plan.uuid())
             .map_err(self.host("SMBIOS tables"))?;
         let vm = Arc::new(self.create_vm(&memory)?);
-        vm.register_irqfd(&self.button, acpi::EVENT_GSI).map_err(self.error("KVM_IRQFD"))?;
+        vm.register_irqfd(&self.reach.button, acpi::EVENT_GSI).map_err(self.error("KVM_IRQFD"))?;
         let ports = Arc::new(self.ports(&vm, ending)?);
-        let board = Board::new(&self.plan, &self.backends, &memory, Arc::new(KvmVm(vm.clone())))
-            .map_err(self.host("devices"))?;
+        let board = Board::new(&self.plan, &self.backends, &memory, Arc::new(KvmVm(vm.clone())));
+        let board = Arc::new(board.map_err(self.host("devices"))?);
         let mut mmio = Bus::default();
         for (region, device) in [
             (ECAM, Arc::new(Mutex::new(board.bus.ecam())) as Shared),
@@ -248,11 +294,17 @@ impl Machine {
             }
             fds.push(fd);
         }
-        let threads = vcpu::Threads::start(fds, ports, mmio, ending, &self.counts)
-            .map_err(self.host("cannot start a vCPU's thread"))?;
+        let threads = {
+            let mut current = self.reach.board();
+            let threads = vcpu::Threads::start(fds, ports, mmio, ending, &self.reach.gate, &self.counts)
+                .map_err(self.host("cannot start a vCPU's thread"))?;
+            *current = Some(board.clone());
+            threads
+        };
         let outcome = self.watch(ending);
         // In this order: nobody can start a device any more, then none runs, then the memory may go.
         drop(threads);
+        *self.reach.board() = None;
         board.stop();
         drop(vm);
         Ok(outcome)

@@ -1,46 +1,38 @@
 //! vCPU threads: run the guest, hand its exits to the buses, stop when the machine ends.
 
 use std::io;
-use std::os::unix::thread::JoinHandleExt;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::bus::Bus;
 use crate::counts::{Counts, Exit};
 use crate::ending::{Ending, Outcome};
+use crate::gate::Gate;
 
 /// The threads of one run; dropping them ends the run and waits until no vCPU runs any more.
 pub struct Threads {
     ending: Arc<Ending>,
+    gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// Only there to interrupt KVM_RUN.
-extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-
 impl Threads {
-    /// Starts one thread a vCPU.
+    /// Starts one thread a vCPU; while `gate` is closed they are held.
     pub fn start(
         vcpus: Vec<VcpuFd>,
         ports: Arc<Bus>,
         mmio: Arc<Bus>,
         ending: &Arc<Ending>,
+        gate: &Arc<Gate>,
         counts: &Arc<Counts>,
     ) -> io::Result<Threads> {
-        static HANDLER: Once = Once::new();
-        HANDLER.call_once(|| {
-            // It fails only for a signal number out of range.
-            let _ = register_signal_handler(SIGRTMIN(), on_kick);
-        });
-        let mut all = Threads { ending: ending.clone(), threads: Vec::new() };
+        let mut all = Threads { ending: ending.clone(), gate: gate.clone(), threads: Vec::new() };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let (ports, mmio) = (ports.clone(), mmio.clone());
-            let (ending, counts) = (ending.clone(), counts.clone());
-            let run = move || run(vcpu, &ports, &mmio, &ending, &counts);
+            let (ending, gate, counts) = (ending.clone(), gate.clone(), counts.clone());
+            let run = move || run(vcpu, &ports, &mmio, &ending, &gate, &counts);
             all.threads.push(std::thread::Builder::new().name(format!("vcpu{index}")).spawn(run)?);
         }
         Ok(all)
@@ -50,20 +42,22 @@ impl Threads {
 impl Drop for Threads {
     fn drop(&mut self) {
         self.ending.set(Outcome::Killed);
+        self.gate.drain();
         for thread in self.threads.drain(..) {
-            // A signal that arrives just before KVM_RUN is lost, so it is sent until the thread has heard.
-            while !thread.is_finished() {
-                // SAFETY: the thread is not joined yet, so its handle is valid.
-                unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
-                std::thread::sleep(Duration::from_millis(1));
-            }
             let _ = thread.join();
         }
     }
 }
 
-fn run(mut vcpu: VcpuFd, ports: &Bus, mmio: &Bus, ending: &Ending, counts: &Counts) {
+fn run(mut vcpu: VcpuFd, ports: &Bus, mmio: &Bus, ending: &Ending, gate: &Gate, counts: &Counts) {
+    let pass = gate.enter();
     while !ending.is_over() {
+        if gate.is_closed() {
+            // Tells the guest's watchdogs that it was stopped; refused where the guest has no kvmclock.
+            let _ = vcpu.kvmclock_ctrl();
+            pass.hold(|| ending.is_over());
+            continue;
+        }
         match vcpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 counts.exit(Exit::Pio);

@@ -3,11 +3,12 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::time::Duration;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 use hutch_vmm::board::Backends;
 use hutch_vmm::config::{End, MachineConfig, Report};
-use hutch_vmm::machine::{Files, Machine};
+use hutch_vmm::machine::{Files, Handle, Machine};
 use hutch_vmm::plan::Plan;
 
 /// `mov dx, port; mov al, value; out dx, al`
@@ -51,6 +52,23 @@ fn run_for(
     code: &[u8],
     change: impl FnOnce(&mut MachineConfig),
 ) -> Option<(Report, String)> {
+    let mut machine = machine(code, change)?;
+    let console = machine.console();
+    let (done, over) = std::sync::mpsc::channel::<()>();
+    let report = machine.run(|handle| {
+        std::thread::spawn(move || {
+            if over.recv_timeout(limit).is_err() {
+                handle.kill();
+            }
+        });
+    });
+    let _ = done.send(());
+    let text = console.lock().unwrap().tail(10);
+    Some((report, text))
+}
+
+/// A machine that is to run `code`; `None` where there is no KVM.
+fn machine(code: &[u8], change: impl FnOnce(&mut MachineConfig)) -> Option<Machine> {
     let kvm = match File::options().read(true).write(true).open("/dev/kvm") {
         Ok(kvm) => kvm,
         Err(e) => {
@@ -68,19 +86,47 @@ fn run_for(
     let plan = Plan::new(config).unwrap();
     let files =
         Files { kvm, kernel: kernel(code), initrd: None, console_log: None, backends: Backends::default() };
-    let mut machine = Machine::new(plan, files).unwrap();
+    Some(Machine::new(plan, files).unwrap())
+}
+
+/// Runs `code` while `act` acts on the machine from another thread, then kills it; `act` also gets a way to see how
+/// many bytes the guest has written so far. `None` where there is no KVM.
+fn run_with(
+    code: &[u8],
+    change: impl FnOnce(&mut MachineConfig),
+    act: impl FnOnce(&Handle, &dyn Fn() -> u64) + Send + 'static,
+) -> Option<Report> {
+    let mut machine = machine(code, change)?;
     let console = machine.console();
-    let (done, over) = std::sync::mpsc::channel::<()>();
+    let (tell, told) = std::sync::mpsc::channel();
     let report = machine.run(|handle| {
         std::thread::spawn(move || {
-            if over.recv_timeout(limit).is_err() {
-                handle.kill();
-            }
+            let acted = catch_unwind(AssertUnwindSafe(|| {
+                act(&handle, &|| console.lock().unwrap().total());
+            }));
+            handle.kill();
+            let _ = tell.send(acted);
         });
     });
-    let _ = done.send(());
-    let text = console.lock().unwrap().tail(10);
-    Some((report, text))
+    told.recv().unwrap().unwrap();
+    Some(report)
+}
+
+/// Waits until the guest has written more than `before`, at most twenty seconds.
+fn goes_on(written: &dyn Fn() -> u64, before: u64) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while written() <= before {
+        assert!(Instant::now() < deadline, "the guest does not go on");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Asserts that the guest writes nothing for a while and returns how much it had written.
+fn stands_still(written: &dyn Fn() -> u64) -> u64 {
+    let before = written();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(written(), before, "the guest runs while it is paused");
+    before
 }
 
 #[test]
@@ -129,4 +175,66 @@ fn a_hung_panic_ends_at_its_last_word() {
 fn a_hung_guest_can_be_killed_with_all_its_vcpus() {
     let Some((report, _)) = run_for(Duration::from_millis(300), &HANG, |c| c.cpus = 2) else { return };
     assert_eq!(report.end, End::Killed);
+}
+
+/// Prints a dot, over and over.
+fn dots() -> Vec<u8> {
+    [out8(0x3f8, b'.'), vec![0xeb, 0xf7]].concat()
+}
+
+#[test]
+fn a_paused_guest_stands_still_and_goes_on_when_resumed() {
+    let report = run_with(
+        &dots(),
+        |c| c.cpus = 2,
+        |handle, written| {
+            goes_on(written, 0);
+            for _ in 0..3 {
+                handle.pause();
+                handle.pause();
+                assert!(handle.is_paused());
+                let before = stands_still(written);
+                handle.resume();
+                assert!(!handle.is_paused());
+                goes_on(written, before);
+            }
+        },
+    );
+    let Some(report) = report else { return };
+    assert_eq!(report.end, End::Killed);
+}
+
+#[test]
+fn a_paused_guest_can_be_killed() {
+    let report = run_with(
+        &dots(),
+        |c| c.cpus = 2,
+        |handle, written| {
+            goes_on(written, 0);
+            handle.pause();
+        },
+    );
+    let Some(report) = report else { return };
+    assert_eq!(report.end, End::Killed);
+}
+
+#[test]
+fn a_guest_that_reboots_all_the_time_can_be_paused() {
+    let code = [print("."), out8(0x602, 1), HANG.to_vec()].concat();
+    let report = run_with(
+        &code,
+        |_| (),
+        |handle, written| {
+            for _ in 0..5 {
+                goes_on(written, written());
+                handle.pause();
+                let before = stands_still(written);
+                handle.resume();
+                goes_on(written, before);
+            }
+        },
+    );
+    let Some(report) = report else { return };
+    assert_eq!(report.end, End::Killed);
+    assert!(report.counters.reboots >= 5, "{}", report.counters.reboots);
 }
