@@ -1,12 +1,10 @@
 //! To user space: CPU, exits, wall time, and what the VMM takes beside the guest's memory.
 
-use std::fs;
-
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use crate::All;
 use crate::exits::Exits;
-use crate::machine::{Guest, MEMORY_MIB, Machine, Vmm};
+use crate::machine::{Guest, Machine, Vmm};
 use crate::table::{Better, Table};
 
 /// What our init says at its start; the mark on its port comes right before.
@@ -18,7 +16,6 @@ const READY: &str = "bench: ready";
 /// # Errors
 /// A guest did not come up, or the kernel does not count.
 pub fn measure(all: &All, table: &mut Table) -> anyhow::Result<()> {
-    reserve_huge_pages(MEMORY_MIB / 2 + 8)?;
     let initrd = all.micro.join("initrd");
     let say = format!("echo {READY}; sleep 1");
     let guest = Guest { initrd: &initrd, command: &["sh", "-c", &say], disk: None, huge: true };
@@ -45,20 +42,4 @@ pub fn measure(all: &All, table: &mut Table) -> anyhow::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Has the kernel set aside so many huge pages of 2 MiB, at least.
-fn reserve_huge_pages(pages: u64) -> anyhow::Result<()> {
-    let path = "/proc/sys/vm/nr_hugepages";
-    let now = || -> anyhow::Result<u64> { Ok(fs::read_to_string(path)?.trim().parse()?) };
-    if now()? < pages {
-        fs::write(path, pages.to_string())
-            .with_context(|| format!("cannot write {path}; run the bench as root"))?;
-    }
-    match now()? {
-        got if got < pages => {
-            bail!("the host set aside {got} huge pages of {pages}; it has too little free memory")
-        }
-        _ => Ok(()),
-    }
 }

@@ -15,7 +15,7 @@ use crate::All;
 use crate::table::HUTCH;
 
 /// Guest memory, in MiB.
-pub const MEMORY_MIB: u64 = 512;
+const MEMORY_MIB: u64 = 512;
 /// How long a guest may take, in seconds.
 const LIMIT: u64 = 240;
 
@@ -77,6 +77,9 @@ impl Machine {
     /// # Errors
     /// The program is not there, or ends before it runs a guest.
     pub fn start(who: Vmm, guest: &Guest, all: &All) -> anyhow::Result<Machine> {
+        if guest.huge {
+            reserve_huge_pages(MEMORY_MIB / 2 + 8)?;
+        }
         let mut command = Command::new("timeout");
         command.arg(LIMIT.to_string());
         match who {
@@ -245,4 +248,20 @@ fn qemu(command: &mut Command, who: Vmm, guest: &Guest, all: &All) {
 /// The command as hutch's init reads it: hexadecimal, a NUL after each word.
 fn hex(command: &[&str]) -> String {
     command.iter().flat_map(|word| word.bytes().chain([0])).map(|b| format!("{b:02x}")).collect()
+}
+
+/// Has the kernel set aside so many huge pages of 2 MiB, at least.
+fn reserve_huge_pages(pages: u64) -> anyhow::Result<()> {
+    let path = "/proc/sys/vm/nr_hugepages";
+    let now = || -> anyhow::Result<u64> { Ok(fs::read_to_string(path)?.trim().parse()?) };
+    if now()? < pages {
+        fs::write(path, pages.to_string())
+            .with_context(|| format!("cannot write {path}; run the bench as root"))?;
+    }
+    match now()? {
+        got if got < pages => {
+            bail!("the host set aside {got} huge pages of {pages}; it has too little free memory")
+        }
+        _ => Ok(()),
+    }
 }

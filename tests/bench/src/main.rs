@@ -4,19 +4,22 @@
 //!   tests/bench/run ── builds ──► hutch-bench all          (on the host, or in the lab)
 //!        machine ── starts hutch or QEMU, reads its CPU clock when a line of the console comes
 //!        exits ──── counts returns of KVM_RUN by the kernel's own tracepoint
-//!        boot, volume ── take turns, round by round ──► table ── medians: Markdown, and JSON
+//!        boot, volume, disk ── take turns, round by round ──► table ── medians: Markdown, and JSON
 //! ```
 //!
 //! Wall times say little where the host itself is emulated; CPU seconds, exits, memory and bytes hold.
 #![forbid(unsafe_code)]
 
 mod boot;
+mod disk;
 mod exits;
 mod machine;
+mod probe;
 mod table;
 mod volume;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Parser;
 
@@ -34,6 +37,17 @@ enum Args {
         /// Bytes the guest sees.
         size: u64,
     },
+    /// Puts loads on a disk: overwrites it.
+    Probe {
+        /// The disk, or a file.
+        path: PathBuf,
+        /// Go past the page cache.
+        #[arg(long)]
+        direct: bool,
+        /// How long each load lasts, in milliseconds.
+        #[arg(long)]
+        time_ms: u64,
+    },
 }
 
 /// What is measured, and with what.
@@ -45,6 +59,9 @@ struct All {
     /// The directory of the `micro` image: `vmlinuz` and `initrd`.
     #[arg(long)]
     micro: PathBuf,
+    /// The initrd of `micro` with this program in it, as /bin/hutch-bench.
+    #[arg(long)]
+    probe_initrd: Option<PathBuf>,
     /// Where the JSON goes.
     #[arg(long)]
     json: PathBuf,
@@ -55,7 +72,7 @@ struct All {
     #[arg(long, env = "HUTCH_BENCH_ROUNDS", default_value_t = 5)]
     rounds: usize,
     /// Measure only these parts.
-    #[arg(long, env = "HUTCH_BENCH_PARTS", value_delimiter = ',', default_value = "boot,volume")]
+    #[arg(long, env = "HUTCH_BENCH_PARTS", value_delimiter = ',', default_value = "boot,volume,disk")]
     parts: Vec<Part>,
 }
 
@@ -66,12 +83,15 @@ enum Part {
     Boot,
     /// A volume, made.
     Volume,
+    /// The guest's disk: requests and CPU.
+    Disk,
 }
 
 fn main() -> anyhow::Result<()> {
     match Args::parse() {
         Args::All(all) => measure(&all),
         Args::Create { path, size } => volume::create(&path, size),
+        Args::Probe { path, direct, time_ms } => probe::run(&path, Duration::from_millis(time_ms), direct),
     }
 }
 
@@ -81,6 +101,7 @@ fn measure(all: &All) -> anyhow::Result<()> {
         match part {
             Part::Boot => boot::measure(all, &mut table)?,
             Part::Volume => volume::measure(all, &mut table)?,
+            Part::Disk => disk::measure(all, &mut table)?,
         }
         // After each part, so that a later one that fails costs only itself.
         table.save(&all.json)?;

@@ -17,7 +17,6 @@ pub enum Better {
     /// Less is better.
     Lower,
     /// More is better.
-    #[cfg_attr(not(test), expect(dead_code, reason = "what is measured so far is a cost"))]
     Higher,
 }
 
