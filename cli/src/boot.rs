@@ -4,18 +4,20 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Ipv4Addr;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use hutch_netfw::GuestNet;
 use hutch_vmm::config::{BootConfig, DiskConfig, End, MachineConfig, NetConfig, Report, RunAs};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::unistd::Pid;
 
-use crate::disks::{self, DiskArg};
+use crate::disks::{self, DiskArg, Layer};
 use crate::image;
 use crate::ssh;
 use crate::vmm::{Inherit, Vmm};
@@ -88,6 +90,9 @@ pub struct Args {
     /// A public SSH key (FILE.pub) that may log in; by default hutch's own, which `hutch ssh` uses.
     #[arg(long, value_name = "FILE", requires = "image")]
     key: Option<PathBuf>,
+    /// Make a control socket here, for `hutch control`.
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
     /// End the machine after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -105,49 +110,84 @@ pub struct Args {
     command: Vec<String>,
 }
 
-/// Runs the machine to its end.
+/// Runs the machine to its end, and anew when it reboots.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let mut inherit = Inherit::default();
-    let (console, console_log) = inherit.pipe()?;
-    let (report, report_fd) = inherit.pipe()?;
+    let signals = Signals::hold()?;
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     let kvm = kvm.context("cannot open /dev/kvm; `hutch doctor` tells what to do")?;
-    let (boot, disks) = boot_and_disks(args, &mut inherit)?;
+    let disks = Disks::open(args)?;
+    let socket = args.control.as_deref().map(Socket::bind).transpose()?;
+    let id = format!("i-{:017x}", uuid::Uuid::new_v4().as_u128() >> 60);
+    let uuid = format!("ec2{}", &uuid::Uuid::new_v4().to_string()[3..]);
+    // Whatever can be refused is refused before anything on the host is changed.
+    disks.boot(args, &mut Inherit::default())?;
     // The network lives as long as this does: it goes when the machine has ended.
-    let (net, nets) = network(args, &mut inherit)?;
-    let config = MachineConfig {
-        id: format!("i-{:017x}", uuid::Uuid::new_v4().as_u128() >> 60),
-        uuid: format!("ec2{}", &uuid::Uuid::new_v4().to_string()[3..]),
-        cpus: args.cpus,
-        memory_mib: args.memory,
-        hugepages: args.hugepages,
-        boot,
-        disks,
-        nets,
-        kvm: inherit.give(kvm.into())?,
-        control: None,
-        console_log: Some(console_log),
-        console_log_limit: 0,
-        report: Some(report_fd),
-        run_as: nix::unistd::geteuid().is_root().then_some(NOBODY),
-        exit_port: true,
-        no_reboot: args.no_reboot,
-        tethered: true,
-    };
-    hutch_vmm::plan::Plan::new(config.clone())?;
+    let (net, taps) = network(args)?;
     if let Some(net) = &net {
-        eprintln!("hutch: {} has address {}", config.id, net.ip);
+        eprintln!("hutch: {id} has address {}", net.ip);
     }
-    let vmm = Vmm::start(&config, inherit, report)?;
+    let deadline = args.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    loop {
+        let mut inherit = Inherit::default();
+        let (console, console_log) = inherit.pipe()?;
+        let (report, report_fd) = inherit.pipe()?;
+        let config = MachineConfig {
+            id: id.clone(),
+            uuid: uuid.clone(),
+            cpus: args.cpus,
+            memory_mib: args.memory,
+            hugepages: args.hugepages,
+            boot: disks.boot(args, &mut inherit)?,
+            disks: disks.give(&mut inherit)?,
+            nets: nets(net.as_ref(), &taps, &mut inherit)?,
+            kvm: inherit.lend(&kvm)?,
+            control: socket.as_ref().map(|socket| inherit.lend(&socket.listener)).transpose()?,
+            console_log: Some(console_log),
+            console_log_limit: 0,
+            report: Some(report_fd),
+            run_as: nix::unistd::geteuid().is_root().then_some(NOBODY),
+            exit_port: true,
+            // An image's kernel is read off its disk at every start, so that the one upgraded in the guest boots next.
+            no_reboot: args.no_reboot || disks.has_own_kernel(args),
+            tethered: true,
+        };
+        hutch_vmm::plan::Plan::new(config.clone())?;
+        let ended = attend(Vmm::start(&config, inherit, report)?, console, args, deadline, &signals)?;
+        if args.report {
+            eprintln!("{}", serde_json::to_string(&ended.report)?);
+        }
+        if ended.report.end == End::Reboot && !args.no_reboot {
+            continue;
+        }
+        return Ok(ExitCode::from(verdict(&ended, args)));
+    }
+}
 
+/// How one run of the machine went.
+struct Ended {
+    report: Report,
+    timed_out: bool,
+    /// The console's last lines.
+    tail: String,
+}
+
+/// Stays with a running machine: shows its console, passes signals on, ends it at the deadline.
+fn attend(
+    vmm: Vmm,
+    console: File,
+    args: &Args,
+    deadline: Option<Instant>,
+    signals: &Signals,
+) -> anyhow::Result<Ended> {
     let timed_out = AtomicBool::new(false);
     let (over, ended) = mpsc::channel::<()>();
+    let pid = vmm.pid();
+    signals.pass_to(Some(pid));
     let (report, tail) = std::thread::scope(|scope| {
-        let pid = vmm.pid();
         let timed_out = &timed_out;
-        if let Some(seconds) = args.timeout {
+        if let Some(deadline) = deadline {
             scope.spawn(move || {
-                let waited = ended.recv_timeout(Duration::from_secs(seconds));
+                let waited = ended.recv_timeout(deadline.saturating_duration_since(Instant::now()));
                 if waited == Err(mpsc::RecvTimeoutError::Timeout) {
                     timed_out.store(true, Ordering::Relaxed);
                     // It fails only when the machine has just ended by itself.
@@ -157,45 +197,96 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         }
         let tail = scope.spawn(move || follow(console, args.quiet));
         let report = vmm.wait();
+        signals.pass_to(None);
         drop(over);
         (report, tail.join().unwrap_or_default())
     });
-    let report = report?;
-    if args.report {
-        eprintln!("{}", serde_json::to_string(&report)?);
+    Ok(Ended { report: report?, timed_out: timed_out.into_inner(), tail })
+}
+
+/// SIGINT and SIGTERM, held back from this process, which has to put the host in order, and passed to the machine.
+struct Signals(Arc<Mutex<Option<Pid>>>);
+
+impl Signals {
+    fn hold() -> anyhow::Result<Signals> {
+        let mut set = SigSet::empty();
+        set.add(Signal::SIGINT);
+        set.add(Signal::SIGTERM);
+        set.thread_block()?;
+        let to = Arc::new(Mutex::new(None));
+        let current = to.clone();
+        let pass = move || {
+            while set.wait().is_ok() {
+                match *current.lock().unwrap_or_else(PoisonError::into_inner) {
+                    // It fails only when the machine has just ended by itself.
+                    Some(pid) => drop(kill(pid, Signal::SIGTERM)),
+                    None => std::process::exit(KILLED.into()),
+                }
+            }
+        };
+        std::thread::Builder::new().name("signals".into()).spawn(pass)?;
+        Ok(Signals(to))
     }
-    Ok(ExitCode::from(verdict(&report, timed_out.into_inner(), args, &tail)))
+
+    fn pass_to(&self, pid: Option<Pid>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = pid;
+    }
+}
+
+/// The control socket, gone at the end.
+struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Socket {
+    fn bind(path: &Path) -> anyhow::Result<Socket> {
+        let listener = UnixListener::bind(path);
+        let listener = listener.with_context(|| format!("cannot make the socket {}", path.display()))?;
+        Ok(Socket { listener, path: path.to_owned() })
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
 }
 
 /// Says how it ended, where that is not plain, and gives the exit status.
-fn verdict(report: &Report, timed_out: bool, args: &Args, tail: &str) -> u8 {
-    let (status, what) = match &report.end {
+fn verdict(ended: &Ended, args: &Args) -> u8 {
+    let (status, what) = match &ended.report.end {
         End::PowerOff | End::Reboot => return 0,
         End::Command { code } => return *code,
         End::Panic { message } => (PANIC, format!("the guest's kernel panicked: {message}")),
         End::TripleFault => (TRIPLE_FAULT, "the guest's processor shut down (triple fault)".into()),
-        End::Killed if timed_out => {
+        End::Killed if ended.timed_out => {
             (TIMEOUT, format!("the guest did not end within {} s", args.timeout.unwrap_or_default()))
         }
         End::Killed => (KILLED, "the machine was killed".into()),
         // hutch-vmm has said it.
         End::Error { .. } => return MACHINE_ERROR,
     };
-    eprintln!("hutch: {what}; the console's last lines:\n{tail}");
+    eprintln!("hutch: {what}; the console's last lines:\n{}", ended.tail);
     status
 }
 
-/// The machine's network, up.
-fn network(args: &Args, inherit: &mut Inherit) -> anyhow::Result<(Option<GuestNet>, Vec<NetConfig>)> {
+/// The machine's network, up, and its tap.
+fn network(args: &Args) -> anyhow::Result<(Option<GuestNet>, Vec<File>)> {
     let default = if args.image.is_some() { NetArg::Tap } else { NetArg::None };
     if args.net.unwrap_or(default) == NetArg::None {
         return Ok((None, vec![]));
     }
     let mut net = GuestNet::up(Path::new(RUN_DIR), 1, MTU, name_servers())?;
-    let taps = net.take_taps().into_iter().map(|tap| inherit.give(tap.into()));
-    let taps = taps.collect::<anyhow::Result<Vec<_>>>()?;
-    let config = NetConfig { mac: net.mac.to_string(), taps, mtu: MTU };
-    Ok((Some(net), vec![config]))
+    let taps = net.take_taps();
+    Ok((Some(net), taps))
+}
+
+/// The interfaces as the machine is told of them.
+fn nets(net: Option<&GuestNet>, taps: &[File], inherit: &mut Inherit) -> anyhow::Result<Vec<NetConfig>> {
+    let Some(net) = net else { return Ok(vec![]) };
+    let taps = taps.iter().map(|tap| inherit.lend(tap)).collect::<anyhow::Result<Vec<_>>>()?;
+    Ok(vec![NetConfig { mac: net.mac.to_string(), taps, mtu: MTU }])
 }
 
 /// The host's name servers, but for those that only the host can reach.
@@ -205,41 +296,54 @@ fn name_servers() -> Vec<Ipv4Addr> {
     servers.filter(|ip: &Ipv4Addr| !ip.is_loopback()).take(3).collect()
 }
 
-/// What the machine boots, and its disks: the image's first, then the others in the order they were named.
-fn boot_and_disks(args: &Args, inherit: &mut Inherit) -> anyhow::Result<(BootConfig, Vec<DiskConfig>)> {
-    let mut disks = Vec::new();
-    let mut guest = None;
-    let serial = |index: usize| format!("vol{index:017x}");
-    if let Some(image) = &args.image {
-        let image = &image::disk(image)?;
-        let layers = disks::root_layers(image, args.root_volume.as_deref())?;
-        if args.kernel.is_none() {
-            let disk = disks::open(&layers).with_context(|| format!("the image {}", image.display()))?;
-            let files = hutch_imagestore::boot::read(&disk);
-            guest = Some(files.with_context(|| format!("cannot boot the image {}", image.display()))?);
+/// The machine's disks, open from the first start to the last: the image's first, then the others as they were named.
+struct Disks(Vec<(Vec<Layer>, bool)>);
+
+impl Disks {
+    fn open(args: &Args) -> anyhow::Result<Disks> {
+        let mut disks = Vec::new();
+        if let Some(image) = &args.image {
+            disks.push((disks::root_layers(&image::disk(image)?, args.root_volume.as_deref())?, false));
         }
-        disks.push(disks::give(layers, serial(0), false, inherit)?);
+        for arg in &args.disks {
+            disks.push((disks::layers(arg)?, arg.read_only()));
+        }
+        Ok(Disks(disks))
     }
-    for arg in &args.disks {
-        disks.push(disks::give(disks::layers(arg)?, serial(disks.len()), arg.read_only(), inherit)?);
+
+    fn has_own_kernel(&self, args: &Args) -> bool {
+        args.image.is_some() && args.kernel.is_none()
     }
-    let boot = match (&args.kernel, guest) {
-        (Some(kernel), _) => BootConfig {
-            kernel: inherit.open(kernel, "kernel")?,
-            initrd: args.initrd.as_deref().map(|p| inherit.open(p, "initrd")).transpose()?,
-            cmdline: cmdline(args, "console=ttyS0 panic=1")?,
-        },
-        (None, Some(files)) => BootConfig {
+
+    /// What the machine boots: what was named, else what the image's boot loader would load now.
+    fn boot(&self, args: &Args, inherit: &mut Inherit) -> anyhow::Result<BootConfig> {
+        if let Some(kernel) = &args.kernel {
+            return Ok(BootConfig {
+                kernel: inherit.open(kernel, "kernel")?,
+                initrd: args.initrd.as_deref().map(|p| inherit.open(p, "initrd")).transpose()?,
+                cmdline: cmdline(args, "console=ttyS0 panic=1")?,
+            });
+        }
+        let (Some(image), Some((layers, _))) = (&args.image, self.0.first()) else {
+            bail!("nothing to boot: name an IMAGE or a --kernel");
+        };
+        let what = || format!("cannot boot the image {}", image.display());
+        let files =
+            hutch_imagestore::boot::read(&disks::open(layers).with_context(what)?).with_context(what)?;
+        let own = hutch_imagestore::boot::with_serial_console(&files.entry.cmdline);
+        Ok(BootConfig {
             kernel: inherit.bytes(&files.kernel)?,
             initrd: (!files.initrd.is_empty()).then(|| inherit.bytes(&files.initrd)).transpose()?,
-            cmdline: {
-                let own = hutch_imagestore::boot::with_serial_console(&files.entry.cmdline);
-                cmdline(args, &format!("{own} hutch.key={}", ssh::public_key(args.key.as_deref())?))?
-            },
-        },
-        (None, None) => bail!("nothing to boot: name an IMAGE or a --kernel"),
-    };
-    Ok((boot, disks))
+            cmdline: cmdline(args, &format!("{own} hutch.key={}", ssh::public_key(args.key.as_deref())?))?,
+        })
+    }
+
+    fn give(&self, inherit: &mut Inherit) -> anyhow::Result<Vec<DiskConfig>> {
+        let give = |(index, (layers, read_only)): (usize, &(Vec<Layer>, bool))| {
+            disks::give(layers, format!("vol{index:017x}"), *read_only, inherit)
+        };
+        self.0.iter().enumerate().map(give).collect()
+    }
 }
 
 fn cmdline(args: &Args, first: &str) -> anyhow::Result<String> {

@@ -128,21 +128,21 @@ pub fn open(layers: &[Layer]) -> anyhow::Result<Arc<dyn Disk>> {
     Ok(open_layers(layers, true)?)
 }
 
-/// Hands the layers to the machine, as the disk with this serial.
+/// Lends the layers to the machine, as the disk with this serial.
 pub fn give(
-    layers: Vec<Layer>,
+    layers: &[Layer],
     serial: String,
     read_only: bool,
     to: &mut Inherit,
 ) -> anyhow::Result<DiskConfig> {
-    let mut give = |layer: Layer| {
+    let mut lend = |layer: &Layer| {
         let format = match layer.format {
             Format::Raw => DiskFormat::Raw,
             Format::Qcow2 => DiskFormat::Qcow2,
         };
-        Ok(LayerConfig { fd: to.give(layer.file.into())?, format })
+        Ok(LayerConfig { fd: to.lend(&layer.file)?, format })
     };
-    let layers = layers.into_iter().map(&mut give).collect::<anyhow::Result<Vec<_>>>()?;
+    let layers = layers.iter().map(&mut lend).collect::<anyhow::Result<Vec<_>>>()?;
     Ok(DiskConfig { serial, layers, read_only })
 }
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   hutch boot     boot.rs     one machine in the foreground, without any daemon
+//!   hutch control  control.rs  power button, status, console of a running machine
 //!   hutch image    image.rs    templates: build, import, ls, rm, inspect
 //!   hutch ssh      ssh.rs      log in, with hutch's own key
 //!   hutch doctor   doctor.rs   what this host can do, and what to do about what it cannot
@@ -11,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod control;
 mod disks;
 mod doctor;
 mod image;
@@ -36,6 +38,8 @@ enum Command {
     Boot(boot::Args),
     /// Build, import, list, remove and inspect images.
     Image(image::Args),
+    /// Ask a running machine, or tell it something, by its control socket.
+    Control(control::Args),
     /// Log in to a machine that `hutch boot` runs, or run a command there.
     Ssh(ssh::Args),
     /// Tell what this host's KVM is worth and what to do.
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Boot(args) => boot::run(&args),
         Command::Image(args) => image::run(&args),
+        Command::Control(args) => control::run(&args),
         Command::Ssh(args) => ssh::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completion { shell } => {

@@ -41,6 +41,11 @@ impl Inherit {
         Ok(number)
     }
 
+    /// Hands over another descriptor of what is open here, and stays open here.
+    pub fn lend(&mut self, fd: &impl AsFd) -> anyhow::Result<FdNumber> {
+        self.give(fd.as_fd().try_clone_to_owned()?)
+    }
+
     /// Makes a pipe whose writing end the child inherits.
     pub fn pipe(&mut self) -> anyhow::Result<(File, FdNumber)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC)?;

@@ -22,7 +22,7 @@ pub fn micro() -> PathBuf {
     dir.into()
 }
 
-/// Runs a command where guests can run: here, or in the lab. At most three minutes.
+/// Runs a command where guests can run: here, or in the lab. At most ten minutes.
 pub fn host(program: &str, args: &[&str]) -> Output {
     let mut command = if std::env::var_os("HUTCH_LAB").is_some() {
         let mut run = Command::new(root().join("tests/lab/run"));
@@ -30,10 +30,10 @@ pub fn host(program: &str, args: &[&str]) -> Output {
         run
     } else {
         let mut run = Command::new("timeout");
-        run.args(["180", program]);
+        run.args(["600", program]);
         run
     };
-    command.args(args).current_dir(root()).env("LAB_TIMEOUT", "180").output().expect("the command starts")
+    command.args(args).current_dir(root()).env("LAB_TIMEOUT", "600").output().expect("the command starts")
 }
 
 /// The `hutch` that was built beside these tests.

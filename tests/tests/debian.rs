@@ -1,0 +1,33 @@
+//! A day of a real Debian: launched from its AMI, reached by ssh, powered off by its button.
+
+use hutch_tests::{host, hutch_path, root, text};
+
+#[test]
+fn debian_is_launched_reached_and_switched_off() {
+    let image =
+        std::env::var("HUTCH_LEAN").expect("stories are run by `make stories`, which sets HUTCH_LEAN");
+    let hutch = hutch_path();
+    let script = format!(
+        r#"
+        set -u; ip link set lo up; mount -t tmpfs run /run
+        D=$(mktemp -d); trap 'kill $(jobs -p) 2>/dev/null; rm -rf $D' EXIT; export XDG_DATA_HOME=$D
+        {hutch} boot {image} --memory 768 --root-volume $D/root.qcow2 --control $D/control --timeout 500 >$D/log 2>&1 &
+        vm=$!
+        for i in $(seq 60); do IP=$(sed -n 's/.*has address \([0-9.]*\).*/\1/p' $D/log); [ -n "$IP" ] && break; sleep 0.5; done
+        on() {{ {hutch} ssh $IP "$@"; }}
+        on --wait 200 -- 'uname -r; cat /sys/class/dmi/id/sys_vendor; sudo id -un' || {{ tail -n 40 $D/log; exit 3; }}
+        {hutch} control $D/control status
+        {hutch} control $D/control power-button
+        wait $vm; echo "ended: $?"
+        qemu-img check -f qcow2 $D/root.qcow2; echo "check: $?"
+        "#
+    );
+    let dir = root().join("target/stories");
+    std::fs::create_dir_all(&dir).expect("target is writable");
+    std::fs::write(dir.join("debian.sh"), script).expect("target is writable");
+    let out = host("unshare", &["-nm", "bash", &dir.join("debian.sh").to_string_lossy()]);
+    let said = text(&out);
+    for word in ["cloud-amd64", "Amazon EC2", "root", "ended: 0", "check: 0"] {
+        assert!(said.contains(word), "{word} is missing: {said}");
+    }
+}

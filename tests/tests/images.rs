@@ -1,0 +1,62 @@
+//! An image boots what its own boot loader would: now, and after the guest changed that.
+
+use std::process::Command;
+
+use hutch_tests::{hutch, micro, root, text};
+
+/// A disk without a table: ext4 with extlinux.conf, kernel and initrd.
+fn image(name: &str) -> String {
+    let dir = root().join("target/stories");
+    let (tree, path) = (dir.join(format!("{name}.tree")), dir.join(format!("{name}.raw")));
+    let boot = tree.join("boot/extlinux");
+    std::fs::create_dir_all(&boot).expect("target is writable");
+    for file in ["vmlinuz", "initrd"] {
+        std::fs::copy(micro().join(file), tree.join("boot").join(file)).expect("the micro image is there");
+    }
+    let config = |word: &str| {
+        format!(
+            "DEFAULT a\nLABEL a\n LINUX /boot/vmlinuz\n INITRD /boot/initrd\n APPEND console=ttyS0 {word}\n"
+        )
+    };
+    std::fs::write(boot.join("extlinux.conf"), config("kernel=old")).expect("target is writable");
+    std::fs::write(boot.join("next"), config("kernel=new")).expect("target is writable");
+    let _ = std::fs::remove_file(&path);
+    let made =
+        Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).args([&tree, &path]).arg("64M").status();
+    assert!(made.expect("mke2fs (package e2fsprogs)").success());
+    path.to_string_lossy().into_owned()
+}
+
+#[test]
+fn what_the_guest_installs_is_what_boots_next() {
+    let image = image("upgrade");
+    let before = std::fs::read(&image).expect("the image is there");
+    let script = "mount -t ext4 /dev/vda /root || exit 3; echo $(cat /proc/cmdline); \
+        if grep -q kernel=new /proc/cmdline; then exit 7; fi; \
+        cat /root/boot/extlinux/next > /root/boot/extlinux/extlinux.conf; umount /root; sync; reboot -f; sleep 100";
+    let out = hutch(&["boot", &image, "--net", "none", "--timeout", "120", "--", "/bin/sh", "-c", script]);
+    let said = text(&out);
+    assert_eq!(out.status.code(), Some(7), "{said}");
+    assert!(said.contains("kernel=old"), "{said}");
+    assert!(std::fs::read(&image).expect("the image is there") == before, "an image is never written");
+}
+
+#[test]
+fn a_volume_keeps_what_was_flushed_when_its_machine_is_killed() {
+    let image = image("killed");
+    let volume = root().join("target/stories/killed.qcow2");
+    let _ = std::fs::remove_file(&volume);
+    let path = volume.to_string_lossy().into_owned();
+    let script = "mount -t ext4 /dev/vda /root; echo flushed > /root/note; sync; echo MARK; while true; do dd if=/dev/zero of=/root/load bs=64k count=300 conv=fsync 2>/dev/null; done";
+    let args = ["boot", &image, "--root-volume", &path, "--net", "none"];
+    // The timeout ends the machine in the midst of its work, as kill -9 does: nothing is told to the guest.
+    let out = hutch(&[&args[..], &["--timeout", "25", "--", "/bin/sh", "-c", script]].concat());
+    let said = text(&out);
+    assert_eq!(out.status.code(), Some(243), "{said}");
+    assert!(said.contains("MARK"), "{said}");
+    let check = Command::new("qemu-img").args(["check", "-f", "qcow2", &path]).output().expect("qemu-img");
+    assert!(check.status.success(), "{}", text(&check));
+    let script = "mount -t ext4 /dev/vda /root && grep -q flushed /root/note && exit 7";
+    let out = hutch(&[&args[..], &["--timeout", "60", "--", "/bin/sh", "-c", script]].concat());
+    assert_eq!(out.status.code(), Some(7), "{}", text(&out));
+}
