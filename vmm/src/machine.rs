@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd};
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -102,7 +102,9 @@ pub struct Machine {
 
 /// What acts on the machine from other threads, over all its runs.
 struct Reach {
+    /// The end of the run that is under way.
     ending: Mutex<Arc<Ending>>,
+    killed: AtomicBool,
     button: EventFd,
     gate: Arc<Gate>,
     /// The devices of the run that is under way. Whoever pauses, resumes, starts or ends a run holds this lock.
@@ -124,9 +126,12 @@ impl Reach {
 pub struct Handle(Arc<Reach>);
 
 impl Handle {
-    /// Ends the run that is under way, also a paused one.
+    /// Ends the machine, also a paused one.
     pub fn kill(&self) {
-        self.0.ending().set(Outcome::Killed);
+        // Under the lock, so that a machine that is just rebooting hears of it before its next run.
+        let ending = self.0.ending.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.killed.store(true, Relaxed);
+        ending.set(Outcome::Killed);
     }
 
     /// Presses the power button: the guest's kernel hears of it and powers off if it wants to.
@@ -183,6 +188,7 @@ impl Machine {
         Ok(Machine {
             reach: Arc::new(Reach {
                 ending: Mutex::default(),
+                killed: AtomicBool::new(false),
                 button,
                 gate: Arc::default(),
                 board: Mutex::default(),
@@ -221,8 +227,12 @@ impl Machine {
                     if self.plan.config().no_reboot {
                         break End::Reboot;
                     }
+                    let mut ending = self.reach.ending.lock().unwrap_or_else(PoisonError::into_inner);
+                    if self.reach.killed.load(Relaxed) {
+                        break End::Killed;
+                    }
+                    *ending = Arc::default();
                     self.counts.reboots.fetch_add(1, Relaxed);
-                    *self.reach.ending.lock().unwrap_or_else(PoisonError::into_inner) = Arc::default();
                 }
                 Ok(Outcome::PowerOff) => break End::PowerOff,
                 Ok(Outcome::Command(code)) => break End::Command { code },
