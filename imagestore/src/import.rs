@@ -11,14 +11,15 @@
 //! The checksum is of the source's bytes and taken by the caller, beside the worker: it cannot be lied to.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use hutch_blockdev::{Format as DiskFormat, open_layers};
+use hutch_blockdev::{DiskErrorKind, Format as DiskFormat, open_layers};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, setrlimit};
@@ -37,13 +38,18 @@ const BLOCK: usize = 4096;
 const NOBODY: u32 = 65534;
 /// The most of a worker's report that is kept, in bytes.
 const MAX_REPORT: usize = 64 << 10;
+/// Beyond this no more of a worker's words are kept, in bytes; a line that began before is.
+const MAX_WORDS: usize = 1 << 10;
+/// How often the limits that the worker does not see itself are looked at.
+const TICK: Duration = Duration::from_millis(50);
 
 /// What an import may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// The largest virtual size in bytes.
     pub virtual_bytes: u64,
-    /// The most bytes that are not zeros: a small file can unpack to any size.
+    /// The most bytes that are not zeros: a small file can unpack to any size. The worker counts them; what it has
+    /// the store's file system allocate is watched besides, with an eighth and 16 MiB more for that one's own blocks.
     pub data_bytes: u64,
     /// Address space of the worker in bytes.
     pub memory_bytes: u64,
@@ -87,6 +93,18 @@ pub enum ImportError {
     /// The source is no image that can be imported.
     #[error("the image is refused: {0}")]
     Refused(String),
+    /// The host could not read the source.
+    #[error("cannot read the image: {0}; check the disk or network that it is on")]
+    Unreadable(String),
+    /// The worker was killed, by the kernel or by hand.
+    #[error(
+        "the import's worker was killed: the host is out of memory (see its kernel's log), somebody ended it, or it \
+         went on past {cpu_seconds} seconds of processor time"
+    )]
+    Killed {
+        /// The limit of its processor time in seconds.
+        cpu_seconds: u64,
+    },
     /// It took more than was allowed.
     #[error("the import was ended: it needs more than {0}; check the image, or allow more")]
     Limit(String),
@@ -100,12 +118,12 @@ pub enum ImportError {
         source: io::Error,
     },
     /// The worker ended without a word.
-    #[error("the import's worker ended with {status}: {last}")]
+    #[error("the import's worker ended with {status}: {words}")]
     Worker {
         /// How it ended.
         status: ExitStatus,
-        /// The last that it said.
-        last: String,
+        /// What it said.
+        words: String,
     },
 }
 
@@ -123,6 +141,8 @@ enum Report {
     Done { total: u64 },
     /// The image is bad.
     Refused(String),
+    /// The image could not be read.
+    Unreadable(String),
     /// More than one of the limits.
     Limit(String),
     /// The host failed.
@@ -148,10 +168,17 @@ pub fn import(
     mut worker: Command,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Image, ImportError> {
+    let len = source_len(source)?;
     let format = match request.format {
         Some(format) => format,
         None => detect(source)?,
     };
+    if format == Format::Raw && !len.is_multiple_of(512) {
+        return Err(ImportError::Refused(format!(
+            "it is raw and has {len} bytes, which is no multiple of 512: it was cut short, or is no disk; \
+             `truncate -s %512` pads a copy of it"
+        )));
+    }
     let pending = store.begin(&request.name)?;
     let clone = |file: &File| file.try_clone().map_err(io_error("hand over the files"));
     let task = serde_json::to_string(&Task { format, limits: request.limits })
@@ -164,9 +191,12 @@ pub fn import(
         .stdout(Stdio::from(clone(pending.disk())?))
         .stderr(Stdio::piped());
     let child = Running(worker.spawn().map_err(io_error("start its worker"))?);
+    let stop = AtomicBool::new(false);
     let (total, sha256) = std::thread::scope(|scope| {
-        let sum = scope.spawn(|| checksum(source));
-        let total = watch(child, &request.limits, progress);
+        let sum = scope.spawn(|| checksum(source, len, &stop));
+        let total = watch(child, pending.disk(), &request.limits, progress);
+        // Nobody waits for the checksum of what is not imported.
+        stop.store(total.is_err(), Ordering::Relaxed);
         let sum = sum.join().unwrap_or_else(|_| Err(io::Error::other("the checksum's thread ended")));
         Ok::<_, ImportError>((total?, sum.map_err(io_error("read the image"))?))
     })?;
@@ -203,11 +233,25 @@ fn detect(source: &File) -> Result<Format, ImportError> {
     }
 }
 
-fn checksum(source: &File) -> io::Result<String> {
+/// The source's size in bytes. What has no size, and may have no end, is refused.
+fn source_len(mut source: &File) -> Result<u64, ImportError> {
+    let kind = source.metadata().map_err(io_error("look at the image"))?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(ImportError::Refused(
+            "it is neither a file nor a block device; save it to a file".to_owned(),
+        ));
+    }
+    // A block device's metadata has no size. All reads say where: the file's position serves nobody.
+    source.seek(SeekFrom::End(0)).map_err(io_error("measure the image"))
+}
+
+/// The checksum of the first `len` bytes: a file that grows meanwhile has an end all the same.
+fn checksum(source: &File, len: u64, stop: &AtomicBool) -> io::Result<String> {
     let (mut hash, mut buffer, mut at) = (Sha256::new(), vec![0; CHUNK], 0);
-    loop {
-        let count = match source.read_at(&mut buffer, at) {
-            Ok(0) => break,
+    while at < len && !stop.load(Ordering::Relaxed) {
+        let want = usize::try_from(len - at).unwrap_or(CHUNK).min(CHUNK);
+        let count = match source.read_at(buffer.get_mut(..want).unwrap_or_default(), at) {
+            Ok(0) => return Err(io::Error::other("it became shorter while it was read")),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             result => result?,
         };
@@ -227,57 +271,113 @@ impl Drop for Running {
     }
 }
 
-/// Listens to the worker until it ends; tells the disk's size.
+/// Listens to the worker until it ends; tells the disk's size. Nothing that the worker does or leaves undone keeps
+/// this from ending with the limits.
 fn watch(
     mut child: Running,
+    disk: &File,
     limits: &Limits,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<u64, ImportError> {
     let deadline = Instant::now() + Duration::from_secs(limits.wall_seconds);
-    let Some(mut pipe) = child.0.stderr.take() else {
-        return Err(io_error("listen to its worker")(io::ErrorKind::BrokenPipe.into()));
-    };
-    let (mut text, mut last, mut buffer) = (Vec::new(), String::new(), [0; 4096]);
-    let mut end = None;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ImportError::Limit(format!("{} seconds", limits.wall_seconds)));
-        }
-        let timeout = PollTimeout::try_from(left.min(Duration::from_secs(3600))).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)], timeout) {
+    let mut pipe = child.0.stderr.take();
+    let mut heard = Heard::default();
+    let status = loop {
+        check(disk, limits, deadline)?;
+        let Some(open) = &mut pipe else {
+            // It has closed its ear, which does not mean that it has ended.
+            match child.0.try_wait().map_err(io_error("wait for its worker"))? {
+                Some(status) => break status,
+                None => std::thread::sleep(TICK.min(Duration::from_millis(5))),
+            }
+            continue;
+        };
+        let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::ZERO);
+        match poll(&mut [PollFd::new(open.as_fd(), PollFlags::POLLIN)], timeout) {
             Ok(0) | Err(Errno::EINTR) => continue,
             result => result.map_err(|error| io_error("listen to its worker")(error.into()))?,
         };
-        let count = pipe.read(&mut buffer).map_err(io_error("listen to its worker"))?;
-        if count == 0 {
-            break;
+        if !heard.listen(open, progress)? {
+            pipe = None;
         }
-        text.extend_from_slice(buffer.get(..count).unwrap_or_default());
-        while let Some(newline) = text.iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = text.drain(..=newline).collect();
+    };
+    check(disk, limits, deadline)?;
+    verdict(status, heard, limits)
+}
+
+/// The limits that hold even if the worker keeps none.
+fn check(disk: &File, limits: &Limits, deadline: Instant) -> Result<(), ImportError> {
+    if Instant::now() >= deadline {
+        return Err(ImportError::Limit(format!("{} seconds", limits.wall_seconds)));
+    }
+    let allocated = disk.metadata().map_err(io_error("look at the disk"))?.blocks().saturating_mul(512);
+    let most = limits.data_bytes.saturating_add(limits.data_bytes / 8).saturating_add(16 << 20);
+    if allocated > most {
+        return Err(ImportError::Limit(format!("{} bytes of data", limits.data_bytes)));
+    }
+    Ok(())
+}
+
+/// What the worker has said so far.
+#[derive(Default)]
+struct Heard {
+    /// A line that has not ended.
+    text: Vec<u8>,
+    /// The first lines that are no reports: a panic's, say.
+    words: String,
+    /// How it says that it went.
+    end: Option<Report>,
+}
+
+impl Heard {
+    /// Takes in what the pipe holds; `false` at its end.
+    fn listen(
+        &mut self,
+        pipe: &mut impl Read,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<bool, ImportError> {
+        let mut buffer = [0; 4096];
+        let count = pipe.read(&mut buffer).map_err(io_error("listen to its worker"))?;
+        self.text.extend_from_slice(buffer.get(..count).unwrap_or_default());
+        while let Some(newline) = self.text.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.text.drain(..=newline).collect();
             match serde_json::from_slice(&line) {
                 Ok(Report::Progress { done, total }) => progress(done, total),
-                Ok(report) => end = Some(report),
-                Err(_) => last = String::from_utf8_lossy(&line).trim_end().to_owned(),
+                Ok(report) => self.end = Some(report),
+                Err(_) if self.words.len() < MAX_WORDS => {
+                    let words = String::from_utf8_lossy(&line);
+                    self.words = format!("{} {}", self.words, words.trim()).trim_start().to_owned();
+                }
+                Err(_) => {}
             }
         }
-        if text.len() > MAX_REPORT {
+        if self.text.len() > MAX_REPORT {
             return Err(ImportError::Refused("its worker talks without end".to_owned()));
         }
+        Ok(count > 0)
     }
-    let status = child.0.wait().map_err(io_error("wait for its worker"))?;
+}
+
+/// What to make of how the worker ended and what it said of it.
+fn verdict(status: ExitStatus, heard: Heard, limits: &Limits) -> Result<u64, ImportError> {
     let killed = |signal: Signal| status.signal() == Some(signal as i32);
-    match end {
-        _ if killed(Signal::SIGXCPU) || killed(Signal::SIGKILL) => {
+    // Rust's words where an allocation fails.
+    let no_memory = killed(Signal::SIGABRT) && heard.words.contains("memory allocation of ");
+    match heard.end {
+        _ if killed(Signal::SIGKILL) => Err(ImportError::Killed { cpu_seconds: limits.cpu_seconds }),
+        _ if killed(Signal::SIGXCPU) => {
             Err(ImportError::Limit(format!("{} seconds of processor time", limits.cpu_seconds)))
         }
-        _ if killed(Signal::SIGXFSZ) => Err(ImportError::Limit(format!("{} bytes", limits.virtual_bytes))),
+        _ if killed(Signal::SIGXFSZ) => {
+            Err(ImportError::Limit(format!("{} bytes of disk", limits.virtual_bytes)))
+        }
+        _ if no_memory => Err(ImportError::Limit(format!("{} bytes of memory", limits.memory_bytes))),
         Some(Report::Done { total }) if status.success() => Ok(total),
         Some(Report::Refused(why)) => Err(ImportError::Refused(why)),
+        Some(Report::Unreadable(why)) => Err(ImportError::Unreadable(why)),
         Some(Report::Limit(what)) => Err(ImportError::Limit(what)),
         Some(Report::Failed(why)) => Err(io_error("write the disk")(io::Error::other(why))),
-        _ => Err(ImportError::Worker { status, last }),
+        _ => Err(ImportError::Worker { status, words: heard.words }),
     }
 }
 
@@ -313,9 +413,14 @@ fn work(task: &str) -> Result<Report, Report> {
         Format::Raw => DiskFormat::Raw,
         Format::Qcow2 => DiskFormat::Qcow2,
     };
-    let refused = |error: hutch_blockdev::DiskError| match std::error::Error::source(&error) {
-        Some(cause) => Report::Refused(format!("{error}: {cause}")),
-        None => Report::Refused(error.to_string()),
+    let refused = |error: hutch_blockdev::DiskError| {
+        let why = match std::error::Error::source(&error) {
+            Some(cause) => format!("{error}: {cause}"),
+            None => error.to_string(),
+        };
+        // The host's own errors have a number; a file that ends too soon is a bad image.
+        let host = error.source.as_ref().is_some_and(|cause| cause.raw_os_error().is_some());
+        if host && error.kind == DiskErrorKind::Io { Report::Unreadable(why) } else { Report::Refused(why) }
     };
     let disk = open_layers(vec![(source, format)], true).map_err(refused)?;
     let total = disk.size();
@@ -366,7 +471,8 @@ fn is_zero(block: &[u8]) -> bool {
 fn confine(limits: &Limits) -> nix::Result<()> {
     let fixed = |resource, value| setrlimit(resource, value, value);
     fixed(Resource::RLIMIT_AS, limits.memory_bytes)?;
-    fixed(Resource::RLIMIT_CPU, limits.cpu_seconds)?;
+    // At the hard limit the kernel sends SIGKILL, which would not say why: one second before, SIGXCPU does.
+    setrlimit(Resource::RLIMIT_CPU, limits.cpu_seconds, limits.cpu_seconds.saturating_add(1))?;
     fixed(Resource::RLIMIT_FSIZE, limits.virtual_bytes)?;
     fixed(Resource::RLIMIT_CORE, 0)?;
     // What is open stays open; nothing more can be.

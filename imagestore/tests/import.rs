@@ -158,3 +158,140 @@ fn a_worker_that_breaks_leaves_nothing() {
     assert!(matches!(result, Err(ImportError::Worker { .. })), "{result:?}");
     assert_nothing_left(room.path());
 }
+
+/// Imports `source` by a "worker" that is a shell script: what a hijacked one could do.
+fn hijacked(room: &Path, source: &File, script: &str, limits: Limits) -> ImportError {
+    let store = Store::open(room).unwrap();
+    let mut worker = Command::new("/bin/sh");
+    worker.args(["-c", script]);
+    let result = import(&store, source, &Request { limits, ..request(None) }, worker, &mut |_, _| {});
+    assert_nothing_left(room);
+    result.expect_err(script)
+}
+
+#[test]
+fn a_worker_that_closes_its_report_and_stays_is_ended_in_time() {
+    let room = tempfile::tempdir().unwrap();
+    let source = File::open(raw(room.path())).unwrap();
+    let limits = Limits { wall_seconds: 1, ..Limits::default() };
+    for script in ["exec 2>&-; exec sleep 600", "exec sleep 600", "while :; do echo x >&2; done"] {
+        let error = hijacked(room.path(), &source, script, limits);
+        assert!(matches!(&error, ImportError::Limit(what) if what == "1 seconds"), "{script}: {error}");
+    }
+}
+
+#[test]
+fn a_worker_that_writes_more_than_its_data_is_ended_by_the_caller() {
+    let room = tempfile::tempdir().unwrap();
+    let source = File::open(raw(room.path())).unwrap();
+    let limits = Limits { data_bytes: MIB, ..Limits::default() };
+    for script in
+        ["head -c 64M /dev/zero; exec sleep 600", "exec 2>&-; head -c 64M /dev/zero; exec sleep 600"]
+    {
+        let error = hijacked(room.path(), &source, script, limits);
+        assert!(matches!(&error, ImportError::Limit(what) if what.ends_with("of data")), "{script}: {error}");
+    }
+}
+
+#[test]
+fn each_way_a_worker_ends_has_its_own_words() {
+    let room = tempfile::tempdir().unwrap();
+    let source = File::open(raw(room.path())).unwrap();
+    let error = |script| hijacked(room.path(), &source, script, Limits::default());
+    assert!(matches!(error("kill -s KILL $$"), ImportError::Killed { cpu_seconds: 3600 }));
+    assert!(matches!(error("kill -s XCPU $$"), ImportError::Limit(what) if what.contains("processor")));
+    assert!(matches!(error("kill -s XFSZ $$"), ImportError::Limit(what) if what.ends_with("of disk")));
+    assert!(matches!(error("kill -s SEGV $$"), ImportError::Worker { .. }));
+    let unreadable = r#"echo '{"unreadable":"cannot read the disk"}' >&2; exit 1"#;
+    assert!(matches!(error(unreadable), ImportError::Unreadable(why) if why == "cannot read the disk"));
+}
+
+#[test]
+fn what_has_no_end_is_refused_before_it_is_read() {
+    let room = tempfile::tempdir().unwrap();
+    let fifo = room.path().join("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let fifo = File::options().read(true).write(true).open(fifo).unwrap();
+    for source in [fifo, File::open("/dev/zero").unwrap(), File::open("/").unwrap()] {
+        let error = hijacked(room.path(), &source, "exit 1", Limits::default());
+        assert!(matches!(&error, ImportError::Refused(why) if why.contains("neither a file")), "{error}");
+    }
+}
+
+#[test]
+fn a_raw_source_that_is_no_whole_number_of_sectors_is_refused_with_its_size() {
+    let room = tempfile::tempdir().unwrap();
+    let path = room.path().join("source");
+    fs::write(&path, vec![1; 1000]).unwrap();
+    for format in [None, Some(Format::Raw)] {
+        match run(room.path(), &path, &request(format)) {
+            Err(ImportError::Refused(why)) => assert!(why.contains("1000 bytes"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    let padded = Command::new("truncate").args(["-s", "%512"]).arg(&path).status().unwrap();
+    assert!(padded.success());
+    assert_eq!(run(room.path(), &path, &request(None)).unwrap().record.virtual_size, 1024);
+}
+
+#[test]
+fn a_worker_without_memory_says_so() {
+    let room = tempfile::tempdir().unwrap();
+    let source = raw(room.path());
+    let limits = Limits { memory_bytes: MIB, ..Limits::default() };
+    let result = run(&room.path().join("state"), &source, &Request { limits, ..request(None) });
+    assert!(matches!(&result, Err(ImportError::Limit(what)) if what.ends_with("of memory")), "{result:?}");
+}
+
+/// `/proc/PID/status` and `limits` of the worker that has `disk` as its largest file's size.
+fn worker_of(disk: u64) -> (String, String) {
+    let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path().join("children"));
+    let children: String = tasks.filter_map(|path| fs::read_to_string(path).ok()).collect();
+    let mut found = children.split_whitespace().filter_map(|pid| {
+        let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).ok();
+        Some((read("status")?, read("limits")?))
+    });
+    found.find(|(_, limits)| limits.contains(&disk.to_string())).expect("a confined worker")
+}
+
+#[test]
+fn the_worker_is_confined_and_its_processor_time_ends() {
+    let room = tempfile::tempdir().unwrap();
+    let source = room.path().join("source");
+    let disk = (4 << 40) + 512;
+    // Holes only: nothing to write, and far more to read than a second's worth.
+    File::create(&source).unwrap().set_len(4 << 40).unwrap();
+    let limits = Limits { virtual_bytes: disk, cpu_seconds: 1, ..Limits::default() };
+    let store = Store::open(room.path()).unwrap();
+    let worker = Command::new(env!("CARGO_BIN_EXE_hutch-import-worker"));
+    let mut seen = None;
+    let result = import(
+        &store,
+        &File::open(source).unwrap(),
+        &Request { limits, ..request(None) },
+        worker,
+        &mut |_, _| _ = seen.get_or_insert_with(|| worker_of(disk)),
+    );
+    assert!(matches!(&result, Err(ImportError::Limit(what)) if what.contains("processor")), "{result:?}");
+
+    let (status, limits) = seen.expect("progress");
+    let words = |text: &str, name: &str| -> Vec<String> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).expect(name);
+        line.split_whitespace().map(str::to_owned).collect()
+    };
+    assert_eq!(words(&status, "NoNewPrivs:"), ["1"]);
+    assert_eq!(words(&limits, "Max open files")[..2], ["0", "0"]);
+    assert_eq!(words(&limits, "Max processes")[..2], ["0", "0"]);
+    assert_eq!(words(&limits, "Max core file size")[..2], ["0", "0"]);
+    assert_eq!(words(&limits, "Max cpu time")[..2], ["1", "2"]);
+    assert_eq!(
+        words(&limits, "Max address space")[..2],
+        [(1_u64 << 30).to_string(), (1_u64 << 30).to_string()]
+    );
+    if fs::metadata("/proc/self").unwrap().uid() == 0 {
+        assert_eq!(words(&status, "Uid:"), ["65534"; 4]);
+        assert_eq!(words(&status, "Gid:"), ["65534"; 4]);
+        assert!(words(&status, "Groups:").is_empty());
+        assert_eq!(words(&status, "CapEff:"), ["0000000000000000"]);
+    }
+}
