@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use base64::Engine;
+use nix::fcntl::{Flock, FlockArg};
 
 /// Arguments of `hutch ssh`.
 #[derive(clap::Args)]
@@ -66,8 +67,11 @@ fn own_key() -> anyhow::Result<PathBuf> {
     let dir =
         data.or_else(home).context("neither XDG_DATA_HOME nor HOME says where hutch's key is")?.join("hutch");
     let key = dir.join("id_ed25519");
+    fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    // Two that start at once make one key.
+    let lock = fs::File::options().create(true).append(true).open(dir.join("lock"))?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| e)?;
     if !key.exists() {
-        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let mut keygen = Command::new("ssh-keygen");
         keygen.args(["-q", "-t", "ed25519", "-N", "", "-C", "hutch", "-f"]).arg(&key);
         let made = keygen.status().context("cannot run ssh-keygen; install the package openssh-client")?;
