@@ -34,6 +34,8 @@ use crate::store::{Architecture, Format, Image, Origin, Store, StoreError};
 const CHUNK: usize = 1 << 20;
 /// What is looked at for zeros, in bytes: a file system's block.
 const BLOCK: usize = 4096;
+/// A block of zeros to compare with.
+const ZEROS: [u8; BLOCK] = [0; BLOCK];
 /// The user and group `nobody`.
 const NOBODY: u32 = 65534;
 /// The most of a worker's report that is kept, in bytes.
@@ -464,7 +466,8 @@ fn write_data(target: &File, at: u64, chunk: &[u8]) -> io::Result<u64> {
 }
 
 fn is_zero(block: &[u8]) -> bool {
-    block.iter().fold(0, |bits, byte| bits | byte) == 0
+    // One comparison of memory, which is as fast in a debug build.
+    ZEROS.get(..block.len()).is_some_and(|zeros| zeros == block)
 }
 
 /// Gives up every right that reading one file and writing another does not need.
