@@ -95,17 +95,16 @@ fn main() -> anyhow::Result<()> {
     }
 }
 
+/// Measures part by part; what was measured before a part failed is shown all the same.
 fn measure(all: &All) -> anyhow::Result<()> {
     let mut table = Table::default();
-    for part in &all.parts {
-        match part {
-            Part::Boot => boot::measure(all, &mut table)?,
-            Part::Volume => volume::measure(all, &mut table)?,
-            Part::Disk => disk::measure(all, &mut table)?,
-        }
-        // After each part, so that a later one that fails costs only itself.
-        table.save(&all.json)?;
-    }
+    let mut parts = all.parts.iter();
+    let result = parts.try_for_each(|part| match part {
+        Part::Boot => boot::measure(all, &mut table),
+        Part::Volume => volume::measure(all, &mut table),
+        Part::Disk => disk::measure(all, &mut table),
+    });
+    table.save(&all.json)?;
     println!("{}", table.markdown());
-    Ok(())
+    result
 }
