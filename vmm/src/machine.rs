@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::board::{Backends, Board, KvmVm};
@@ -270,6 +270,9 @@ impl Machine {
             .map_err(|source| MachineError::Boot { id: id(), source })?;
         regs::write_tables(&memory).map_err(self.host("page tables"))?;
         acpi::write(&self.plan, &memory).map_err(self.host("ACPI tables"))?;
+        memory
+            .write_slice(&power::RESET_CODE, GuestAddress(power::RESET_ENTRY))
+            .map_err(self.host("reset entry"))?;
         smbios::write(&memory, &self.plan.config().id, self.plan.uuid())
             .map_err(self.host("SMBIOS tables"))?;
         let vm = Arc::new(self.create_vm(&memory)?);

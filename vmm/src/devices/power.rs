@@ -25,6 +25,13 @@ const SLP_EN: u8 = 1 << 5;
 pub const KEYBOARD_PORT: u64 = 0x64;
 const KEYBOARD_RESET: u8 = 0xfe;
 
+/// Where a BIOS has its reset entry, F000:FFF0. Linux, told that hardware is reduced, wants to reset by EFI; without
+/// one it jumps here in real mode (arch/x86/kernel/reboot.c, BOOT_BIOS), whatever the reset register says.
+pub const RESET_ENTRY: u64 = 0xf_fff0;
+/// What is there: `mov dx, PORT + RESET; mov al, RESET_VALUE; out dx, al; hlt; jmp $-1`, in 16-bit code.
+pub const RESET_CODE: [u8; 9] = [0xba, 0x02, 0x06, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd];
+const _: () = assert!(PORT + RESET == 0x602, "RESET_CODE names the port");
+
 /// The register block at [`PORT`].
 pub struct Power(pub Arc<Ending>);
 
