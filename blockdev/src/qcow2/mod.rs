@@ -7,7 +7,8 @@
 //!
 //! Why not qcow2-rs for the data path: tried bare, it returned stale memory past a backing file's end, underflowed
 //! reference counts of compressed clusters, ignored encryption and destroyed snapshots, and a hostile header crashed it
-//! from safe code. It is what the tests compare with; the path a guest's bytes take is here.
+//! from safe code. The tests read headers with it beside our own gate, and data with qemu-img; the path a guest's bytes
+//! take is here.
 //!
 //! One request at a time holds the disk: its metadata has one owner, and nothing can be freed under a request.
 
