@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use hutch_tests::{hutch, micro, root, text};
+use hutch_tests::{host, hutch, hutch_path, micro, root, text};
 
 /// A disk without a table: ext4 with extlinux.conf, kernel and initrd.
 fn image(name: &str) -> String {
@@ -59,4 +59,29 @@ fn a_volume_keeps_what_was_flushed_when_its_machine_is_killed() {
     let script = "mount -t ext4 /dev/vda /root && grep -q flushed /root/note && exit 7";
     let out = hutch(&[&args[..], &["--timeout", "60", "--", "/bin/sh", "-c", script]].concat());
     assert_eq!(out.status.code(), Some(7), "{}", text(&out));
+}
+
+#[test]
+fn a_guest_on_a_full_host_waits_and_goes_on_when_there_is_room() {
+    let image = image("full");
+    let hutch = hutch_path();
+    let script = format!(
+        r#"
+        set -u; D=$(mktemp -d); mount -t tmpfs -o size=12m small $D
+        {hutch} boot {image} --root-volume $D/root.qcow2 --net none --timeout 150 -- /bin/sh -c 'dd if=/dev/urandom of=/tmp/x bs=1M count=24 2>/dev/null; echo WRITING; dd if=/tmp/x of=/dev/vda bs=1M seek=30 conv=fsync && cmp -n 25165824 /tmp/x /dev/vda 0 31457280; echo "same: $?"; exit 7' >$TMPDIR/full.log 2>&1 &
+        for i in $(seq 120); do grep -q "guest's write waits" $TMPDIR/full.log && break; sleep 0.5; done
+        sleep 2; df $D | tail -n 1; kill -0 $! && echo "still running"
+        mount -o remount,size=200m $D
+        wait $!; echo "ended: $?"; cat $TMPDIR/full.log
+        qemu-img check -f qcow2 $D/root.qcow2; echo "check: $?"
+        "#
+    );
+    let dir = root().join("target/stories");
+    std::fs::write(dir.join("full.sh"), format!("export TMPDIR={}\n{script}", dir.display()))
+        .expect("target is writable");
+    let out = host("unshare", &["-m", "bash", &dir.join("full.sh").to_string_lossy()]);
+    let said = text(&out);
+    for word in ["100%", "guest's write waits", "still running", "same: 0", "ended: 7", "check: 0"] {
+        assert!(said.contains(word), "{word} is missing: {said}");
+    }
 }
