@@ -19,6 +19,7 @@ use nix::unistd::Pid;
 
 use crate::disks::{self, DiskArg, Layer};
 use crate::image;
+use crate::netns;
 use crate::ssh;
 use crate::vmm::{Inherit, Vmm};
 
@@ -33,8 +34,6 @@ const LAST_LINES: usize = 50;
 /// nobody and nogroup of Debian: the rights a machine runs with when hutch is started by root.
 const NOBODY: RunAs = RunAs { uid: 65534, gid: 65534 };
 
-/// Where networks are recorded while they are up.
-pub const RUN_DIR: &str = "/run/hutch";
 /// The MTU of a guest's link, in bytes.
 const MTU: u16 = 1500;
 
@@ -87,6 +86,9 @@ pub struct Args {
     /// IMAGE, none for a --kernel]
     #[arg(long)]
     net: Option<NetArg>,
+    /// Put the network into this network namespace, made (and deleted at the end) when it is not there.
+    #[arg(long, value_name = "NAME")]
+    netns: Option<String>,
     /// A public SSH key (FILE.pub) that may log in; by default hutch's own, which `hutch ssh` uses.
     #[arg(long, value_name = "FILE", requires = "image")]
     key: Option<PathBuf>,
@@ -112,6 +114,8 @@ pub struct Args {
 
 /// Runs the machine to its end, and anew when it reboots.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    // Before there are threads: each would be in a namespace of its own.
+    let _namespace = args.netns.as_deref().map(netns::enter).transpose()?;
     let signals = Signals::hold()?;
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     let kvm = kvm.context("cannot open /dev/kvm; `hutch doctor` tells what to do")?;
@@ -277,7 +281,7 @@ fn network(args: &Args) -> anyhow::Result<(Option<GuestNet>, Vec<File>)> {
     if args.net.unwrap_or(default) == NetArg::None {
         return Ok((None, vec![]));
     }
-    let mut net = GuestNet::up(Path::new(RUN_DIR), 1, MTU, name_servers())?;
+    let mut net = GuestNet::up(&netns::records()?, 1, MTU, name_servers())?;
     let taps = net.take_taps();
     Ok((Some(net), taps))
 }

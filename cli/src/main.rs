@@ -7,6 +7,7 @@
 //!   hutch ssh      ssh.rs      log in, with hutch's own key
 //!   hutch doctor   doctor.rs   what this host can do, and what to do about what it cannot
 //!                  disks.rs    what --disk and IMAGE name: layers of files
+//!                  netns.rs    network namespaces
 //!                  vmm.rs      the child process hutch-vmm: descriptors in, report out
 //! ```
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ mod control;
 mod disks;
 mod doctor;
 mod image;
+mod netns;
 mod output;
 mod ssh;
 mod vmm;

@@ -53,10 +53,25 @@ fn what_a_killed_machine_left_is_taken_out() {
         for i in $(seq 20); do [ -e /sys/class/net/huac1f0004 ] || break; sleep 0.2; done
         echo "killed: $(nft list table inet hutch | grep -c huac1f0004)"
         $HUTCH doctor --repair
-        echo "left: $(nft list ruleset | wc -l) $(ls /run/hutch | grep -c json)"
+        echo "left: $(nft list ruleset | wc -l) $(find /run/hutch -name '*.json' | wc -l)"
         "#,
     );
     assert_eq!(code, Some(0), "{said}");
     assert!(!said.contains("up: 0") && !said.contains("killed: 0"), "{said}");
     assert!(said.contains("left: 0 0"), "{said}");
+}
+
+#[test]
+fn a_network_may_be_in_a_namespace_of_its_own() {
+    let (code, said) = in_namespace(
+        r#"
+        mkdir /run/netns
+        $BOOT --net tap --netns story -- /bin/sleep 1000 >$D/guest 2>&1 &
+        for i in $(seq 60); do grep -q "user space" $D/guest && break; sleep 0.5; done
+        echo "inside: $(ip netns exec story ip -o link | grep -c huac1f0004) outside: $(ip -o link | grep -c hu)"
+        kill $!; wait $!; echo "ended: $? left: $(ls /run/netns | wc -l)"
+        "#,
+    );
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("inside: 1 outside: 0") && said.contains("ended: 244 left: 0"), "{said}");
 }
