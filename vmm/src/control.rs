@@ -1,7 +1,8 @@
 //! The control socket: one JSON object a line in, one a line out.
 //!
 //! ```text
-//! {"command":"status"}        → {"ok":true,"id":"i-…","state":"running"|"paused","counters":{…}}
+//! {"command":"status"}        → {"ok":true,"id":"i-…","state":"running"|"paused","counters":{…},
+//!                                "disks":[{"serial":"vol…","no_space":false,…}],"nets":[{"mac":"…",…}]}
 //! {"command":"power-button"}  → {"ok":true}       the guest decides what it does
 //! {"command":"pause"}         → {"ok":true}       every vCPU and device is held when the answer comes
 //! {"command":"resume"}        → {"ok":true}
@@ -19,7 +20,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::console::Console;
-use crate::counts::Counts;
+use crate::counts::{Counts, Devices};
 use crate::machine::Handle;
 
 /// A request is at most so many bytes.
@@ -49,6 +50,8 @@ pub struct Control {
     pub console: Arc<Mutex<Console>>,
     /// Its counters.
     pub counts: Arc<Counts>,
+    /// Its devices' counters.
+    pub devices: Devices,
 }
 
 impl Control {
@@ -99,7 +102,10 @@ impl Control {
             Request::Status => {
                 let counters = self.counts.counters(console().total());
                 let state = if self.handle.is_paused() { "paused" } else { "running" };
-                json!({ "ok": true, "id": self.id, "state": state, "counters": counters })
+                json!({
+                    "ok": true, "id": self.id, "state": state, "counters": counters,
+                    "disks": self.devices.disk_status(), "nets": self.devices.net_status(),
+                })
             }
             Request::PowerButton => {
                 self.handle.press_power_button();

@@ -1,15 +1,19 @@
 //! Counts that vCPU threads keep without locks.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 
+use serde::Serialize;
+
 use crate::config::Counters;
+use crate::virtio::blk::DiskCounts;
+use crate::virtio::net::NetCounts;
 
 /// Why KVM returned to us.
 #[derive(Debug, Clone, Copy)]
@@ -77,5 +81,109 @@ impl Counts {
             reboots: self.reboots.load(Relaxed),
             console_bytes,
         }
+    }
+}
+
+/// The devices' counters, by what the plan calls them; they count over all reboots.
+#[derive(Clone, Default)]
+pub struct Devices {
+    /// Serial of each disk, in the order of the plan.
+    pub disks: Vec<(String, Arc<DiskCounts>)>,
+    /// MAC of each interface, in the order of the plan.
+    pub nets: Vec<(String, Arc<NetCounts>)>,
+}
+
+/// What one disk did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DiskStatus {
+    /// Its serial: the volume's id.
+    pub serial: String,
+    /// Requests answered.
+    pub requests: u64,
+    /// Bytes the guest read.
+    pub read_bytes: u64,
+    /// Bytes the guest wrote.
+    pub written_bytes: u64,
+    /// Requests that failed.
+    pub errors: u64,
+    /// A write waits for room on the host at present.
+    pub no_space: bool,
+}
+
+/// What one interface did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NetStatus {
+    /// Its MAC.
+    pub mac: String,
+    /// Frames to the guest.
+    pub received_frames: u64,
+    /// Bytes to the guest, headers included.
+    pub received_bytes: u64,
+    /// Frames from the guest.
+    pub sent_frames: u64,
+    /// Bytes from the guest, headers included.
+    pub sent_bytes: u64,
+    /// Frames that the guest sent and the tap did not take.
+    pub dropped: u64,
+}
+
+impl Devices {
+    /// The disks' counters now.
+    pub fn disk_status(&self) -> Vec<DiskStatus> {
+        let status = |(serial, counts): &(String, Arc<DiskCounts>)| DiskStatus {
+            serial: serial.clone(),
+            requests: counts.requests.load(Relaxed),
+            read_bytes: counts.bytes[0].load(Relaxed),
+            written_bytes: counts.bytes[1].load(Relaxed),
+            errors: counts.errors.load(Relaxed),
+            no_space: counts.no_space.load(Relaxed),
+        };
+        self.disks.iter().map(status).collect()
+    }
+
+    /// The interfaces' counters now.
+    pub fn net_status(&self) -> Vec<NetStatus> {
+        let status = |(mac, counts): &(String, Arc<NetCounts>)| NetStatus {
+            mac: mac.clone(),
+            received_frames: counts.frames[0].load(Relaxed),
+            received_bytes: counts.bytes[0].load(Relaxed),
+            sent_frames: counts.frames[1].load(Relaxed),
+            sent_bytes: counts.bytes[1].load(Relaxed),
+            dropped: counts.dropped.load(Relaxed),
+        };
+        self.nets.iter().map(status).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_tell_each_counter_under_its_own_name() {
+        let devices = Devices {
+            disks: vec![("vol1".into(), Arc::default()), ("vol2".into(), Arc::default())],
+            nets: vec![("02:00:00:00:00:01".into(), Arc::default())],
+        };
+        let disk = &devices.disks[1].1;
+        disk.requests.store(1, Relaxed);
+        disk.bytes[0].store(2, Relaxed);
+        disk.bytes[1].store(3, Relaxed);
+        disk.errors.store(4, Relaxed);
+        disk.no_space.store(true, Relaxed);
+        let net = &devices.nets[0].1;
+        net.frames[0].store(5, Relaxed);
+        net.frames[1].store(6, Relaxed);
+        net.bytes[0].store(7, Relaxed);
+        net.bytes[1].store(8, Relaxed);
+        net.dropped.store(9, Relaxed);
+        let disks = serde_json::to_value(devices.disk_status()).unwrap();
+        assert_eq!((&disks[0]["serial"], &disks[0]["no_space"]), (&"vol1".into(), &false.into()));
+        let expected = serde_json::json!({ "serial": "vol2", "requests": 1, "read_bytes": 2, "written_bytes": 3,
+            "errors": 4, "no_space": true });
+        assert_eq!(disks[1], expected);
+        let expected = serde_json::json!([{ "mac": "02:00:00:00:00:01", "received_frames": 5,
+            "received_bytes": 7, "sent_frames": 6, "sent_bytes": 8, "dropped": 9 }]);
+        assert_eq!(serde_json::to_value(devices.net_status()).unwrap(), expected);
     }
 }

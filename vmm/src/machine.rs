@@ -23,7 +23,7 @@ use crate::boot;
 use crate::bus::{Bus, Shared};
 use crate::config::{EXIT_PORT, End, Report};
 use crate::console::Console;
-use crate::counts::Counts;
+use crate::counts::{Counts, Devices};
 use crate::devices::{exit, power, rtc, serial};
 use crate::ending::{Ending, Outcome};
 use crate::gate::Gate;
@@ -211,6 +211,17 @@ impl Machine {
     /// The counters, for readers.
     pub fn counts(&self) -> Arc<Counts> {
         self.counts.clone()
+    }
+
+    /// The devices' counters, for readers.
+    pub fn devices(&self) -> Devices {
+        let config = self.plan.config();
+        let disks = config.disks.iter().zip(&self.backends.disks);
+        let nets = config.nets.iter().zip(&self.backends.taps);
+        Devices {
+            disks: disks.map(|(disk, (_, counts))| (disk.serial.clone(), counts.clone())).collect(),
+            nets: nets.map(|(net, (_, counts))| (net.mac.clone(), counts.clone())).collect(),
+        }
     }
 
     /// Runs the machine until it ends, reboots included. `handle` receives the way to end it from outside.
