@@ -11,8 +11,10 @@ pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
 pub const PCI_WINDOW: Region = Region { start: 0xc000_0000, len: 0x2000_0000 };
 /// ECAM of one bus: 32 devices × 8 functions × 4 KiB (PCIe 5.0, 7.2.2).
 pub const ECAM: Region = Region { start: 0xe800_0000, len: 0x10_0000 };
+/// Slots on the one PCI bus.
+pub const PCI_SLOTS: usize = 32;
 /// Disks and network interfaces of a machine: a bus has 32 slots, of which the host bridge and the entropy device take two.
-pub const MAX_DEVICES: usize = crate::pci::SLOTS - 2;
+pub const MAX_DEVICES: usize = PCI_SLOTS - 2;
 /// The longest kernel command line, without its NUL (COMMAND_LINE_SIZE of x86 Linux is 2048).
 pub const CMDLINE_MAX: usize = 2047;
 

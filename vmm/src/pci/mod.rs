@@ -14,10 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Registers;
-use crate::plan::Region;
-
-/// Slots on the bus; each holds one device of one function.
-pub const SLOTS: usize = 32;
+use crate::plan::{PCI_SLOTS, Region};
 
 /// What PCI devices need of the hypervisor.
 pub trait Vm: Send + Sync {
@@ -58,14 +55,14 @@ impl PciBus {
         PciBus { slots: vec![Arc::new(Mutex::new(HostBridge(config::ConfigSpace::host_bridge())))] }
     }
 
-    /// The number of the next free slot; [`SLOTS`] when all are taken.
+    /// The number of the next free slot; [`PCI_SLOTS`] when all are taken.
     pub fn next(&self) -> usize {
         self.slots.len()
     }
 
     /// Puts a device into the next slot; it is handed back when there is none.
     pub fn add(&mut self, device: Slot) -> Result<(), Slot> {
-        if self.slots.len() >= SLOTS {
+        if self.slots.len() >= PCI_SLOTS {
             return Err(device);
         }
         self.slots.push(device);
@@ -190,7 +187,7 @@ mod tests {
     fn the_bus_ends_at_32_slots() {
         let mut bus = PciBus::new();
         let bridge = || Arc::new(Mutex::new(HostBridge(config::ConfigSpace::host_bridge())));
-        while bus.next() < SLOTS {
+        while bus.next() < PCI_SLOTS {
             assert!(bus.add(bridge()).is_ok());
         }
         assert!(bus.add(bridge()).is_err());
