@@ -1,0 +1,210 @@
+//! What a guest may know of itself: a tree of texts, with EC2's names, and how a path is looked up in it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+use serde_json::json;
+
+/// How the service is to answer, per instance (ModifyInstanceMetadataOptions).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Whether it answers at all.
+    pub enabled: bool,
+    /// Whether a token is needed (version 2 only).
+    pub tokens_required: bool,
+    /// The IP time to live of an answer with a token: 1 to 64.
+    pub hop_limit: u8,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { enabled: true, tokens_required: false, hop_limit: 1 }
+    }
+}
+
+/// An instance as its metadata describe it. Empty texts are left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are those of the metadata categories in EC2's user guide")]
+pub struct Metadata {
+    pub options: Options,
+    pub account_id: String,
+    pub ami_id: String,
+    pub ami_launch_index: u32,
+    pub availability_zone: String,
+    pub availability_zone_id: String,
+    /// Names as in a launch request, such as `ami`, `root` or `ebs2`, with their devices.
+    pub block_device_mapping: Vec<(String, String)>,
+    /// The private DNS name.
+    pub hostname: String,
+    pub instance_id: String,
+    pub instance_type: String,
+    /// The network interface `eni-…`.
+    pub interface_id: String,
+    /// `on-demand`, `spot` or `scheduled`.
+    pub life_cycle: String,
+    /// When it was launched, in RFC 3339.
+    pub pending_time: String,
+    pub local_ipv4: Option<Ipv4Addr>,
+    pub public_ipv4: Option<Ipv4Addr>,
+    pub mac: String,
+    /// Key pairs' names, and their keys in OpenSSH's format.
+    pub public_keys: Vec<(String, String)>,
+    pub region: String,
+    pub reservation_id: String,
+    /// Ids and names.
+    pub security_groups: Vec<(String, String)>,
+    pub subnet_id: String,
+    pub subnet_cidr: String,
+    /// Told only where InstanceMetadataTags is enabled.
+    pub tags: BTreeMap<String, String>,
+    pub user_data: Option<Vec<u8>>,
+    pub vpc_id: String,
+    pub vpc_cidr: String,
+}
+
+/// All that the service says, ready to be looked up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Document {
+    options: Options,
+    instance_id: String,
+    /// Whole paths below the version, without slashes at the ends. One that ends in `/` is a listing of its own.
+    leaves: BTreeMap<String, Vec<u8>>,
+}
+
+/// What `/` lists; every other version with a date is answered too.
+const VERSIONS: &str = "1.0\n2009-04-04\n2016-09-02\n2018-09-24\n2021-03-23\nlatest";
+const TEXT: &str = "text/plain";
+
+impl Document {
+    pub(super) fn options(&self) -> Options {
+        self.options
+    }
+
+    pub(super) fn instance_id(&self) -> &str {
+        &self.instance_id
+    }
+
+    /// The content type and the body at a path of the service: a leaf, or the listing of a directory.
+    pub(super) fn get(&self, path: &str) -> Option<(&'static str, Vec<u8>)> {
+        let mut parts = path.split('/').filter(|part| !part.is_empty());
+        let Some(version) = parts.next() else { return Some((TEXT, VERSIONS.into())) };
+        let dated = |v: &str| {
+            v.len() == 10
+                && v.bytes()
+                    .enumerate()
+                    .all(|(i, b)| if i == 4 || i == 7 { b == b'-' } else { b.is_ascii_digit() })
+        };
+        if version != "latest" && version != "1.0" && !dated(version) {
+            return None;
+        }
+        let path = parts.collect::<Vec<_>>().join("/");
+        if let Some(leaf) = self.leaves.get(&path) {
+            let kind = if path == "user-data" { "application/octet-stream" } else { TEXT };
+            return Some((kind, leaf.clone()));
+        }
+        let directory = if path.is_empty() { String::new() } else { format!("{path}/") };
+        if let Some(listing) = self.leaves.get(&directory) {
+            return Some((TEXT, listing.clone()));
+        }
+        let below =
+            self.leaves.range(directory.clone()..).map_while(|(leaf, _)| leaf.strip_prefix(&directory));
+        let names: BTreeSet<&str> =
+            below.map(|rest| rest.find('/').map_or(rest, |slash| &rest[..=slash])).collect();
+        (!names.is_empty()).then(|| (TEXT, names.into_iter().collect::<Vec<_>>().join("\n").into_bytes()))
+    }
+}
+
+impl From<&Metadata> for Document {
+    fn from(m: &Metadata) -> Document {
+        let mut leaves = BTreeMap::new();
+        let mut leaf = |path: &str, text: &str| {
+            if !text.is_empty() {
+                leaves.insert(path.to_owned(), text.as_bytes().to_vec());
+            }
+        };
+        let ip = |ip: Option<Ipv4Addr>| ip.map(|ip| ip.to_string()).unwrap_or_default();
+        let lines = |texts: Vec<&str>| texts.join("\n");
+        let group_names = lines(m.security_groups.iter().map(|(_, name)| name.as_str()).collect());
+        let group_ids = lines(m.security_groups.iter().map(|(id, _)| id.as_str()).collect());
+        for (name, text) in [
+            ("ami-id", m.ami_id.as_str()),
+            ("ami-launch-index", &m.ami_launch_index.to_string()),
+            ("ami-manifest-path", "(unknown)"),
+            ("hostname", &m.hostname),
+            ("instance-action", "none"),
+            ("instance-id", &m.instance_id),
+            ("instance-life-cycle", &m.life_cycle),
+            ("instance-type", &m.instance_type),
+            ("local-hostname", &m.hostname),
+            ("local-ipv4", &ip(m.local_ipv4)),
+            ("mac", &m.mac),
+            ("placement/availability-zone", &m.availability_zone),
+            ("placement/availability-zone-id", &m.availability_zone_id),
+            ("placement/region", &m.region),
+            ("profile", "default-hvm"),
+            ("public-ipv4", &ip(m.public_ipv4)),
+            ("reservation-id", &m.reservation_id),
+            ("security-groups", &group_names),
+            ("services/domain", "amazonaws.com"),
+            ("services/partition", "aws"),
+        ] {
+            leaf(&format!("meta-data/{name}"), text);
+        }
+        for (name, device) in &m.block_device_mapping {
+            leaf(&format!("meta-data/block-device-mapping/{name}"), device);
+        }
+        for (name, text) in [
+            ("device-number", "0"),
+            ("interface-id", &m.interface_id),
+            ("local-hostname", &m.hostname),
+            ("local-ipv4s", &ip(m.local_ipv4)),
+            ("mac", &m.mac),
+            ("owner-id", &m.account_id),
+            ("public-ipv4s", &ip(m.public_ipv4)),
+            ("security-group-ids", &group_ids),
+            ("security-groups", &group_names),
+            ("subnet-id", &m.subnet_id),
+            ("subnet-ipv4-cidr-block", &m.subnet_cidr),
+            ("vpc-id", &m.vpc_id),
+            ("vpc-ipv4-cidr-block", &m.vpc_cidr),
+            ("vpc-ipv4-cidr-blocks", &m.vpc_cidr),
+        ] {
+            leaf(&format!("meta-data/network/interfaces/macs/{}/{name}", m.mac), text);
+        }
+        for (key, value) in &m.tags {
+            leaf(&format!("meta-data/tags/instance/{key}"), value);
+        }
+        for (index, (_, key)) in m.public_keys.iter().enumerate() {
+            leaf(&format!("meta-data/public-keys/{index}/openssh-key"), key.trim());
+        }
+        let names = m.public_keys.iter().enumerate().map(|(index, (name, _))| format!("{index}={name}"));
+        leaf("meta-data/public-keys/", &names.collect::<Vec<_>>().join("\n"));
+        leaf("dynamic/instance-identity/document", &identity(m));
+        if let Some(data) = &m.user_data {
+            leaves.insert("user-data".into(), data.clone());
+        }
+        Document { options: m.options, instance_id: m.instance_id.clone(), leaves }
+    }
+}
+
+/// The instance identity document.
+fn identity(m: &Metadata) -> String {
+    let document = json!({
+        "accountId": m.account_id,
+        "architecture": "x86_64",
+        "availabilityZone": m.availability_zone,
+        "billingProducts": null,
+        "devpayProductCodes": null,
+        "marketplaceProductCodes": null,
+        "imageId": m.ami_id,
+        "instanceId": m.instance_id,
+        "instanceType": m.instance_type,
+        "kernelId": null,
+        "pendingTime": m.pending_time,
+        "privateIp": m.local_ipv4.map(|ip| ip.to_string()),
+        "ramdiskId": null,
+        "region": m.region,
+        "version": "2017-09-30",
+    });
+    format!("{document:#}")
+}
