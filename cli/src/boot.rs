@@ -12,6 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use hutch_cloud::types::{InstanceType, Table};
 use hutch_netfw::GuestNet;
 use hutch_vmm::config::{BootConfig, DiskConfig, End, MachineConfig, NetConfig, Report, RunAs};
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -19,6 +22,7 @@ use nix::unistd::Pid;
 
 use crate::disks::{self, DiskArg, Layer};
 use crate::image;
+use crate::metadata;
 use crate::netns;
 use crate::ssh;
 use crate::vmm::{Inherit, Vmm};
@@ -73,6 +77,9 @@ pub struct Args {
     /// More words for the kernel's command line; the serial console is always there.
     #[arg(long, value_name = "TEXT", default_value = "")]
     append: String,
+    /// An instance type, such as t3.micro, for CPUs and memory.
+    #[arg(long = "type", value_name = "TYPE", conflicts_with_all = ["cpus", "memory"])]
+    instance_type: Option<String>,
     /// Virtual CPUs, 1 to 32.
     #[arg(long, default_value_t = 1)]
     cpus: u32,
@@ -92,6 +99,10 @@ pub struct Args {
     /// A public SSH key (FILE.pub) that may log in; by default hutch's own, which `hutch ssh` uses.
     #[arg(long, value_name = "FILE", requires = "image")]
     key: Option<PathBuf>,
+    /// User data, for cloud-init: a script or a #cloud-config, of 16 KiB at most. The guest asks for them at
+    /// 169.254.169.254, as on EC2.
+    #[arg(long, value_name = "FILE")]
+    user_data: Option<PathBuf>,
     /// Make a control socket here, for `hutch control`.
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
@@ -119,14 +130,24 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let signals = Signals::hold()?;
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     let kvm = kvm.context("cannot open /dev/kvm; `hutch doctor` tells what to do")?;
+    let size = size(args)?;
+    let mut metadata = metadata::describe(
+        args.image.as_deref(),
+        args.instance_type.as_deref().unwrap_or_default(),
+        args.key.as_deref(),
+        args.user_data.as_deref(),
+    )?;
     let disks = Disks::open(args)?;
     let socket = args.control.as_deref().map(Socket::bind).transpose()?;
     let id = format!("i-{:017x}", uuid::Uuid::new_v4().as_u128() >> 60);
     let uuid = format!("ec2{}", &uuid::Uuid::new_v4().to_string()[3..]);
+    metadata.instance_id.clone_from(&id);
     // Whatever can be refused is refused before anything on the host is changed.
     disks.boot(args, &mut Inherit::default())?;
     // The network lives as long as this does: it goes when the machine has ended.
-    let (net, taps) = network(args)?;
+    let (mut net, taps) = network(args)?;
+    // It answers before the first virtual CPU runs.
+    let _metadata = net.as_mut().map(|net| metadata::Service::start(net, metadata)).transpose()?;
     if let Some(net) = &net {
         eprintln!("hutch: {id} has address {}", net.ip);
     }
@@ -138,8 +159,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         let config = MachineConfig {
             id: id.clone(),
             uuid: uuid.clone(),
-            cpus: args.cpus,
-            memory_mib: args.memory,
+            cpus: size.vcpus,
+            memory_mib: size.memory_mib,
             hugepages: args.hugepages,
             boot: disks.boot(args, &mut inherit)?,
             disks: disks.give(&mut inherit)?,
@@ -275,6 +296,14 @@ fn verdict(ended: &Ended, args: &Args) -> u8 {
     status
 }
 
+/// The machine's processors and memory.
+fn size(args: &Args) -> anyhow::Result<InstanceType> {
+    match &args.instance_type {
+        Some(name) => Ok(Table::built_in().get(name)?.clone()),
+        None => Ok(InstanceType { vcpus: args.cpus, memory_mib: args.memory }),
+    }
+}
+
 /// The machine's network, up, and its tap.
 fn network(args: &Args) -> anyhow::Result<(Option<GuestNet>, Vec<File>)> {
     let default = if args.image.is_some() { NetArg::Tap } else { NetArg::None };
@@ -338,7 +367,10 @@ impl Disks {
         Ok(BootConfig {
             kernel: inherit.bytes(&files.kernel)?,
             initrd: (!files.initrd.is_empty()).then(|| inherit.bytes(&files.initrd)).transpose()?,
-            cmdline: cmdline(args, &format!("{own} hutch.key={}", ssh::public_key(args.key.as_deref())?))?,
+            cmdline: cmdline(
+                args,
+                &format!("{own} hutch.key={}", BASE64.encode(ssh::public_key(args.key.as_deref())?)),
+            )?,
         })
     }
 

@@ -88,15 +88,25 @@ enum FormatArg {
 
 /// The image's disk that `name` names: in the store by id or name, else a file.
 pub fn disk(name: &Path) -> anyhow::Result<PathBuf> {
-    let text = name.to_string_lossy();
-    if text.contains('/') || name.exists() {
-        return Ok(name.to_owned());
-    }
+    if is_file(name) { Ok(name.to_owned()) } else { Ok(stored(name)?.disk()) }
+}
+
+/// The id of the image that `name` names; a file has none.
+pub fn id(name: &Path) -> Option<String> {
+    if is_file(name) { None } else { stored(name).ok().map(|image| image.record.id) }
+}
+
+fn is_file(name: &Path) -> bool {
+    name.to_string_lossy().contains('/') || name.exists()
+}
+
+fn stored(name: &Path) -> anyhow::Result<Image> {
+    let name = name.to_string_lossy();
     let state = std::env::var_os("HUTCH_STATE").map_or_else(|| PathBuf::from(DEFAULT_STATE), PathBuf::from);
     if !state.join("images").is_dir() {
-        bail!("there is no image {text}: no file of this name, and no images in {}", state.display());
+        bail!("there is no image {name}: no file of this name, and no images in {}", state.display());
     }
-    Ok(Store::open(&state)?.get(&text)?.disk())
+    Ok(Store::open(&state)?.get(&name)?)
 }
 
 /// Carries the command out.

@@ -7,6 +7,7 @@
 //!   hutch ssh      ssh.rs      log in, with hutch's own key
 //!   hutch doctor   doctor.rs   what this host can do, and what to do about what it cannot
 //!                  disks.rs    what --disk and IMAGE name: layers of files
+//!                  metadata.rs  what a machine is told at 169.254.169.254
 //!                  netns.rs    network namespaces
 //!                  vmm.rs      the child process hutch-vmm: descriptors in, report out
 //! ```
@@ -17,6 +18,7 @@ mod control;
 mod disks;
 mod doctor;
 mod image;
+mod metadata;
 mod netns;
 mod output;
 mod ssh;
@@ -37,7 +39,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run one machine in the foreground.
-    Boot(boot::Args),
+    Boot(Box<boot::Args>),
     /// Build, import, list, remove and inspect images.
     Image(image::Args),
     /// Ask a running machine, or tell it something, by its control socket.

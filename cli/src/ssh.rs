@@ -8,7 +8,6 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use base64::Engine;
 use nix::fcntl::{Flock, FlockArg};
 
 /// Arguments of `hutch ssh`.
@@ -82,7 +81,7 @@ fn own_key() -> anyhow::Result<PathBuf> {
     Ok(key)
 }
 
-/// The public key of `file`, or hutch's own, as `hutch.key=` takes it: the line, in base64.
+/// The public key of `file`, or hutch's own: one line, as OpenSSH writes it.
 pub fn public_key(file: Option<&Path>) -> anyhow::Result<String> {
     let path = match file {
         Some(path) => path.to_owned(),
@@ -93,7 +92,7 @@ pub fn public_key(file: Option<&Path>) -> anyhow::Result<String> {
     let line = text.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#'));
     let line = line.filter(|line| ["ssh-", "ecdsa-", "sk-"].iter().any(|kind| line.starts_with(kind)));
     let line = line.with_context(|| format!("{} holds no public key; name the .pub file", path.display()))?;
-    Ok(base64::engine::general_purpose::STANDARD.encode(line))
+    Ok(line.to_owned())
 }
 
 #[cfg(test)]
@@ -110,7 +109,7 @@ mod tests {
             path
         };
         let good = write("a.pub", "# mine\nssh-ed25519 AAAA me\n");
-        assert_eq!(public_key(Some(&good)).unwrap(), "c3NoLWVkMjU1MTkgQUFBQSBtZQ==");
+        assert_eq!(public_key(Some(&good)).unwrap(), "ssh-ed25519 AAAA me");
         let private = write("a", "-----BEGIN OPENSSH PRIVATE KEY-----\n");
         assert!(public_key(Some(&private)).unwrap_err().to_string().contains("no public key"));
         assert!(public_key(Some(&dir.join("none"))).is_err());

@@ -11,9 +11,10 @@ use std::time::Duration;
 use dhcproto::v4::{DhcpOption, Message, MessageType, Opcode};
 use dhcproto::{Encodable, Encoder};
 use ipnet::Ipv4Net;
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{SockType, setsockopt, sockopt};
 
 use crate::name::{MacAddr, TapName};
+use crate::tap;
 
 /// Message types of guests that are answered (RFC 2132, 9.6).
 const DISCOVER: u8 = 1;
@@ -171,15 +172,10 @@ impl Server {
     }
 }
 
-/// UDP port 67 of one tap only. Several taps have one each, so the port is bound after the link.
+/// UDP port 67 of one tap only.
 fn socket(tap: &TapName) -> io::Result<UdpSocket> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, socket};
-    let fd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    let fd = tap::bound(tap, SockType::Datagram, 67)?;
     setsockopt(&fd, sockopt::Broadcast, &true)?;
-    setsockopt(&fd, sockopt::BindToDevice, &tap.to_string().into())?;
-    use std::os::fd::AsRawFd;
-    bind(fd.as_raw_fd(), &SockaddrIn::new(0, 0, 0, 0, 67))?;
     let socket = UdpSocket::from(fd);
     socket.set_read_timeout(Some(TICK))?;
     Ok(socket)

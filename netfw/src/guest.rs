@@ -9,11 +9,12 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 
 use ipnet::Ipv4Net;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{Backlog, SockType, listen};
 use serde::{Deserialize, Serialize};
 
 use crate::dhcp::{Lease, Server};
@@ -53,6 +54,18 @@ pub enum NetError {
     /// All addresses are taken.
     #[error("all addresses of {SUBNET} are taken; stop a guest")]
     Full,
+    /// The metadata service has no port.
+    #[error(
+        "cannot listen on port {} of {tap}, for the metadata service; does another program hold it?",
+        nft::METADATA_PORT
+    )]
+    Metadata {
+        /// The tap.
+        tap: TapName,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// DHCP cannot be served.
     #[error("cannot serve DHCP on {tap}")]
     Dhcp {
@@ -92,6 +105,7 @@ pub struct GuestNet {
     guest: Guest,
     state: PathBuf,
     taps: Vec<File>,
+    metadata: Option<TcpListener>,
     server: Option<Server>,
 }
 
@@ -125,7 +139,15 @@ impl GuestNet {
         };
         // Recorded first, so that whatever happens next can be undone by someone else.
         write_record(state, &record)?;
-        let mut net = GuestNet { ip, mac, guest, state: state.to_owned(), taps: Vec::new(), server: None };
+        let mut net = GuestNet {
+            ip,
+            mac,
+            guest,
+            state: state.to_owned(),
+            taps: Vec::new(),
+            metadata: None,
+            server: None,
+        };
         let mut rules = Ruleset::new(SUBNET, GATEWAY, uplink.clone())?;
         records.push(record);
         for guest in records.iter().filter_map(Record::guest) {
@@ -138,10 +160,17 @@ impl GuestNet {
             let path = PathBuf::from(FORWARDING);
             fs::write(&path, "1").map_err(|source| NetError::State { path, source })?;
         }
+        let listening = metadata_listener(&tap);
+        net.metadata = Some(listening.map_err(|source| NetError::Metadata { tap: tap.clone(), source })?);
         let lease = Lease { mac, ip, subnet: SUBNET, gateway: GATEWAY, dns, mtu };
         let served = Server::start(&tap, lease);
         net.server = Some(served.map_err(|source| NetError::Dhcp { tap, source })?);
         Ok(net)
+    }
+
+    /// Where the guest's requests to 169.254.169.254 arrive, and nobody else's.
+    pub fn take_metadata_listener(&mut self) -> Option<TcpListener> {
+        self.metadata.take()
     }
 
     /// The tap's queues, for the machine; the tap lives as long as anyone holds one.
@@ -150,9 +179,17 @@ impl GuestNet {
     }
 }
 
+/// The socket to which the firewall leads the guest's requests for metadata.
+fn metadata_listener(tap: &TapName) -> io::Result<TcpListener> {
+    let fd = tap::bound(tap, SockType::Stream, nft::METADATA_PORT)?;
+    listen(&fd, Backlog::new(64)?)?;
+    Ok(TcpListener::from(fd))
+}
+
 impl Drop for GuestNet {
     fn drop(&mut self) {
         self.server = None;
+        self.metadata = None;
         self.taps.clear();
         // What cannot be undone now is undone by the next start.
         let Ok(_lock) = lock(&self.state) else { return };

@@ -20,6 +20,10 @@ use crate::name::{MacAddr, TapName, Uplink};
 /// The name of our tables.
 pub const TABLE: &str = "hutch";
 
+/// The port of the host where a guest's metadata service listens, on the guest's tap only. Guests reach it by no other
+/// address than 169.254.169.254, port 80; the host's own way to that address, where it has one, stays as it was.
+pub const METADATA_PORT: u16 = 16925;
+
 /// One guest as the firewall knows it. It may speak from this tap, with this MAC, from these addresses; nothing else.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guest {
@@ -151,6 +155,7 @@ impl Ruleset {
 	}}
 	chain guest_to_host {{
 		iifname "hu*" udp sport 68 udp dport 67 accept
+		iifname "hu*" ct status dnat ct original ip daddr 169.254.169.254 tcp dport {METADATA_PORT} accept
 		iifname "hu*" ip daddr 169.254.169.254 counter name guest_to_host drop
 		iifname "hu*" ct state established,related accept
 		iifname "hu*" ip daddr {gateway} icmp type echo-request accept
@@ -176,6 +181,9 @@ impl Ruleset {
 	}}
 	chain prerouting {{
 		iifname "hu*" jump unspoofed
+	}}
+	chain metadata {{
+		iifname "hu*" ip daddr 169.254.169.254 tcp dport 80 redirect to :{METADATA_PORT}
 	}}
 	chain input {{
 		iifname "hu*" jump guest_to_host
@@ -214,6 +222,7 @@ fn declarations() -> String {
     let mut text = String::from("add table inet hutch\nadd table arp hutch\n");
     for (chain, hook) in [
         ("prerouting", "filter hook prerouting priority -300"),
+        ("metadata", "nat hook prerouting priority -100"),
         ("input", "filter hook input priority 0"),
         ("output", "filter hook output priority 0"),
         ("forward", "filter hook forward priority 0"),

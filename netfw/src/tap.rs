@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
@@ -15,6 +15,7 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::sys::socket::{self, SockFlag, SockType, SockaddrIn, sockopt};
 
 use crate::name::TapName;
 
@@ -136,6 +137,15 @@ pub fn configure(name: &TapName, mtu: u16, gateway: Ipv4Addr, guest: Ipv4Addr) -
     route.attributes.push(RouteAttribute::Oif(index));
     // Exclusive: an address that is routed already is another guest's.
     kernel.ask(RouteNetlinkMessage::NewRoute(route), create).map_err(refused("route the guest's address"))
+}
+
+/// A socket on `port` that only this tap reaches. Each tap can have one on the same port.
+pub(crate) fn bound(tap: &TapName, kind: SockType, port: u16) -> io::Result<OwnedFd> {
+    let fd = socket::socket(socket::AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None)?;
+    socket::setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    socket::setsockopt(&fd, sockopt::BindToDevice, &tap.to_string().into())?;
+    socket::bind(fd.as_raw_fd(), &SockaddrIn::new(0, 0, 0, 0, port))?;
+    Ok(fd)
 }
 
 /// The link that the host's default route leaves by; `None` without one.

@@ -1,0 +1,8 @@
+//! The nouns and verbs of EC2, and what is true of them.
+//!
+//! ```text
+//!   types    instance types: what a name such as t3.micro stands for
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod types;

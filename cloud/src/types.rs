@@ -1,0 +1,84 @@
+//! Instance types: what a name such as `t3.micro` stands for.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+/// The table that hutch comes with, `instance-types.toml`.
+const BUILT_IN: &str = include_str!("../instance-types.toml");
+
+/// What an instance of a type gets.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InstanceType {
+    /// Virtual CPUs, 1 to 32.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    #[serde(rename = "memory")]
+    pub memory_mib: u64,
+}
+
+/// All types by family and size.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Table(BTreeMap<String, BTreeMap<String, InstanceType>>);
+
+/// A type that is none.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("there is no instance type {name:?}; there are {known}")]
+pub struct NoSuchType {
+    name: String,
+    known: String,
+}
+
+impl Table {
+    /// The table that hutch comes with.
+    ///
+    /// # Panics
+    /// Never: a test reads it.
+    pub fn built_in() -> Table {
+        toml::from_str(BUILT_IN).expect("the built-in table is well-formed")
+    }
+
+    /// What `name` stands for.
+    ///
+    /// # Errors
+    /// [`NoSuchType`], with the sizes of the family if there is one of this name.
+    pub fn get(&self, name: &str) -> Result<&InstanceType, NoSuchType> {
+        let (family, size) = name.split_once('.').unwrap_or((name, ""));
+        self.0.get(family).and_then(|sizes| sizes.get(size)).ok_or_else(|| {
+            let known = match self.0.get_key_value(family) {
+                Some((family, sizes)) => {
+                    sizes.keys().map(|size| format!("{family}.{size}")).collect::<Vec<_>>()
+                }
+                None => self.0.keys().map(|family| format!("{family}.*")).collect(),
+            };
+            NoSuchType { name: name.to_owned(), known: known.join(", ") }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_in_table_is_ec2s() {
+        let table = Table::built_in();
+        assert_eq!(table.get("t3.micro"), Ok(&InstanceType { vcpus: 2, memory_mib: 1024 }));
+        for (family, sizes) in &table.0 {
+            for (size, kind) in sizes {
+                let sane = (1..=32).contains(&kind.vcpus) && (512..=1 << 20).contains(&kind.memory_mib);
+                assert!(sane, "{family}.{size}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_unknown_type_is_told_what_there_is() {
+        let table = Table::built_in();
+        let said = |name| table.get(name).unwrap_err().to_string();
+        assert!(said("t3.huge").contains("t3.micro") && !said("t3.huge").contains("m5"));
+        assert!(said("q1.small").contains("t3.*") && said("").contains("m5.*"));
+    }
+}
