@@ -80,18 +80,17 @@ fn a_network_may_be_in_a_namespace_of_its_own() {
 fn a_guest_asks_169_254_169_254_who_it_is() {
     let (code, said) = in_namespace(&format!(
         r##"
-        printf '#!/bin/sh\necho by user data' >$D/data
-        cat >$D/ask <<'END'
+        cat >$D/data <<'END'
         M=169.254.169.254; L=latest/meta-data
         ask() {{ wget -qO- http://$M/$1; echo " <$1>"; }}
-        ask $L/instance-id; ask $L/instance-type; ask $L/local-ipv4; ask $L/hostname; ask latest/user-data; ask $L/nothing
+        ask $L/instance-id; ask $L/instance-type; ask $L/local-ipv4; ask $L/hostname; ask $L/nothing
         put() {{ printf "PUT /latest/api/token HTTP/1.1\r\nHost: m\r\nX-aws-ec2-metadata-token-ttl-seconds: $1\r\nConnection: close\r\n\r\n" | nc $M 80; }}
         TOKEN=$(put 60 | tail -n1); echo "refused: $(put 0 | head -n1)"
         wget -qO- --header "X-aws-ec2-metadata-token: $TOKEN" http://$M/$L/mac; echo " <with a token>"
         wget -qO- --header "X-aws-ec2-metadata-token: x$TOKEN" http://$M/$L/mac && echo FORGED
         for at in 172.31.0.1:16925 172.31.0.1:80 $M:16925 $M:22; do timeout 2 wget -qO- http://$at/ >/dev/null 2>&1 && echo "LEAK $at"; done
 END
-        $BOOT --net tap --type t3.nano --user-data $D/data -- /bin/sh -c '{LEASE}; '"$(cat $D/ask)" 2>&1
+        $BOOT --net tap --type t3.nano --user-data $D/data -- /bin/sh -c '{LEASE}; wget -qO /tmp/data http://169.254.169.254/latest/user-data; . /tmp/data' 2>&1
         echo "left: $(nft list ruleset | wc -l)"
         "##
     ));
@@ -101,7 +100,6 @@ END
         "t3.nano <latest/meta-data/instance-type>",
         "172.31.0.4 <latest/meta-data/local-ipv4>",
         "ip-172-31-0-4.home-1.internal <",
-        "echo by user data <latest/user-data>",
         "refused: HTTP/1.1 400 Bad Request",
         "02:68:ac:1f:00:04 <with a token>",
         "left: 0",
