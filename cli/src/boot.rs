@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use hutch_blockdev::Disk;
 use hutch_cloud::types::{InstanceType, Table};
+use hutch_imagestore::boot::BootFiles;
 use hutch_netfw::GuestNet;
 use hutch_vmm::config::{BootConfig, DiskConfig, End, MachineConfig, NetConfig, Report, RunAs};
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -24,8 +26,9 @@ use crate::disks::{self, DiskArg, Layer};
 use crate::image;
 use crate::metadata;
 use crate::netns;
+use crate::root;
 use crate::ssh;
-use crate::vmm::{Inherit, Vmm};
+use crate::vmm::{self, Inherit, Vmm};
 
 /// Exit status: the machine could not be built or failed.
 pub const MACHINE_ERROR: u8 = 240;
@@ -59,8 +62,12 @@ pub enum NetArg {
 pub struct Args {
     /// The image to boot: an imported one by id or name, or a file: .qcow2, or a raw one by any other name. It is never
     /// written.
-    #[arg(value_name = "IMAGE", required_unless_present = "kernel")]
+    #[arg(value_name = "IMAGE", required_unless_present_any = ["kernel", "root"])]
     image: Option<PathBuf>,
+    /// Run COMMAND in this root instead of booting it: an image, or a directory, of which a copy is made. hutch's own init
+    /// mounts it; it is never written, what COMMAND writes is forgotten.
+    #[arg(long, value_name = "IMAGE|DIR", conflicts_with = "image", requires = "command")]
+    root: Option<PathBuf>,
     /// Keep the root disk in FILE, a volume on IMAGE; made when it is not there yet. Without this, what the guest writes
     /// is forgotten at the end.
     #[arg(long, value_name = "FILE", requires = "image")]
@@ -118,7 +125,8 @@ pub struct Args {
     /// Do not print the console (its last lines are still shown when the guest fails).
     #[arg(long, short)]
     quiet: bool,
-    /// A command that hutch's own init runs in the guest; its exit status becomes hutch's.
+    /// A command that hutch's own init runs in the guest, in the --root or in an initrd that has this init; its exit status
+    /// becomes hutch's.
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
@@ -335,6 +343,9 @@ struct Disks(Vec<(Vec<Layer>, bool)>);
 impl Disks {
     fn open(args: &Args) -> anyhow::Result<Disks> {
         let mut disks = Vec::new();
+        if let Some(root) = &args.root {
+            disks.push((root::layers(root)?, true));
+        }
         if let Some(image) = &args.image {
             disks.push((disks::root_layers(&image::disk(image)?, args.root_volume.as_deref())?, false));
         }
@@ -345,33 +356,59 @@ impl Disks {
     }
 
     fn has_own_kernel(&self, args: &Args) -> bool {
-        args.image.is_some() && args.kernel.is_none()
+        args.kernel.is_none()
     }
 
     /// What the machine boots: what was named, else what the image's boot loader would load now.
     fn boot(&self, args: &Args, inherit: &mut Inherit) -> anyhow::Result<BootConfig> {
-        if let Some(kernel) = &args.kernel {
-            return Ok(BootConfig {
-                kernel: inherit.open(kernel, "kernel")?,
-                initrd: args.initrd.as_deref().map(|p| inherit.open(p, "initrd")).transpose()?,
-                cmdline: cmdline(args, "console=ttyS0 panic=1")?,
-            });
-        }
-        let (Some(image), Some((layers, _))) = (&args.image, self.0.first()) else {
-            bail!("nothing to boot: name an IMAGE or a --kernel");
+        let (kernel, mut initrd, own) = match &args.kernel {
+            Some(kernel) => {
+                let initrd = args.initrd.as_deref().map(|path| vmm::open(path, "initrd")).transpose()?;
+                (inherit.open(kernel, "kernel")?, initrd, String::new())
+            }
+            None => {
+                let files = self.own_boot_files(args)?;
+                let initrd = (!files.initrd.is_empty()).then(|| vmm::in_memory(&mut &files.initrd[..]));
+                (inherit.bytes(&files.kernel)?, initrd.transpose()?, files.entry.cmdline)
+            }
         };
-        let what = || format!("cannot boot the image {}", image.display());
-        let files =
-            hutch_imagestore::boot::read(&disks::open(layers).with_context(what)?).with_context(what)?;
-        let own = hutch_imagestore::boot::with_serial_console(&files.entry.cmdline);
+        let line = if args.root.is_some() {
+            initrd = Some(root::initrd(initrd)?);
+            let start =
+                hutch_imagestore::boot::root(&self.first()?, &own)?.context("the root is an empty disk")?;
+            format!(
+                "console=ttyS0 panic=1 rdinit={} hutch.root=/dev/vda hutch.start={}",
+                root::INIT,
+                start / hutch_blockdev::disk::SECTOR
+            )
+        } else if args.kernel.is_some() {
+            "console=ttyS0 panic=1".into()
+        } else {
+            let own = hutch_imagestore::boot::with_serial_console(&own);
+            format!("{own} hutch.key={}", BASE64.encode(ssh::public_key(args.key.as_deref())?))
+        };
         Ok(BootConfig {
-            kernel: inherit.bytes(&files.kernel)?,
-            initrd: (!files.initrd.is_empty()).then(|| inherit.bytes(&files.initrd)).transpose()?,
-            cmdline: cmdline(
-                args,
-                &format!("{own} hutch.key={}", BASE64.encode(ssh::public_key(args.key.as_deref())?)),
-            )?,
+            kernel,
+            initrd: initrd.map(|file| inherit.give(file.into())).transpose()?,
+            cmdline: cmdline(args, &line)?,
         })
+    }
+
+    /// What the boot loader of the first disk would load now.
+    fn own_boot_files(&self, args: &Args) -> anyhow::Result<BootFiles> {
+        let image = args.image.as_ref().or(args.root.as_ref());
+        let image = image.context("nothing to boot: name an IMAGE or a --kernel")?;
+        if image.is_dir() {
+            bail!("the directory {} has no boot loader: name a --kernel, and its --initrd", image.display());
+        }
+        let what = || format!("cannot boot the image {}", image.display());
+        hutch_imagestore::boot::read(&self.first().with_context(what)?).with_context(what)
+    }
+
+    /// The first disk, to be read here and now.
+    fn first(&self) -> anyhow::Result<Arc<dyn Disk>> {
+        let (layers, _) = self.0.first().context("the machine has no disk")?;
+        disks::open(layers)
     }
 
     fn give(&self, inherit: &mut Inherit) -> anyhow::Result<Vec<DiskConfig>> {

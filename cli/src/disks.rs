@@ -63,8 +63,15 @@ pub struct Layer {
     format: Format,
 }
 
+impl Layer {
+    /// A raw one that only this process knows.
+    pub fn raw(file: File) -> Layer {
+        Layer { file, format: Format::Raw }
+    }
+}
+
 /// Opens a file of a disk, which no other machine may be writing.
-fn layer(path: &Path, write: bool) -> anyhow::Result<Layer> {
+pub fn layer(path: &Path, write: bool) -> anyhow::Result<Layer> {
     let what = || format!("the disk {}", path.display());
     let file = File::options().read(true).write(write).open(path);
     let file = file.with_context(|| format!("cannot open {}", what()))?;
@@ -112,7 +119,7 @@ fn on_top(base: Layer, path: &Path, top: File) -> anyhow::Result<Vec<Layer>> {
 }
 
 /// A file without a name, which is gone when the last process closes it; where there is room for a disk.
-fn unnamed(for_what: &Path) -> anyhow::Result<File> {
+pub fn unnamed(for_what: &Path) -> anyhow::Result<File> {
     let dir = std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
     let file = File::options().read(true).write(true).custom_flags(OFlag::O_TMPFILE.bits()).open(&dir);
     file.with_context(|| {

@@ -9,6 +9,7 @@
 //!                  disks.rs    what --disk and IMAGE name: layers of files
 //!                  metadata.rs  what a machine is told at 169.254.169.254
 //!                  netns.rs    network namespaces
+//!                  root.rs      --root: an image or a directory under hutch's own init
 //!                  vmm.rs      the child process hutch-vmm: descriptors in, report out
 //! ```
 #![forbid(unsafe_code)]
@@ -21,6 +22,7 @@ mod image;
 mod metadata;
 mod netns;
 mod output;
+mod root;
 mod ssh;
 mod vmm;
 

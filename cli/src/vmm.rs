@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -19,18 +20,12 @@ pub struct Inherit(Vec<OwnedFd>);
 impl Inherit {
     /// Opens `path` for reading.
     pub fn open(&mut self, path: &Path, what: &str) -> anyhow::Result<FdNumber> {
-        let file = File::open(path).with_context(|| format!("cannot open the {what} {}", path.display()))?;
-        if !file.metadata()?.is_file() {
-            bail!("the {what} {} is no regular file", path.display());
-        }
-        self.give(file.into())
+        self.give(open(path, what)?.into())
     }
 
     /// Hands over a file in memory that holds `bytes`.
     pub fn bytes(&mut self, bytes: &[u8]) -> anyhow::Result<FdNumber> {
-        let mut file = File::from(memfd_create(c"hutch-boot", MFdFlags::MFD_CLOEXEC)?);
-        file.write_all(bytes)?;
-        self.give(file.into())
+        self.give(in_memory(&mut &bytes[..])?.into())
     }
 
     /// Hands over an open descriptor and tells its number.
@@ -51,6 +46,25 @@ impl Inherit {
         let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
         Ok((File::from(read), self.give(write)?))
     }
+}
+
+/// Opens `path`, a regular file, for reading.
+pub fn open(path: &Path, what: &str) -> anyhow::Result<File> {
+    let context = || format!("cannot open the {what} {}", path.display());
+    // A pipe would be waited for.
+    let file = File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+    let file = file.with_context(context)?;
+    if !file.metadata()?.is_file() {
+        bail!("the {what} {} is no regular file", path.display());
+    }
+    Ok(file)
+}
+
+/// A file in memory with all that `from` has.
+pub fn in_memory(from: &mut impl Read) -> anyhow::Result<File> {
+    let mut file = File::from(memfd_create(c"hutch-boot", MFdFlags::MFD_CLOEXEC)?);
+    io::copy(from, &mut file)?;
+    Ok(file)
 }
 
 /// A running `hutch-vmm`.

@@ -1,6 +1,6 @@
 //! A day of a real Debian: launched from its AMI, reached by ssh, powered off by its button.
 
-use hutch_tests::{host, hutch_path, root, text};
+use hutch_tests::{host, hutch, hutch_path, root, text};
 
 #[test]
 fn debian_is_launched_reached_and_switched_off() {
@@ -28,6 +28,31 @@ fn debian_is_launched_reached_and_switched_off() {
     let out = host("unshare", &["-nm", "bash", &dir.join("debian.sh").to_string_lossy()]);
     let said = text(&out);
     for word in ["cloud-amd64", "Amazon EC2", "root", "ended: 0", "check: 0"] {
+        assert!(said.contains(word), "{word} is missing: {said}");
+    }
+}
+
+#[test]
+fn a_command_runs_in_debian_by_debians_own_kernel() {
+    let image =
+        std::env::var("HUTCH_LEAN").expect("stories are run by `make stories`, which sets HUTCH_LEAN");
+    let script = ". /etc/os-release; echo $PRETTY_NAME; uname -r; echo x >/etc/new && cat /etc/new; dpkg --version | head -n1; exit 7";
+    let out = hutch(&[
+        "boot",
+        "--root",
+        &image,
+        "--memory",
+        "768",
+        "--timeout",
+        "300",
+        "--",
+        "/bin/bash",
+        "-c",
+        script,
+    ]);
+    let said = text(&out);
+    assert_eq!(out.status.code(), Some(7), "{said}");
+    for word in ["Debian GNU/Linux 12", "cloud-amd64", "package management program"] {
         assert!(said.contains(word), "{word} is missing: {said}");
     }
 }

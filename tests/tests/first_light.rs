@@ -1,6 +1,6 @@
 //! First light: Debian's stock kernel in our own machine.
 
-use hutch_tests::{boot_micro, hutch, micro, text};
+use hutch_tests::{boot_micro, hutch, micro, root, text};
 
 #[test]
 fn a_stock_kernel_boots_and_its_commands_exit_code_comes_back() {
@@ -57,4 +57,21 @@ fn bad_input_is_refused_with_its_own_words() {
         assert_eq!(out.status.code(), Some(240), "{args:?}: {said}");
         assert!(said.contains(words), "{args:?}: {said}");
     }
+}
+
+#[test]
+fn a_command_runs_in_a_directory_and_writes_nothing_there() {
+    let dir = root().join("target/stories/tree");
+    std::fs::create_dir_all(dir.join("bin")).expect("target is writable");
+    std::fs::copy("/bin/busybox", dir.join("bin/sh")).expect("busybox is installed");
+    std::fs::write(dir.join("greeting"), "from the host\n").expect("target is writable");
+    let script = "read line </greeting; echo \"$line\"; echo changed >/greeting; read line </greeting; echo \"$line\"; exit 9";
+    let dir_arg = dir.to_string_lossy();
+    let out = boot_micro(&["--root", &dir_arg, "--", "/bin/sh", "-c", script]);
+    let said = text(&out);
+    assert_eq!(out.status.code(), Some(9), "{said}");
+    assert!(said.contains("from the host") && said.contains("changed"), "{said}");
+    assert_eq!(std::fs::read_to_string(dir.join("greeting")).expect("it is there"), "from the host\n");
+    let out = hutch(&["boot", "--root", &dir_arg, "--", "/bin/sh"]);
+    assert!(out.status.code() == Some(240) && text(&out).contains("name a --kernel"), "{}", text(&out));
 }

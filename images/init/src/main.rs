@@ -57,7 +57,7 @@ fn run(ports: &mut bool) -> io::Result<u8> {
     }
     let cmdline = fs::read_to_string("/proc/cmdline")?;
     let plan = plan::Plan::parse(&cmdline)
-        .map_err(|e| io::Error::other(format!("hutch.cmd on the kernel's command line: {e:?}")))?;
+        .map_err(|e| io::Error::other(format!("the kernel's command line: {e:?}")))?;
     *ports = !plan.no_ports;
     if *ports {
         let _ = port::out(USER_SPACE_PORT, 1);
@@ -65,7 +65,7 @@ fn run(ports: &mut bool) -> io::Result<u8> {
     println!("hutch-init: user space reached");
     load_modules(Path::new("/modules"))?;
     if let Some(device) = &plan.root {
-        enter_root(device)?;
+        enter_root(device, plan.start)?;
     }
     match plan.command.split_first() {
         None => Ok(0),
@@ -73,10 +73,14 @@ fn run(ports: &mut bool) -> io::Result<u8> {
     }
 }
 
-/// Loads the modules in the order of `list`; one that fails is named, and the rest go on.
+/// Loads the modules in the order of `list`; one that fails is named, and the rest go on. Without a list this is a
+/// distribution's initrd, which has a modprobe, or a kernel that has all it needs.
 fn load_modules(dir: &Path) -> io::Result<()> {
     let list = match fs::read_to_string(dir.join("list")) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            modprobe(&["-a", "virtio_pci", "virtio_blk", "ext4", "overlay"]);
+            return Ok(());
+        }
         list => list?,
     };
     for name in list.lines().filter(|l| !l.is_empty()) {
@@ -89,26 +93,50 @@ fn load_modules(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes `device` the root, read-only under an overlay in memory: whatever the command writes is gone with the machine.
-fn enter_root(device: &str) -> io::Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !Path::new(device).exists() {
-        if Instant::now() > deadline {
-            return Err(io::Error::other(format!("{device} did not appear within 10 s")));
-        }
-        std::thread::sleep(Duration::from_millis(5));
+/// Runs the initrd's modprobe, if it has one. What is missing shows when it is used.
+fn modprobe(args: &[&str]) {
+    let program = ["/sbin/modprobe", "/usr/sbin/modprobe"].into_iter().find(|path| Path::new(path).exists());
+    if let Some(program) = program {
+        let _ = Command::new(program).arg("-q").args(args).stdin(Stdio::null()).status();
     }
+}
+
+/// File systems that a root may have, with what keeps them from writing to a device that cannot be written.
+const FILE_SYSTEMS: [(&str, Option<&str>); 5] = [
+    ("ext4", Some("noload")),
+    ("xfs", Some("norecovery")),
+    ("btrfs", None),
+    ("erofs", None),
+    ("squashfs", None),
+];
+
+/// Makes the root on `device` ours, read-only under an overlay in memory: whatever the command writes is gone with the
+/// machine.
+fn enter_root(device: &str, start: u64) -> io::Result<()> {
+    let device = block_device(device, start)?;
     for dir in ["/run/lower", "/run/upper", "/run/root"] {
         fs::create_dir_all(dir)?;
     }
     let none = None::<&str>;
-    mount(Some(device), "/run/lower", Some("ext4"), MsFlags::MS_RDONLY, Some("noload"))?;
+    let mounted = FILE_SYSTEMS.iter().any(|(kind, options)| {
+        mount(Some(device.as_str()), "/run/lower", Some(*kind), MsFlags::MS_RDONLY, *options).is_ok()
+    });
+    if !mounted {
+        return Err(io::Error::other(format!(
+            "{device} has no file system that this kernel and initrd can mount"
+        )));
+    }
     mount(Some("tmpfs"), "/run/upper", Some("tmpfs"), MsFlags::empty(), none)?;
     for dir in ["/run/upper/data", "/run/upper/work"] {
         fs::create_dir_all(dir)?;
     }
     let layers = "lowerdir=/run/lower,upperdir=/run/upper/data,workdir=/run/upper/work";
-    mount(Some("overlay"), "/run/root", Some("overlay"), MsFlags::empty(), Some(layers))?;
+    let overlay = || mount(Some("overlay"), "/run/root", Some("overlay"), MsFlags::empty(), Some(layers));
+    if overlay().is_err() {
+        // Distributions leave it out of their initrds; the root has it.
+        modprobe(&["-d", "/run/lower", "overlay"]);
+        overlay().map_err(|e| io::Error::other(format!("cannot mount an overlay on {device}: {e}")))?;
+    }
     for dir in ["dev", "proc", "sys"] {
         let at = format!("/run/root/{dir}");
         fs::create_dir_all(&at)?;
@@ -116,6 +144,30 @@ fn enter_root(device: &str) -> io::Result<()> {
     }
     nix::unistd::chroot("/run/root")?;
     std::env::set_current_dir("/")
+}
+
+/// The device, or its partition that begins at `start`, as soon as the kernel has found it.
+fn block_device(device: &str, start: u64) -> io::Result<String> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let found = if start == 0 { Some(device.to_owned()) } else { partition(device, start) };
+        if let Some(path) = found.filter(|path| Path::new(path).exists()) {
+            return Ok(path);
+        }
+        if Instant::now() > deadline {
+            return Err(io::Error::other(format!("{device} did not appear within 10 s (sector {start})")));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The partition of `device` that begins at this sector, as sysfs tells.
+fn partition(device: &str, start: u64) -> Option<String> {
+    let disk = Path::new("/sys/class/block").join(Path::new(device).file_name()?);
+    fs::read_dir(disk).ok()?.flatten().find_map(|entry| {
+        let at = fs::read_to_string(entry.path().join("start")).ok()?;
+        (at.trim().parse() == Ok(start)).then(|| format!("/dev/{}", entry.file_name().to_string_lossy()))
+    })
 }
 
 /// Runs the command to its end; a signal's number n becomes 128 + n, as shells do.

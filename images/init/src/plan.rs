@@ -5,6 +5,8 @@
 pub struct Plan {
     /// The block device to mount as root, such as `/dev/vda`; none: stay on the initrd.
     pub root: Option<String>,
+    /// The sector of `root` at which the root's partition begins; 0: it has the whole device.
+    pub start: u64,
     /// The command to run, its arguments apart; empty: a halt at once with code 0.
     pub command: Vec<String>,
     /// The machine has none of hutch's ports, or they cannot be reached: no exit code, no mark.
@@ -18,10 +20,12 @@ pub enum PlanError {
     NotHex,
     /// `hutch.cmd` is not UTF-8.
     NotUtf8,
+    /// `hutch.start` is no number.
+    NotANumber,
 }
 
 impl Plan {
-    /// Reads `hutch.root=DEVICE`, `hutch.cmd=HEX`, where HEX encodes the arguments with a NUL after each, and
+    /// Reads `hutch.root=DEVICE`, `hutch.start=SECTOR`, `hutch.cmd=HEX`, where HEX encodes the arguments with a NUL after each, and
     /// `hutch.ports=none`.
     pub fn parse(cmdline: &str) -> Result<Plan, PlanError> {
         let mut plan = Plan::default();
@@ -32,6 +36,8 @@ impl Plan {
                 let bytes = unhex(hex).ok_or(PlanError::NotHex)?;
                 let text = String::from_utf8(bytes).map_err(|_| PlanError::NotUtf8)?;
                 plan.command = text.split_terminator('\0').map(str::to_owned).collect();
+            } else if let Some(start) = word.strip_prefix("hutch.start=") {
+                plan.start = start.parse().map_err(|_| PlanError::NotANumber)?;
             } else if word == "hutch.ports=none" {
                 plan.no_ports = true;
             }
@@ -53,8 +59,10 @@ mod tests {
 
     #[test]
     fn a_command_and_a_root_are_found_among_other_words() {
-        let plan =
-            Plan::parse("console=ttyS0 hutch.root=/dev/vda hutch.cmd=6c73002d6c2062c3a900 quiet\n").unwrap();
+        let line =
+            "console=ttyS0 hutch.root=/dev/vda hutch.start=2048 hutch.cmd=6c73002d6c2062c3a900 quiet\n";
+        let plan = Plan::parse(line).unwrap();
+        assert_eq!(plan.start, 2048);
         assert_eq!(plan.root.as_deref(), Some("/dev/vda"));
         assert_eq!(plan.command, ["ls", "-l bé"]);
         assert!(!plan.no_ports);
@@ -72,5 +80,6 @@ mod tests {
             assert_eq!(Plan::parse(bad), Err(PlanError::NotHex), "{bad}");
         }
         assert_eq!(Plan::parse("hutch.cmd=ff"), Err(PlanError::NotUtf8));
+        assert_eq!(Plan::parse("hutch.start=-1"), Err(PlanError::NotANumber));
     }
 }

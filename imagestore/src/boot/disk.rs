@@ -126,7 +126,7 @@ fn load(volumes: &[Volume], found_on: &Volume, entry: BootEntry) -> Result<BootF
 
 /// The UUID of the ext2/3/4 file system on this slice, if there is one that fits on it (kernel,
 /// filesystems/ext4/super). ext4-view sizes its tables by these numbers, so they are checked before.
-fn probe(slice: &Slice) -> io::Result<Option<String>> {
+pub(super) fn probe(slice: &Slice) -> io::Result<Option<String>> {
     let mut superblock = [0; 1024];
     match slice.read_exact_at(1024, &mut superblock) {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),

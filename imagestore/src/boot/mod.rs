@@ -8,10 +8,12 @@ pub mod console;
 pub mod disk;
 pub mod extlinux;
 pub mod grub;
+mod root;
 mod script;
 
 pub use console::with_serial_console;
 pub use disk::{BootFiles, ReadError, read};
+pub use root::root;
 
 /// The largest configuration file that is read, in bytes. grub-mkconfig writes about 10 KiB with three kernels.
 pub const MAX_CONFIG: usize = 1 << 20;
