@@ -22,7 +22,7 @@ pub struct Args {
     /// A private key instead of hutch's own.
     #[arg(long, short = 'i', value_name = "FILE")]
     identity: Option<PathBuf>,
-    /// Wait so many seconds until the machine takes connections.
+    /// Wait so many seconds until the machine takes the login.
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u64,
     /// A command to run there; without one, a login.
@@ -30,33 +30,50 @@ pub struct Args {
     command: Vec<String>,
 }
 
-/// Becomes ssh.
+/// Becomes ssh; where it is to wait, as soon as a login is taken.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let identity = args.identity.clone().map_or_else(own_key, Ok)?;
-    wait(args.address, Duration::from_secs(args.wait))?;
-    // A machine is new at every boot, and nobody can stand between it and this host.
-    let options =
-        ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes"];
-    let mut ssh = Command::new("ssh");
-    ssh.args(options.iter().flat_map(|option| ["-o", option])).arg("-i").arg(identity);
-    ssh.arg(format!("{}@{}", args.user, args.address)).args(&args.command);
-    Err(ssh.exec()).context("cannot run ssh; install the package openssh-client")
-}
-
-/// Returns when port 22 answers.
-fn wait(address: Ipv4Addr, limit: Duration) -> anyhow::Result<()> {
-    let until = Instant::now() + limit;
-    let socket = SocketAddr::from((address, 22));
+    let until = Instant::now() + Duration::from_secs(args.wait);
+    let to = format!("{}@{}", args.user, args.address);
+    // It is written by ssh itself as soon as it is logged in, so that no second login has to find that out.
+    let mark = std::env::temp_dir().join(format!("hutch-ssh-{}", std::process::id()));
+    let _ = fs::remove_file(&mark);
     while Instant::now() < until {
-        if TcpStream::connect_timeout(&socket, Duration::from_secs(2)).is_ok() {
-            return Ok(());
+        // What is refused now may be taken later: cloud-init brings the key when sshd is there already.
+        if listens(args.address) {
+            let mut ssh = ssh(&identity, "QUIET");
+            let touch = format!("LocalCommand=: >'{}'", mark.display());
+            ssh.args(["-o", "PermitLocalCommand=yes", "-o", &touch]).arg(&to).args(&args.command);
+            let status = ssh.status().context(NO_SSH)?;
+            if fs::remove_file(&mark).is_ok() {
+                return Ok(ExitCode::from(
+                    status.code().and_then(|c| u8::try_from(c).ok()).unwrap_or(u8::MAX),
+                ));
+            }
         }
         std::thread::sleep(Duration::from_millis(300));
     }
-    if !limit.is_zero() {
-        bail!("{address} took no connection within {} s; look at its console", limit.as_secs());
+    if args.wait > 0 && !listens(args.address) {
+        bail!("{} took no connection within {} s; look at its console", args.address, args.wait);
     }
-    Ok(())
+    Err(ssh(&identity, "ERROR").arg(&to).args(&args.command).exec()).context(NO_SSH)
+}
+
+const NO_SSH: &str = "cannot run ssh; install the package openssh-client";
+
+/// ssh with what it needs to know of the machine, without where and the command.
+fn ssh(identity: &Path, log_level: &str) -> Command {
+    // A machine is new at every boot, and nobody can stand between it and this host.
+    let options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "BatchMode=yes"];
+    let mut ssh = Command::new("ssh");
+    ssh.args(options.iter().flat_map(|option| ["-o", option]));
+    ssh.arg("-o").arg(format!("LogLevel={log_level}")).arg("-i").arg(identity);
+    ssh
+}
+
+/// Whether port 22 answers.
+fn listens(address: Ipv4Addr) -> bool {
+    TcpStream::connect_timeout(&SocketAddr::from((address, 22)), Duration::from_secs(2)).is_ok()
 }
 
 /// hutch's own key, made at its first use.
