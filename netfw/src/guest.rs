@@ -1,18 +1,18 @@
 //! A guest's network as a whole: rules, then the tap, then DHCP; and all of it undone at the end.
 //!
 //! ```text
-//!   GuestNet::up ── firewall (whole, or one more guest) ─► tap ─► address and route, up ─► DHCP
-//!   drop         ── DHCP ─► tap ─► the guest's elements; the last one takes the tables along
+//!   GuestNet::up ── firewall (whole, or one more guest) ─► tap ─► address and route, up ─► DHCP, RA
+//!   drop         ── DHCP, RA ─► tap ─► the guest's elements; the last one takes the tables along
 //! ```
 //! Who dies without saying so leaves elements for a tap that is gone, which lead nowhere; the next start and
 //! [`repair`] take them out.
 
 use std::fs::{self, File};
 use std::io;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::path::{Path, PathBuf};
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{Backlog, SockType, listen};
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 use crate::dhcp::{Lease, Server};
 use crate::name::{MacAddr, TAP_PREFIX, TapName, Uplink};
 use crate::nft::{self, Guest, NftError, Ruleset};
-use crate::tap::{self, TapError};
+use crate::ra::{self, Router};
+use crate::tap::{self, Ends, TapError};
 
 /// The default VPC's first subnet.
 pub const SUBNET: Ipv4Net = match Ipv4Net::new(Ipv4Addr::new(172, 31, 0, 0), 20) {
@@ -29,6 +30,13 @@ pub const SUBNET: Ipv4Net = match Ipv4Net::new(Ipv4Addr::new(172, 31, 0, 0), 20)
 };
 /// The gateway of every guest: the subnet's first address, as in EC2.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 1);
+/// The prefix of guests' own IPv6 addresses: unique local (RFC 4193), since none leaves the host.
+pub const PREFIX6: Ipv6Net = match Ipv6Net::new(Ipv6Addr::new(0xfd68, 0x7574, 0x6368, 0, 0, 0, 0, 0), 64) {
+    Ok(net) => net,
+    Err(_) => panic!("a prefix of 64 bits is one"),
+};
+/// The host's own address in it.
+pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd68, 0x7574, 0x6368, 0, 0, 0, 0, 1);
 /// Addresses that EC2 keeps for itself at the start of a subnet.
 const RESERVED: u32 = 4;
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
@@ -54,6 +62,15 @@ pub enum NetError {
     /// All addresses are taken.
     #[error("all addresses of {SUBNET} are taken; stop a guest")]
     Full,
+    /// Nothing can be advertised.
+    #[error("cannot advertise IPv6 on {tap}")]
+    Router {
+        /// The tap.
+        tap: TapName,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The metadata service has no port.
     #[error(
         "cannot listen on port {} of {tap}, for the metadata service; does another program hold it?",
@@ -83,13 +100,15 @@ struct Record {
     tap: String,
     mac: String,
     ip: Ipv4Addr,
+    #[serde(default)]
+    ip6: Option<Ipv6Addr>,
     /// Forwarding was off before the first guest came.
     forwarding_was_off: bool,
 }
 
 impl Record {
     fn guest(&self) -> Option<Guest> {
-        Some(Guest { tap: self.tap.parse().ok()?, mac: self.mac.parse().ok()?, ip4: self.ip, ip6: None })
+        Some(Guest { tap: self.tap.parse().ok()?, mac: self.mac.parse().ok()?, ip4: self.ip, ip6: self.ip6 })
     }
     fn alive(&self) -> bool {
         nix::net::if_::if_nametoindex(self.tap.as_str()).is_ok()
@@ -100,6 +119,8 @@ impl Record {
 pub struct GuestNet {
     /// The guest's address.
     pub ip: Ipv4Addr,
+    /// The IPv6 address that it gives itself, where the host has IPv6.
+    pub ip6: Option<Ipv6Addr>,
     /// Its hardware address.
     pub mac: MacAddr,
     guest: Guest,
@@ -107,6 +128,7 @@ pub struct GuestNet {
     taps: Vec<File>,
     metadata: Option<TcpListener>,
     server: Option<Server>,
+    router: Option<Router>,
 }
 
 impl GuestNet {
@@ -125,7 +147,8 @@ impl GuestNet {
         let [a, b, c, d] = ip.octets();
         let tap: TapName = format!("hu{a:02x}{b:02x}{c:02x}{d:02x}").parse().map_err(|_| NetError::Full)?;
         let mac = MacAddr::new([0x02, 0x68, a, b, c, d]).ok_or(NetError::Full)?;
-        let guest = Guest { tap: tap.clone(), mac, ip4: ip, ip6: None };
+        let ip6 = tap::has_ipv6().then(|| ra::address(PREFIX6, mac));
+        let guest = Guest { tap: tap.clone(), mac, ip4: ip, ip6 };
 
         let uplink = tap::default_link().and_then(|name| name.parse::<Uplink>().ok());
         let text = |path: &Path| fs::read_to_string(path).unwrap_or_default();
@@ -135,18 +158,21 @@ impl GuestNet {
             tap: tap.to_string(),
             mac: mac.to_string(),
             ip,
+            ip6,
             forwarding_was_off: was_off && uplink.is_some(),
         };
         // Recorded first, so that whatever happens next can be undone by someone else.
         write_record(state, &record)?;
         let mut net = GuestNet {
             ip,
+            ip6,
             mac,
             guest,
             state: state.to_owned(),
             taps: Vec::new(),
             metadata: None,
             server: None,
+            router: None,
         };
         let mut rules = Ruleset::new(SUBNET, GATEWAY, uplink.clone())?;
         records.push(record);
@@ -155,7 +181,12 @@ impl GuestNet {
         }
         nft::apply(&rules.render())?;
         net.taps = tap::create(&tap, queues)?;
-        tap::configure(&tap, mtu, GATEWAY, ip)?;
+        let mut ends = vec![Ends { host: GATEWAY.into(), guest: Some(ip.into()) }];
+        if let Some(ip6) = ip6 {
+            ends.push(Ends { host: ra::ROUTER.into(), guest: None });
+            ends.push(Ends { host: GATEWAY6.into(), guest: Some(ip6.into()) });
+        }
+        tap::configure(&tap, mtu, &ends)?;
         if uplink.is_some() && was_off {
             let path = PathBuf::from(FORWARDING);
             fs::write(&path, "1").map_err(|source| NetError::State { path, source })?;
@@ -163,6 +194,10 @@ impl GuestNet {
         let listening = metadata_listener(&tap);
         net.metadata = Some(listening.map_err(|source| NetError::Metadata { tap: tap.clone(), source })?);
         let lease = Lease { mac, ip, subnet: SUBNET, gateway: GATEWAY, dns, mtu };
+        if ip6.is_some() {
+            let started = Router::start(&tap, PREFIX6, mtu);
+            net.router = Some(started.map_err(|source| NetError::Router { tap: tap.clone(), source })?);
+        }
         let served = Server::start(&tap, lease);
         net.server = Some(served.map_err(|source| NetError::Dhcp { tap, source })?);
         Ok(net)
@@ -189,6 +224,7 @@ fn metadata_listener(tap: &TapName) -> io::Result<TcpListener> {
 impl Drop for GuestNet {
     fn drop(&mut self) {
         self.server = None;
+        self.router = None;
         self.metadata = None;
         self.taps.clear();
         // What cannot be undone now is undone by the next start.
@@ -286,6 +322,7 @@ fn records(state: &Path) -> Result<Vec<Record>, NetError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
     use std::process::Command;
 
     use super::*;
@@ -335,6 +372,45 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_asks_is_told_its_prefix() {
+        in_namespace(|state| {
+            let mut net = up(state);
+            let Some(ip6) = net.ip6 else {
+                eprintln!("SKIPPED: no IPv6 here");
+                return;
+            };
+            let mut tap = net.take_taps().remove(0);
+            // A virtio header without offloads, Ethernet, IPv6 with hop limit 255, a router solicitation.
+            let source = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x68, 0xacff, 0xfe1f, 4).octets();
+            let all_routers = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 2).octets();
+            let mut frame = vec![0; 10];
+            frame.extend([0x33, 0x33, 0, 0, 0, 2]);
+            frame.extend(net.mac.bytes());
+            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 8, 58, 255]);
+            frame.extend(source);
+            frame.extend(all_routers);
+            let words =
+                source.chunks(2).chain(all_routers.chunks(2)).map(|w| u32::from(w[0]) << 8 | u32::from(w[1]));
+            let sum = words.sum::<u32>() + 8 + 58 + (133 << 8);
+            let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+            frame.extend([133, 0, (sum >> 8) as u8, sum as u8, 0, 0, 0, 0]);
+            tap.write_all(&frame).unwrap();
+            // Until the advertisement comes, other packets of the host's may.
+            let mut answer = [0; 2048];
+            let told = (0..20).find_map(|_| {
+                let len = tap.read(&mut answer).unwrap();
+                let packet = answer.get(10 + 14..len)?;
+                (packet.get(6) == Some(&58) && packet.get(40) == Some(&134)).then(|| packet.to_vec())
+            });
+            let told = told.expect("an advertisement");
+            assert_eq!(told[7], 255, "the hop limit");
+            assert_eq!(told[8..24], ra::ROUTER.octets());
+            assert_eq!(told[40 + 32..40 + 48], PREFIX6.network().octets());
+            assert!(PREFIX6.contains(&ip6));
+        });
+    }
+
+    #[test]
     fn while_a_tap_lives_its_firewall_does() {
         in_namespace(|state| {
             let mut net = up(state);
@@ -355,7 +431,7 @@ mod tests {
             let mut net = up(state);
             let taps = net.take_taps();
             // As if the process had ended here: nothing is undone but what the kernel closes.
-            drop(net.server.take());
+            drop((net.server.take(), net.router.take()));
             std::mem::forget(net);
             assert_eq!(repair(state).unwrap(), 0, "it lives");
             drop(taps);

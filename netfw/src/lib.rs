@@ -3,6 +3,7 @@
 //! ```text
 //!   guest.rs   a guest's network, up and down      dhcp.rs   its lease
 //!   nft.rs     the firewall, rendered and swapped  tap.rs    its link, addressed and routed by netlink
+//!   ra.rs      its IPv6 prefix
 //!   name.rs    checked names: nothing else gets into a ruleset's text
 //! ```
 
@@ -10,6 +11,7 @@ pub mod dhcp;
 pub mod guest;
 pub mod name;
 pub mod nft;
+pub mod ra;
 pub mod tap;
 
 pub use guest::{GATEWAY, GuestNet, NetError, SUBNET, repair};

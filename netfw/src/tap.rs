@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
-use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -84,10 +84,14 @@ pub fn create(name: &TapName, queues: usize) -> Result<Vec<File>, TapError> {
 ///
 /// # Errors
 /// The kernel's. What was done goes away with the tap.
-pub fn configure(name: &TapName, mtu: u16, gateway: Ipv4Addr, guest: Ipv4Addr) -> Result<(), TapError> {
+pub fn configure(name: &TapName, mtu: u16, ends: &[Ends]) -> Result<(), TapError> {
     let refused = |what| move |source| TapError::Refused { tap: name.clone(), what, source };
     for (key, value) in [
-        ("ipv6/conf/{}/disable_ipv6", "1"),
+        // Only the addresses given below, and nobody's advertisements.
+        ("ipv6/conf/{}/addr_gen_mode", "1"),
+        ("ipv6/conf/{}/accept_ra", "0"),
+        ("ipv6/conf/{}/accept_redirects", "0"),
+        ("ipv6/conf/{}/disable_ipv6", if ends.iter().any(|ends| ends.host.is_ipv6()) { "0" } else { "1" }),
         ("ipv4/conf/{}/rp_filter", "1"),
         ("ipv4/conf/{}/accept_redirects", "0"),
         ("ipv4/conf/{}/send_redirects", "0"),
@@ -113,30 +117,78 @@ pub fn configure(name: &TapName, mtu: u16, gateway: Ipv4Addr, guest: Ipv4Addr) -
     link.attributes.push(LinkAttribute::Mtu(mtu.into()));
     kernel.ask(RouteNetlinkMessage::SetLink(link), 0).map_err(refused("bring the tap up"))?;
 
-    let mut address = AddressMessage::default();
-    address.header.family = AddressFamily::Inet;
-    address.header.prefix_len = 32;
-    address.header.index = index;
-    address.header.scope = AddressScope::Link;
-    for attribute in [AddressAttribute::Local, AddressAttribute::Address] {
-        address.attributes.push(attribute(IpAddr::V4(gateway)));
+    for ends in ends {
+        kernel
+            .ask(ends.address(index), NLM_F_CREATE | NLM_F_EXCL)
+            .map_err(refused("give the tap an address"))?;
+        if let Some(route) = ends.route(index) {
+            // Exclusive: an address that is routed already is another guest's.
+            kernel.ask(route, NLM_F_CREATE | NLM_F_EXCL).map_err(refused("route the guest's address"))?;
+        }
     }
-    let create = NLM_F_CREATE | NLM_F_EXCL;
-    let asked = kernel.ask(RouteNetlinkMessage::NewAddress(address), create);
-    asked.map_err(refused("give the tap the gateway's address"))?;
+    Ok(())
+}
 
-    let mut route = RouteMessage::default();
-    route.header.address_family = AddressFamily::Inet;
-    route.header.destination_prefix_length = 32;
-    route.header.table = RouteHeader::RT_TABLE_MAIN;
-    route.header.protocol = RouteProtocol::Static;
-    route.header.scope = RouteScope::Link;
-    route.header.kind = RouteType::Unicast;
-    route.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(guest)));
-    route.attributes.push(RouteAttribute::PrefSource(RouteAddress::Inet(gateway)));
-    route.attributes.push(RouteAttribute::Oif(index));
-    // Exclusive: an address that is routed already is another guest's.
-    kernel.ask(RouteNetlinkMessage::NewRoute(route), create).map_err(refused("route the guest's address"))
+/// Whether this host speaks IPv6 at all.
+pub fn has_ipv6() -> bool {
+    std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/disable_ipv6").is_ok_and(|off| off.trim() == "0")
+}
+
+/// The two ends of a tap in one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ends {
+    /// The host's address.
+    pub host: IpAddr,
+    /// The guest's; none, where there is nothing to route.
+    pub guest: Option<IpAddr>,
+}
+
+impl Ends {
+    fn address(&self, index: u32) -> RouteNetlinkMessage {
+        let mut address = AddressMessage::default();
+        let link_local = matches!(self.host, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        address.header.family = family(self.host);
+        address.header.prefix_len = if link_local { 64 } else { bits(self.host) };
+        address.header.index = index;
+        // IPv6 tells the scope by the address itself.
+        address.header.scope = if self.host.is_ipv4() { AddressScope::Link } else { AddressScope::Universe };
+        address.attributes = vec![AddressAttribute::Local(self.host), AddressAttribute::Address(self.host)];
+        if self.host.is_ipv6() {
+            // There is nobody who could have it.
+            address
+                .attributes
+                .push(AddressAttribute::Flags(AddressFlags::Nodad | AddressFlags::Noprefixroute));
+        }
+        RouteNetlinkMessage::NewAddress(address)
+    }
+
+    fn route(&self, index: u32) -> Option<RouteNetlinkMessage> {
+        let to = |ip: IpAddr| match ip {
+            IpAddr::V4(ip) => RouteAddress::Inet(ip),
+            IpAddr::V6(ip) => RouteAddress::Inet6(ip),
+        };
+        let guest = self.guest?;
+        let mut route = RouteMessage::default();
+        route.header.address_family = family(guest);
+        route.header.destination_prefix_length = bits(guest);
+        route.header.table = RouteHeader::RT_TABLE_MAIN;
+        route.header.protocol = RouteProtocol::Static;
+        route.header.scope = if guest.is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
+        route.header.kind = RouteType::Unicast;
+        route.attributes.push(RouteAttribute::Destination(to(guest)));
+        route.attributes.push(RouteAttribute::PrefSource(to(self.host)));
+        route.attributes.push(RouteAttribute::Oif(index));
+        Some(RouteNetlinkMessage::NewRoute(route))
+    }
+}
+
+fn family(ip: IpAddr) -> AddressFamily {
+    if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+/// The bits of a whole address.
+fn bits(ip: IpAddr) -> u8 {
+    if ip.is_ipv4() { 32 } else { 128 }
 }
 
 /// A socket on `port` that only this tap reaches. Each tap can have one on the same port.
