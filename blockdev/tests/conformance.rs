@@ -46,7 +46,7 @@ impl Backend {
     }
     fn open(&self, store: &MemStore) -> Box<dyn Disk> {
         match self.qcow2 {
-            true => Box::new(Qcow2Disk::on(Box::new(store.clone()), self.base(), false).unwrap()),
+            true => Box::new(Qcow2Disk::on(Arc::new(store.clone()), self.base(), false).unwrap()),
             false => Box::new(RawDisk::on(store.clone(), false).unwrap()),
         }
     }

@@ -3,6 +3,7 @@
 mod support;
 
 use hutch_blockdev::{Disk, Qcow2Disk, qcow2};
+use std::sync::Arc;
 use support::{Event, MemStore, Random, State, qemu_check};
 
 const MIB: u64 = 1 << 20;
@@ -11,7 +12,7 @@ const OLD: u64 = 500 * MIB;
 const NEW: u64 = 1700 * MIB;
 
 fn open(store: &MemStore) -> Qcow2Disk {
-    Qcow2Disk::on(Box::new(store.clone()), None, false).expect("open the volume")
+    Qcow2Disk::on(Arc::new(store.clone()), None, false).expect("open the volume")
 }
 
 /// A volume with something in it, synced, and the events of its growth.

@@ -3,6 +3,7 @@
 mod common;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use common::conformance::{Subject, assert_holds, concurrent_requests, random_requests};
 use common::faulty::{Faulty, Plan};
@@ -159,7 +160,7 @@ fn whatever_call_fails_the_image_stays_whole() {
             qcow2::create(&rw(&path), MIB + 512).expect("create");
             let plan = Plan::new();
             let base = open_layers(vec![(rw(&below), Format::Raw)], true).expect("open the base");
-            let store = Box::new(Faulty(rw(&path), plan.clone()));
+            let store = Arc::new(Faulty(rw(&path), plan.clone()));
             let disk = Qcow2Disk::on(store, Some(base), false).expect("open");
             disk.write_at(0, &[1; 4096]).expect("write");
             disk.flush().expect("flush");
@@ -210,7 +211,7 @@ fn growth_on_a_full_host_can_be_tried_again() {
         let _ = std::fs::remove_file(&path);
         qcow2::create(&rw(&path), 500 * MIB).expect("create");
         let plan = Plan::new();
-        let disk = Qcow2Disk::on(Box::new(Faulty(rw(&path), plan.clone())), None, false).expect("open");
+        let disk = Qcow2Disk::on(Arc::new(Faulty(rw(&path), plan.clone())), None, false).expect("open");
         disk.write_at(0, &[1; 4096]).expect("write");
         disk.flush().expect("flush");
         // Once: the host has room again for what comes after.

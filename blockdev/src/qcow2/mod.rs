@@ -10,7 +10,8 @@
 //! from safe code. The tests read headers with it beside our own gate, and data with qemu-img; the path a guest's bytes
 //! take is here.
 //!
-//! One request at a time holds the disk: its metadata has one owner, and nothing can be freed under a request.
+//! One request at a time holds the metadata: it looks up, allocates and links. The bytes of clusters that are mapped move
+//! outside of that, many at a time; each holds `moving`, and a cluster is used anew only when nobody does.
 
 mod cache;
 mod compressed;
@@ -21,7 +22,7 @@ mod volume;
 
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 pub use header::{Header, MAX_SIZE};
 pub use layout::create;
@@ -55,13 +56,18 @@ enum Mapping {
 /// A qcow2 image, alone or on a base.
 pub struct Qcow2Disk {
     inner: Mutex<Inner>,
+    store: Arc<dyn Store>,
+    base: Option<Arc<dyn Disk>>,
+    /// Shared by whoever reads or writes mapped clusters; taken while `inner` is held, so that the mapping still holds.
+    moving: Arc<RwLock<()>>,
     size: AtomicU64,
     read_only: bool,
 }
 
 /// What a request holds.
 struct Inner {
-    store: Box<dyn Store>,
+    store: Arc<dyn Store>,
+    moving: Arc<RwLock<()>>,
     header: Header,
     l1: Vec<u64>,
     base: Option<Arc<dyn Disk>>,
@@ -84,14 +90,14 @@ impl Qcow2Disk {
     /// `Format` with the reason, `Busy` when another machine has it, `Io` from the host.
     pub fn open(file: File, base: Option<Arc<dyn Disk>>, read_only: bool) -> Result<Qcow2Disk> {
         lock(&file, read_only)?;
-        Qcow2Disk::on(Box::new(file), base, read_only)
+        Qcow2Disk::on(Arc::new(file), base, read_only)
     }
 
     /// An image on any store, without a lock.
     ///
     /// # Errors
     /// As [`Qcow2Disk::open`].
-    pub fn on(store: Box<dyn Store>, base: Option<Arc<dyn Disk>>, read_only: bool) -> Result<Qcow2Disk> {
+    pub fn on(store: Arc<dyn Store>, base: Option<Arc<dyn Disk>>, read_only: bool) -> Result<Qcow2Disk> {
         let header = Header::read(&*store)?;
         let l1 = read_l1(&*store, &header)?;
         let cache = Cache::new(header.cluster_bits);
@@ -106,8 +112,20 @@ impl Qcow2Disk {
         let file = store.size().map_err(|e| DiskError::io("find the image's size", e))?;
         let end = read_only.then_some(file);
         let size = AtomicU64::new(header.size);
-        let inner = Inner { store, header, l1, base, cache, volume, unpacked: None, end, failed: false };
-        Ok(Qcow2Disk { inner: Mutex::new(inner), size, read_only })
+        let moving = Arc::<RwLock<()>>::default();
+        let inner = Inner {
+            store: store.clone(),
+            moving: moving.clone(),
+            header,
+            l1,
+            base: base.clone(),
+            cache,
+            volume,
+            unpacked: None,
+            end,
+            failed: false,
+        };
+        Ok(Qcow2Disk { inner: Mutex::new(inner), store, base, moving, size, read_only })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -120,6 +138,23 @@ impl Qcow2Disk {
         let inner = self.lock();
         inner.alive()?;
         Ok(inner)
+    }
+
+    /// Lets the metadata go, and keeps the clusters it told of from being used anew.
+    fn moving(&self, inner: MutexGuard<'_, Inner>) -> RwLockReadGuard<'_, ()> {
+        let moving = self.moving.read().unwrap_or_else(PoisonError::into_inner);
+        drop(inner);
+        moving
+    }
+
+    /// Zeros for a part of a cluster.
+    fn write_zero_bytes(&self, from: u64, to: u64) -> Result<()> {
+        if from >= to || self.writable(from, to - from)?.is_zero(from)? {
+            return Ok(());
+        }
+        let zeros = vec![0; (to - from) as usize];
+        // SAFETY: the buffer is ours.
+        unsafe { self.write_vectored(from, &[cursor::buffer(&zeros)]) }
     }
 }
 
@@ -214,57 +249,37 @@ impl Inner {
         Ok((first, reach - at))
     }
 
-    /// Reads `bufs` from guest offset `at`.
+    /// Reads a part of the packed cluster at guest offset `at`.
     ///
     /// # Safety
     /// As [`Disk::read_vectored`].
-    unsafe fn read(&mut self, mut at: u64, bufs: &[IoBufMut]) -> Result<()> {
-        let end = at.saturating_add(total(bufs));
-        let mut cursor = Cursor::new(bufs);
-        while at < end {
-            let (mapping, len) = self.run(at, end)?;
-            let part = cursor.take(len);
-            let cluster = self.header.cluster();
-            match mapping {
-                // SAFETY: the parts are of the caller's buffers; that holds for each of these.
-                Mapping::Hole => unsafe { self.read_base(at, &part) }?,
-                // SAFETY: as above.
-                Mapping::Zero(_) => unsafe { cursor::zero(&part) },
-                // SAFETY: as above.
-                Mapping::Data(host) => unsafe { self.store.read(host + at % cluster, &part) }
-                    .map_err(|e| DiskError::io("read the disk", e))?,
-                Mapping::Compressed(entry) => {
-                    let index = at / cluster;
-                    if self.unpacked.as_ref().is_none_or(|(have, _)| *have != index) {
-                        self.unpacked = None;
-                        self.unpacked = Some((index, compressed::unpack(&*self.store, &self.header, entry)?));
-                    }
-                    let bytes = self.unpacked.as_ref().map_or(&[][..], |(_, bytes)| bytes);
-                    let piece = bytes.get((at % cluster) as usize..).unwrap_or_default();
-                    // SAFETY: as above; the bytes are ours, so they do not overlap.
-                    unsafe { cursor::copy(piece, &part) };
-                }
-            }
-            at += len;
+    unsafe fn read_packed(&mut self, entry: u64, at: u64, part: &[IoBufMut]) -> Result<()> {
+        let (index, within) = (at / self.header.cluster(), at % self.header.cluster());
+        if self.unpacked.as_ref().is_none_or(|(have, _)| *have != index) {
+            self.unpacked = None;
+            self.unpacked = Some((index, compressed::unpack(&*self.store, &self.header, entry)?));
         }
+        let bytes = self.unpacked.as_ref().map_or(&[][..], |(_, bytes)| bytes);
+        // SAFETY: the caller's promise; the bytes are ours, so they do not overlap.
+        unsafe { cursor::copy(bytes.get(within as usize..).unwrap_or_default(), part) };
         Ok(())
     }
+}
 
-    /// Reads the base; past its end, zeros.
-    ///
-    /// # Safety
-    /// As [`Disk::read_vectored`].
-    unsafe fn read_base(&self, at: u64, bufs: &[IoBufMut]) -> Result<()> {
-        let have = self.base.as_ref().map_or(0, |b| b.size().saturating_sub(at)).min(total(bufs));
-        let mut cursor = Cursor::new(bufs);
-        if let Some(base) = self.base.as_ref().filter(|_| have > 0) {
-            // SAFETY: the caller's promise; the rest below likewise.
-            unsafe { base.read_vectored(at, &cursor.take(have)) }?;
-        }
-        // SAFETY: as above.
-        unsafe { cursor::zero(&cursor.rest()) };
-        Ok(())
+/// Reads the base; past its end, zeros.
+///
+/// # Safety
+/// As [`Disk::read_vectored`].
+unsafe fn read_base(base: Option<&Arc<dyn Disk>>, at: u64, bufs: &[IoBufMut]) -> Result<()> {
+    let have = base.map_or(0, |b| b.size().saturating_sub(at)).min(total(bufs));
+    let mut cursor = Cursor::new(bufs);
+    if let Some(base) = base.filter(|_| have > 0) {
+        // SAFETY: the caller's promise; the rest below likewise.
+        unsafe { base.read_vectored(at, &cursor.take(have)) }?;
     }
+    // SAFETY: as above.
+    unsafe { cursor::zero(&cursor.rest()) };
+    Ok(())
 }
 
 impl Disk for Qcow2Disk {
@@ -276,19 +291,72 @@ impl Disk for Qcow2Disk {
         self.read_only
     }
 
+    fn parallelism(&self) -> usize {
+        8
+    }
+
     unsafe fn read_vectored(&self, offset: u64, bufs: &[IoBufMut]) -> Result<()> {
         check_range(offset, total(bufs), self.size())?;
-        // SAFETY: the caller's promise.
-        unsafe { self.lock().read(offset, bufs) }
+        let (mut at, end) = (offset, offset.saturating_add(total(bufs)));
+        let mut cursor = Cursor::new(bufs);
+        while at < end {
+            let mut inner = self.lock();
+            let cluster = inner.header.cluster();
+            let (mapping, len) = inner.run(at, end)?;
+            let part = cursor.take(len);
+            // SAFETY: the parts are of the caller's buffers; that holds for each of these.
+            unsafe {
+                match mapping {
+                    Mapping::Hole => {
+                        drop(inner);
+                        read_base(self.base.as_ref(), at, &part)?;
+                    }
+                    Mapping::Zero(_) => {
+                        drop(inner);
+                        cursor::zero(&part);
+                    }
+                    Mapping::Data(host) => {
+                        let _moving = self.moving(inner);
+                        let read = self.store.read(host + at % cluster, &part);
+                        read.map_err(|e| DiskError::io("read the disk", e))?;
+                    }
+                    Mapping::Compressed(entry) => inner.read_packed(entry, at, &part)?,
+                }
+            }
+            at += len;
+        }
+        Ok(())
     }
 
     unsafe fn write_vectored(&self, offset: u64, bufs: &[IoBuf]) -> Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe { self.writable(offset, total(bufs))?.write(offset, bufs) }
+        let (mut at, end) = (offset, offset.saturating_add(total(bufs)));
+        let mut cursor = Cursor::new(bufs);
+        check_write(self.read_only)?;
+        check_range(offset, total(bufs), self.size())?;
+        while at < end {
+            let mut inner = self.writable(at, end - at)?;
+            let cluster = inner.header.cluster();
+            let (mapping, len) = inner.run(at, end)?;
+            // SAFETY: the parts are of the caller's buffers; that holds for both.
+            at += unsafe {
+                match mapping {
+                    Mapping::Data(host) => {
+                        let _moving = self.moving(inner);
+                        let written = self.store.write(host + at % cluster, &cursor.take(len));
+                        written.map_err(|e| DiskError::io("write the disk", e))?;
+                        len
+                    }
+                    _ => inner.write_fresh(at, len, &mut cursor)?,
+                }
+            };
+        }
+        Ok(())
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        self.writable(offset, len)?.write_zeroes(offset, len, unmap)
+        let (from, to) = self.writable(offset, len)?.write_zero_clusters(offset, offset + len, unmap)?;
+        self.write_zero_bytes(offset, from)?;
+        self.write_zero_bytes(to, offset + len)
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {

@@ -9,13 +9,13 @@
 mod grow;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::PoisonError;
 
 use super::cache::Slice;
 use super::cursor::{Cursor, buffer};
 use super::header::Header;
 use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, COUNTS, ENTRIES, L2_REACH};
 use super::{Inner, Mapping, OFFSET, ZERO};
-use crate::raw::total;
 use crate::store::Store;
 use crate::{DiskError, DiskErrorKind, IoBuf, Result, SECTOR};
 
@@ -350,7 +350,10 @@ impl Inner {
             }
             self.sync()?;
         }
-        // Nothing on the disk links to these any more.
+        // Nothing on the disk links to these any more, and when nobody moves bytes, nobody moves bytes of these: whoever
+        // starts has to wait for us first.
+        let moving = self.moving.clone();
+        let _alone = moving.write().unwrap_or_else(PoisonError::into_inner);
         let Some(volume) = self.volume.as_mut() else { return Ok(()) };
         let mut leaving = std::mem::take(&mut volume.leaving);
         leaving.sort_unstable();
@@ -381,36 +384,12 @@ impl Inner {
         self.sync()
     }
 
-    /// Writes `bufs` at guest offset `at`.
-    ///
-    /// # Safety
-    /// As [`crate::Disk::write_vectored`].
-    pub(super) unsafe fn write(&mut self, mut at: u64, bufs: &[IoBuf]) -> Result<()> {
-        let end = at.saturating_add(total(bufs));
-        let mut cursor = Cursor::new(bufs);
-        while at < end {
-            let (mapping, len) = self.run(at, end)?;
-            let len = match mapping {
-                Mapping::Data(host) => {
-                    // SAFETY: the part is of the caller's buffers.
-                    unsafe { self.store.write(host + at % CLUSTER, &cursor.take(len)) }
-                        .map_err(|e| DiskError::io("write the disk", e))?;
-                    len
-                }
-                // SAFETY: as above.
-                _ => unsafe { self.write_fresh(at, len, &mut cursor) }?,
-            };
-            at += len;
-        }
-        Ok(())
-    }
-
     /// Writes up to `len` bytes at `at` into clusters of their own; returns how many. What the first and the last of
     /// them held before is kept.
     ///
     /// # Safety
     /// As [`crate::Disk::write_vectored`], for what the cursor holds.
-    unsafe fn write_fresh(&mut self, at: u64, len: u64, cursor: &mut Cursor<'_>) -> Result<u64> {
+    pub(super) unsafe fn write_fresh(&mut self, at: u64, len: u64, cursor: &mut Cursor<'_>) -> Result<u64> {
         let index = at / CLUSTER;
         let wanted = (at + len).div_ceil(CLUSTER) - index;
         let fresh = match self.volume()?.take(wanted) {
@@ -490,7 +469,8 @@ impl Inner {
         if hole && from < base {
             // SAFETY: the buffer is ours.
             unsafe {
-                self.read_base(
+                super::read_base(
+                    self.base.as_ref(),
                     from,
                     &[libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }],
                 )
@@ -499,15 +479,14 @@ impl Inner {
         Ok(Some(bytes))
     }
 
-    /// Guest range `at..at + len` reads as zeros from now on.
-    pub(super) fn write_zeroes(&mut self, at: u64, len: u64, unmap: bool) -> Result<()> {
-        let end = at + len;
-        let whole_from = at.next_multiple_of(CLUSTER).min(end);
+    /// The whole clusters of guest range `at..end` read as zeros from now on. Returns where they begin and end: the rest is
+    /// left to be done.
+    pub(super) fn write_zero_clusters(&mut self, at: u64, end: u64, unmap: bool) -> Result<(u64, u64)> {
+        let from = at.next_multiple_of(CLUSTER).min(end);
         // The disk's last cluster is whole where the disk ends.
-        let whole_to = if end == self.header.size { end } else { end / CLUSTER * CLUSTER }.max(whole_from);
-        self.write_zero_bytes(at, whole_from)?;
-        let mut index = whole_from.div_ceil(CLUSTER);
-        while index * CLUSTER < whole_to {
+        let to = if end == self.header.size { end } else { end / CLUSTER * CLUSTER }.max(from);
+        let mut index = from.div_ceil(CLUSTER);
+        while index * CLUSTER < to {
             match self.mapping(index)? {
                 Mapping::Data(host) if !unmap => {
                     let zero = self.store.zero(host, CLUSTER, false);
@@ -517,25 +496,16 @@ impl Inner {
             }
             index += 1;
         }
-        self.write_zero_bytes(whole_to, end)
+        Ok((from, to))
     }
 
-    /// Zeros for a part of a cluster.
-    fn write_zero_bytes(&mut self, from: u64, to: u64) -> Result<()> {
-        if from >= to {
-            return Ok(());
-        }
-        let already = match self.mapping(from / CLUSTER)? {
+    /// Whether the guest's cluster at `at` is known to be zeros from there on.
+    pub(super) fn is_zero(&mut self, at: u64) -> Result<bool> {
+        Ok(match self.mapping(at / CLUSTER)? {
             Mapping::Zero(_) => true,
-            Mapping::Hole => from >= self.base.as_ref().map_or(0, |b| b.size()),
+            Mapping::Hole => at >= self.base.as_ref().map_or(0, |b| b.size()),
             _ => false,
-        };
-        if already {
-            return Ok(());
-        }
-        let zeros = vec![0; (to - from) as usize];
-        // SAFETY: the buffer is ours.
-        unsafe { self.write(from, &[buffer(&zeros)]) }
+        })
     }
 
     /// Guest cluster `index` reads as zeros and takes no room.
