@@ -1,9 +1,14 @@
 //! What the guest says on its serial port: a bounded ring for readers, a file for later, and the one line that matters
 //! when a kernel dies.
+//!
+//! Any number of [`Reader`]s follow the ring, each at its own position. The guest waits for none of them: one that is too
+//! slow loses the oldest bytes and learns how many.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The ring keeps this many bytes: some 800 lines of a kernel's log.
 pub const RING: usize = 64 << 10;
@@ -22,6 +27,10 @@ pub struct Console {
     line: Vec<u8>,
     panic: Option<String>,
     panic_over: bool,
+    /// No more will come.
+    ended: bool,
+    readers: usize,
+    changed: Arc<Condvar>,
 }
 
 impl Console {
@@ -53,6 +62,7 @@ impl Console {
         if failed {
             self.log = None;
         }
+        self.changed.notify_all();
     }
 
     fn end_of_line(&mut self) {
@@ -79,6 +89,17 @@ impl Console {
         self.total
     }
 
+    /// The bytes from `offset` on (counted from the first that the guest wrote), and how many of them are lost: they left
+    /// the ring before.
+    pub fn read_from(&self, offset: u64) -> Chunk {
+        let oldest = self.total - self.ring.len() as u64;
+        let skip = offset.saturating_sub(oldest).min(self.ring.len() as u64);
+        Chunk {
+            lost: oldest.saturating_sub(offset),
+            bytes: self.ring.iter().skip(skip as usize).copied().collect(),
+        }
+    }
+
     /// The last `n` lines that are still in the ring.
     pub fn tail(&self, n: usize) -> String {
         let bytes: Vec<u8> = self.ring.iter().copied().collect();
@@ -88,9 +109,138 @@ impl Console {
     }
 }
 
+/// A piece of the console's output.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Chunk {
+    /// Bytes that came before `bytes` and are lost.
+    pub lost: u64,
+    /// What the guest wrote.
+    pub bytes: Vec<u8>,
+}
+
+fn lock(console: &Mutex<Console>) -> MutexGuard<'_, Console> {
+    console.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Says that no more will come, and gives readers at most `limit` to take what is left.
+pub fn finish(console: &Mutex<Console>, limit: Duration) {
+    let deadline = Instant::now() + limit;
+    let mut console = lock(console);
+    console.ended = true;
+    let changed = console.changed.clone();
+    changed.notify_all();
+    while console.readers > 0 {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        console = changed.wait_timeout(console, left).unwrap_or_else(PoisonError::into_inner).0;
+    }
+}
+
+/// Makes every reader that waits ask again whether it is to stop.
+pub fn wake(console: &Mutex<Console>) {
+    lock(console).changed.notify_all();
+}
+
+/// A place in the console's output, to begin with at the oldest byte still there.
+pub struct Reader {
+    console: Arc<Mutex<Console>>,
+    at: u64,
+}
+
+impl Reader {
+    /// A reader of `console`.
+    pub fn new(console: Arc<Mutex<Console>>) -> Reader {
+        let at = {
+            let mut console = lock(&console);
+            console.readers += 1;
+            console.total - console.ring.len() as u64
+        };
+        Reader { console, at }
+    }
+
+    /// Waits for output; `None` once the console has ended and all was read, or when `stop` is true (see [`wake`]).
+    pub fn next(&mut self, stop: impl Fn() -> bool) -> Option<Chunk> {
+        let mut console = lock(&self.console);
+        let changed = console.changed.clone();
+        while !stop() {
+            if console.total > self.at {
+                let chunk = console.read_from(self.at);
+                self.at = console.total;
+                return Some(chunk);
+            }
+            if console.ended {
+                return None;
+            }
+            console = changed.wait(console).unwrap_or_else(PoisonError::into_inner);
+        }
+        None
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let mut console = lock(&self.console);
+        console.readers -= 1;
+        console.changed.notify_all();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn text(chunk: Option<Chunk>) -> (u64, String) {
+        let chunk = chunk.unwrap();
+        (chunk.lost, String::from_utf8(chunk.bytes).unwrap())
+    }
+
+    #[test]
+    fn readers_have_places_of_their_own() {
+        let console = Arc::new(Mutex::new(Console::default()));
+        lock(&console).push(b"one ");
+        let mut early = Reader::new(console.clone());
+        assert_eq!(text(early.next(|| false)), (0, "one ".into()));
+        lock(&console).push(b"two");
+        let mut late = Reader::new(console.clone());
+        assert_eq!(text(early.next(|| false)), (0, "two".into()));
+        assert_eq!(text(late.next(|| false)), (0, "one two".into()));
+        assert_eq!(late.next(|| true), None);
+    }
+
+    #[test]
+    fn a_slow_reader_loses_the_oldest_and_is_told() {
+        let console = Arc::new(Mutex::new(Console::default()));
+        let mut slow = Reader::new(console.clone());
+        lock(&console).push(b"lost!");
+        lock(&console).push(&vec![b'x'; RING - 1]);
+        lock(&console).push(b"y");
+        let chunk = slow.next(|| false).unwrap();
+        assert_eq!((chunk.lost, chunk.bytes.len()), (5, RING));
+        assert_eq!(chunk.bytes.last(), Some(&b'y'));
+        lock(&console).push(b"z");
+        assert_eq!(text(slow.next(|| false)), (0, "z".into()));
+        assert_eq!(lock(&console).read_from(u64::MAX), Chunk::default(), "a place that was never reached");
+    }
+
+    #[test]
+    fn a_waiting_reader_hears_of_bytes_and_of_the_end() {
+        let console = Arc::new(Mutex::new(Console::default()));
+        let mut reader = Reader::new(console.clone());
+        let all = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            while let Some(chunk) = reader.next(|| false) {
+                all.extend(chunk.bytes);
+            }
+            all
+        });
+        lock(&console).push(b"a");
+        lock(&console).push(b"b");
+        finish(&console, Duration::from_secs(20));
+        assert_eq!(lock(&console).readers, 0, "the end waits for its readers");
+        assert_eq!(all.join().unwrap(), b"ab");
+    }
 
     #[test]
     fn the_ring_is_bounded_and_keeps_the_end() {

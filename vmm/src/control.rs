@@ -8,25 +8,37 @@
 //! {"command":"resume"}        → {"ok":true}
 //! {"command":"kill"}          → {"ok":true}       the machine ends now, its report says `killed`
 //! {"command":"console"}       → {"ok":true,"text":"…"}   what is in the console's ring
+//! {"command":"console","follow":true} → {"ok":true}, and from then on the connection is the console: the guest's bytes
+//!                                out, from the oldest in the ring on, and what is typed in, until one side hangs up
 //! ```
+//! A follower that is too slow for the ring finds `[hutch: N bytes of the console were lost here]` in its stream.
 //! Anything else is answered with `{"ok":false,"error":"…"}` and changes nothing.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::console::Console;
+use crate::console::{self, Console, Reader};
 use crate::counts::{Counts, Devices};
+use crate::devices::serial::Input;
 use crate::machine::Handle;
 
 /// A request is at most so many bytes.
 const LINE_MAX: u64 = 64 << 10;
-/// Connections served at once; one more is closed at once.
+/// Connections served at once, followers of the console included; one more is refused.
 const CONNECTIONS_MAX: usize = 16;
+/// How long a follower rests between two pieces of output, so that a guest that writes byte by byte costs little.
+const GATHER: Duration = Duration::from_millis(5);
+/// How often the guest is asked again whether it has room for what was typed, in milliseconds.
+const RETRY_MS: u16 = 20;
 
 #[derive(Debug, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
@@ -36,7 +48,10 @@ enum Request {
     Pause,
     Resume,
     Kill,
-    Console,
+    Console {
+        #[serde(default)]
+        follow: bool,
+    },
 }
 
 /// What the socket's clients may see and do.
@@ -48,6 +63,8 @@ pub struct Control {
     pub handle: Handle,
     /// Its console.
     pub console: Arc<Mutex<Console>>,
+    /// What its console's followers type.
+    pub input: Arc<Input>,
     /// Its counters.
     pub counts: Arc<Counts>,
     /// Its devices' counters.
@@ -59,9 +76,12 @@ impl Control {
     pub fn serve(self, listener: UnixListener) -> io::Result<()> {
         let busy = Arc::new(AtomicUsize::new(0));
         let accept = move || {
-            for stream in listener.incoming().map_while(Result::ok) {
+            for mut stream in listener.incoming().map_while(Result::ok) {
                 if busy.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX {
                     busy.fetch_sub(1, Ordering::Relaxed);
+                    let why = format!("{}: {CONNECTIONS_MAX} clients are connected; end one", self.id);
+                    // A new socket's buffer takes it whole, so this does not wait.
+                    let _ = writeln!(stream, "{}", json!({ "ok": false, "error": why }));
                     continue;
                 }
                 let (control, done) = (self.clone(), busy.clone());
@@ -86,17 +106,71 @@ impl Control {
             if n == 0 || !line.ends_with('\n') {
                 return Ok(());
             }
-            let mut answer = self.answer(&line).to_string();
-            answer.push('\n');
-            stream.write_all(answer.as_bytes())?;
+            let request = serde_json::from_str(&line);
+            let follow = matches!(request, Ok(Request::Console { follow: true }));
+            let answer = match request {
+                Ok(request) => self.answer(&request),
+                Err(e) => json!({ "ok": false, "error": format!("{}: no such request: {e}", self.id) }),
+            };
+            stream.write_all(format!("{answer}\n").as_bytes())?;
+            if follow {
+                return self.attach(reader, &stream);
+            }
         }
     }
 
-    fn answer(&self, line: &str) -> Value {
-        let request = match serde_json::from_str(line) {
-            Ok(request) => request,
-            Err(e) => return json!({ "ok": false, "error": format!("{}: no such request: {e}", self.id) }),
-        };
+    /// Makes the connection the console, until the client hangs up or the machine ends.
+    fn attach(&self, mut typed: BufReader<UnixStream>, stream: &UnixStream) -> io::Result<()> {
+        let gone = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let show = || {
+                // Why it ended is no concern of the machine's; the other direction is to end, too.
+                let _ = self.show(stream, &gone);
+                let _ = stream.shutdown(Shutdown::Both);
+            };
+            std::thread::Builder::new().name("console".into()).spawn_scoped(scope, show)?;
+            let heard = self.hear(&mut typed, stream);
+            gone.store(true, Ordering::Release);
+            // The other thread waits for the client or for the guest.
+            let _ = stream.shutdown(Shutdown::Both);
+            console::wake(&self.console);
+            heard
+        })
+    }
+
+    fn show(&self, mut stream: &UnixStream, gone: &AtomicBool) -> io::Result<()> {
+        let mut reader = Reader::new(self.console.clone());
+        while let Some(chunk) = reader.next(|| gone.load(Ordering::Acquire)) {
+            if chunk.lost > 0 {
+                let lost = format!("\r\n[hutch: {} bytes of the console were lost here]\r\n", chunk.lost);
+                stream.write_all(lost.as_bytes())?;
+            }
+            stream.write_all(&chunk.bytes)?;
+            std::thread::sleep(GATHER);
+        }
+        Ok(())
+    }
+
+    /// Hands on what is typed. While the guest reads none of it the client is held back, not the guest.
+    fn hear(&self, typed: &mut BufReader<UnixStream>, stream: &UnixStream) -> io::Result<()> {
+        loop {
+            let bytes = typed.fill_buf()?;
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            let taken = self.input.offer(bytes);
+            typed.consume(taken);
+            if taken == 0 {
+                // Nothing is asked for: a hang-up is told always.
+                let mut hangup = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+                if poll(&mut hangup, PollTimeout::from(RETRY_MS))? > 0 {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn answer(&self, request: &Request) -> Value {
         let console = || self.console.lock().unwrap_or_else(PoisonError::into_inner);
         match request {
             Request::Status => {
@@ -123,7 +197,8 @@ impl Control {
                 self.handle.kill();
                 json!({ "ok": true })
             }
-            Request::Console => json!({ "ok": true, "text": console().tail(usize::MAX) }),
+            Request::Console { follow: true } => json!({ "ok": true }),
+            Request::Console { follow: false } => json!({ "ok": true, "text": console().tail(usize::MAX) }),
         }
     }
 }

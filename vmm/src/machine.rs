@@ -22,7 +22,7 @@ use crate::board::{Backends, Board, KvmVm};
 use crate::boot;
 use crate::bus::{Bus, Shared};
 use crate::config::{EXIT_PORT, End, Report};
-use crate::console::Console;
+use crate::console::{self, Console};
 use crate::counts::{Counts, Devices};
 use crate::devices::{exit, power, rtc, serial};
 use crate::ending::{Ending, Outcome};
@@ -37,6 +37,8 @@ const TSS: usize = 0xfffb_d000;
 const IDENTITY_MAP: u64 = 0xfffb_c000;
 /// A kernel that panicked may print its stack for this long before the machine ends.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// Readers of the console have this long to take its end.
+const FAREWELL: Duration = Duration::from_millis(500);
 
 /// The files a machine runs on, opened by whoever had the right to.
 pub struct Files {
@@ -95,6 +97,7 @@ pub struct Machine {
     kernel: File,
     initrd: Option<File>,
     console: Arc<Mutex<Console>>,
+    input: Arc<serial::Input>,
     counts: Arc<Counts>,
     reach: Arc<Reach>,
     backends: Backends,
@@ -197,6 +200,7 @@ impl Machine {
             kernel: files.kernel,
             initrd: files.initrd,
             console: Arc::new(Mutex::new(console)),
+            input: Arc::default(),
             counts: Arc::default(),
             backends: files.backends,
             plan,
@@ -206,6 +210,11 @@ impl Machine {
     /// The console, for readers.
     pub fn console(&self) -> Arc<Mutex<Console>> {
         self.console.clone()
+    }
+
+    /// What people type into the guest's console, over all reboots.
+    pub fn input(&self) -> Arc<serial::Input> {
+        self.input.clone()
     }
 
     /// The counters, for readers.
@@ -255,6 +264,7 @@ impl Machine {
                 }
             }
         };
+        console::finish(&self.console, FAREWELL);
         let total = self.console.lock().unwrap_or_else(PoisonError::into_inner).total();
         Report { end, counters: self.counts.counters(total) }
     }
@@ -379,8 +389,7 @@ impl Machine {
         let mut put = |start: u64, len: u64, device: Shared| {
             bus.insert(start, len, device).map_err(self.host("port layout"))
         };
-        let port = serial::SerialPort::new(self.console.clone(), line);
-        put(serial::PORT, 8, Arc::new(Mutex::new(port)))?;
+        put(serial::PORT, 8, serial::SerialPort::new(self.console.clone(), self.input.clone(), line))?;
         put(rtc::PORT, 2, Arc::new(Mutex::new(rtc::CmosClock::default())))?;
         put(power::PORT, power::LEN, Arc::new(Mutex::new(power::Power(ending.clone()))))?;
         put(power::KEYBOARD_PORT, 1, Arc::new(Mutex::new(power::KeyboardReset(ending.clone()))))?;

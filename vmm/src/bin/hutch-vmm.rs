@@ -74,7 +74,8 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
     };
     let terminate = block_termination().map_err(|e| format!("{id}: signals: {e}"))?;
     let mut machine = Machine::new(plan, files).map_err(|e| e.to_string())?;
-    let (console, counts, devices) = (machine.console(), machine.counts(), machine.devices());
+    let (console, input) = (machine.console(), machine.input());
+    let (counts, devices) = (machine.counts(), machine.devices());
     let mut trouble = None;
     let report = machine.run(|handle| {
         let killer = handle.clone();
@@ -94,7 +95,8 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
             std::thread::Builder::new().name("tether".into()).spawn(move || hold(tether)).map(drop)
         });
         let served = control.map_or(Ok(()), |listener| {
-            Control { id: id.clone(), handle: handle.clone(), console, counts, devices }.serve(listener)
+            let handle = handle.clone();
+            Control { id: id.clone(), handle, console, input, counts, devices }.serve(listener)
         });
         if let Err(e) = signals.and(tethered).and(served) {
             trouble = Some(format!("{id}: cannot start a thread: {e}"));
