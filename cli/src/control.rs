@@ -10,6 +10,8 @@ use anyhow::{Context, bail};
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
+use crate::attach;
+
 /// A machine that does not answer for so long does not answer.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -20,6 +22,10 @@ pub struct Args {
     socket: PathBuf,
     /// What to ask.
     request: Request,
+    /// With `console`: stay, show what comes and send what is typed, over reboots of the guest. On a terminal, Ctrl-]
+    /// detaches.
+    #[arg(long)]
+    attach: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -41,17 +47,34 @@ enum Request {
 /// Asks and prints.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let name = args.request.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default();
+    if args.attach && !matches!(args.request, Request::Console) {
+        bail!("--attach goes with console, not with {name}");
+    }
     let what = || format!("no machine answers at {}", args.socket.display());
     let mut stream = UnixStream::connect(&args.socket).with_context(what)?;
     stream.set_read_timeout(Some(LIMIT))?;
-    let mut line = json!({ "command": name }).to_string();
+    let mut request = json!({ "command": name });
+    if args.attach {
+        request["follow"] = Value::Bool(true);
+    }
+    let mut line = request.to_string();
     line.push('\n');
-    stream.write_all(line.as_bytes()).with_context(what)?;
+    let sent = stream.write_all(line.as_bytes());
     let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer).with_context(what)?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    // A machine with too many clients says so and hangs up before it has read anything.
+    if reader.read_line(&mut answer).with_context(what)? == 0 {
+        sent.with_context(what)?;
+    }
     let mut answer: Value = serde_json::from_str(&answer).with_context(what)?;
     if answer["ok"] != Value::Bool(true) {
         bail!("{}", answer["error"].as_str().unwrap_or("the machine refused"));
+    }
+    if args.attach {
+        // A guest may be silent for as long as it likes.
+        stream.set_read_timeout(None)?;
+        attach::run(reader, stream)?;
+        return Ok(ExitCode::SUCCESS);
     }
     if let Some(fields) = answer.as_object_mut() {
         fields.remove("ok");

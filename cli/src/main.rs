@@ -14,6 +14,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod attach;
 mod boot;
 mod control;
 mod disks;
