@@ -46,7 +46,8 @@ fn structures(id: &str, uuid: [u8; 16]) -> Vec<u8> {
     system.extend([3, 2, 1, 0, 5, 4, 7, 6].map(|i: usize| uuid[i]));
     system.extend_from_slice(&uuid[8..]);
     system.extend_from_slice(&[6, 0, 0]);
-    put(1, 1, &system, &[VENDOR, "hutch", id]);
+    // The serial is the UUID again: cloud-init believes in EC2 only then (DataSourceEc2.identify_aws).
+    put(1, 1, &system, &[VENDOR, "hutch", &uuid::Uuid::from_bytes(uuid).to_string()]);
     // Type 2: manufacturer, product, version, serial, asset tag (EC2 puts the instance's id there), features, location, chassis, type.
     put(2, 2, &[1, 0, 0, 0, 2, 1, 0, 3, 0, 0x0a, 0], &[VENDOR, id]);
     // Type 3: manufacturer, type (other), version, serial, asset tag, four states, OEM, height, cords, elements.
@@ -55,19 +56,10 @@ fn structures(id: &str, uuid: [u8; 16]) -> Vec<u8> {
     out
 }
 
-/// Reads `ec2e1916-9099-7caf-fd21-012345abcdef`.
+/// Reads `ec2e1916-9099-7caf-fd21-012345abcdef`, and no other way of writing it.
 pub fn parse_uuid(text: &str) -> Option<[u8; 16]> {
-    let digits: Vec<u8> = text.bytes().filter(|b| *b != b'-').collect();
-    let dashes: Vec<usize> = text.bytes().enumerate().filter(|(_, b)| *b == b'-').map(|(i, _)| i).collect();
-    if digits.len() != 32 || dashes != [8, 13, 18, 23] {
-        return None;
-    }
-    let mut uuid = [0; 16];
-    for (byte, pair) in uuid.iter_mut().zip(digits.chunks(2)) {
-        let pair = std::str::from_utf8(pair).ok().filter(|p| p.bytes().all(|b| b.is_ascii_hexdigit()))?;
-        *byte = u8::from_str_radix(pair, 16).ok()?;
-    }
-    Some(uuid)
+    let uuid = uuid::Uuid::try_parse(text).ok()?;
+    (uuid.to_string() == text).then(|| uuid.into_bytes())
 }
 
 #[cfg(test)]
@@ -94,5 +86,8 @@ mod tests {
             bytes.windows(4).any(|w| w == [0x16, 0x19, 0x2e, 0xec]),
             "the UUID's first field is little-endian"
         );
+        let has = |text: &[u8]| bytes.windows(text.len()).any(|w| w == text);
+        assert!(has(b"\0ec2e1916-9099-7caf-fd21-012345abcdef\0"), "the serial is the UUID");
+        assert!(has(b"\0i-0123456789abcdef0\0"), "the board's asset tag is the instance");
     }
 }
