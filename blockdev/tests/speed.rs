@@ -1,0 +1,100 @@
+//! What a volume costs beside a raw disk and QEMU's engine, on one file system, without a guest: ratios, not times.
+//!
+//! `cargo test --release -p hutch-blockdev --test speed -- --ignored --nocapture`
+
+mod common;
+
+use std::path::Path;
+use std::time::Instant;
+
+use common::rng::Rng;
+use common::{qemu_img, rw};
+use hutch_blockdev::{Disk, Qcow2Disk, RawDisk, qcow2};
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 256 * MIB;
+const ROUNDS: usize = 5;
+
+/// Seconds for `count` requests of `len` bytes.
+fn run(disk: &dyn Disk, len: u64, random: bool, write: bool) -> f64 {
+    let count = if random { 16_384 } else { SIZE / len };
+    let mut rng = Rng(1);
+    let mut bytes = vec![0x5a; len as usize];
+    let started = Instant::now();
+    for i in 0..count {
+        let at = if random { rng.below(SIZE / len) } else { i } * len;
+        if write { disk.write_at(at, &bytes) } else { disk.read_at(at, &mut bytes) }.expect("in range");
+    }
+    disk.flush().expect("flush");
+    started.elapsed().as_secs_f64()
+}
+
+/// The same by `qemu-img bench`, one request at a time, through the page cache as we do.
+fn qemu(file: &Path, format: &str, len: u64, write: bool) -> f64 {
+    let (count, len) = ((SIZE / len).to_string(), len.to_string());
+    let file = file.to_string_lossy();
+    let mut args = vec!["bench", "-f", format, "-t", "writeback", "-d", "1", "-c", &count, "-s", &len];
+    if write {
+        args.extend(["-w", "--pattern", "90", "--flush-interval", &count]);
+    }
+    args.push(&file);
+    let started = Instant::now();
+    let (code, said) = qemu_img(&args);
+    assert_eq!(code, 0, "{said}");
+    started.elapsed().as_secs_f64()
+}
+
+fn median(mut of: Vec<f64>) -> f64 {
+    of.sort_by(f64::total_cmp);
+    of[of.len() / 2]
+}
+
+#[test]
+#[ignore = "a measurement; in release, on a machine that does nothing else"]
+fn beside_raw_and_qemu() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let path = |name: &str| dir.path().join(name);
+    let mut results: Vec<(&str, Vec<[f64; 4]>)> = Vec::new();
+    for _ in 0..ROUNDS {
+        for name in ["raw", "ours", "q.raw", "q"] {
+            let _ = std::fs::remove_file(path(name));
+        }
+        rw(&path("raw")).set_len(SIZE).expect("room");
+        rw(&path("q.raw")).set_len(SIZE).expect("room");
+        qcow2::create(&rw(&path("ours")), SIZE).expect("create");
+        qcow2::create(&rw(&path("q")), SIZE).expect("create");
+        let raw = RawDisk::open(rw(&path("raw")), false).expect("open");
+        let ours = Qcow2Disk::open(rw(&path("ours")), None, false).expect("open");
+        for (i, (name, len, random, write)) in [
+            ("1 MiB writes, fresh", MIB, false, true),
+            ("1 MiB writes again", MIB, false, true),
+            ("1 MiB reads", MIB, false, false),
+            ("4 KiB reads in order", 4096, false, false),
+            ("4 KiB reads, random", 4096, true, false),
+            ("4 KiB writes, random", 4096, true, true),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let of_qemu = |file, format| if random { f64::NAN } else { qemu(file, format, len, write) };
+            let row = [
+                run(&raw, len, random, write),
+                run(&ours, len, random, write),
+                of_qemu(&path("q.raw"), "raw"),
+                of_qemu(&path("q"), "qcow2"),
+            ];
+            if results.len() == i {
+                results.push((name, Vec::new()));
+            }
+            results[i].1.push(row);
+        }
+    }
+    println!(
+        "{:24}{:>12}{:>12}{:>12}{:>12}{:>12}",
+        "seconds", "raw", "volume", "QEMU raw", "QEMU qcow2", "vol/raw"
+    );
+    for (name, rows) in results {
+        let [raw, ours, q_raw, q] = [0, 1, 2, 3].map(|i| median(rows.iter().map(|row| row[i]).collect()));
+        println!("{name:24}{raw:12.3}{ours:12.3}{q_raw:12.3}{q:12.3}{:12.2}", ours / raw);
+    }
+}
