@@ -30,6 +30,7 @@ mod vmm;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use nix::errno::Errno;
 
 /// An EC2 for one workstation: real Linux guests, each in its own KVM micro-VM.
 #[derive(Parser)]
@@ -71,7 +72,22 @@ fn main() -> ExitCode {
         }
     };
     result.unwrap_or_else(|e| {
-        eprintln!("hutch: {e:#}");
+        eprintln!(
+            "hutch: {e:#}{}",
+            if is_out_of_descriptors(&e) { "; raise the limit of open files (ulimit -n)" } else { "" }
+        );
         ExitCode::from(boot::MACHINE_ERROR)
+    })
+}
+
+/// Whether the host or this process has no descriptor left.
+fn is_out_of_descriptors(error: &anyhow::Error) -> bool {
+    let codes = [Errno::EMFILE, Errno::ENFILE];
+    error.chain().any(|cause| {
+        let io = cause
+            .downcast_ref::<std::io::Error>()
+            .and_then(std::io::Error::raw_os_error)
+            .map(Errno::from_raw);
+        io.or(cause.downcast_ref::<Errno>().copied()).is_some_and(|code| codes.contains(&code))
     })
 }

@@ -138,7 +138,7 @@ impl GuestNet {
     /// # Errors
     /// See [`NetError`]; nothing is left behind.
     pub fn up(state: &Path, queues: usize, mtu: u16, dns: Vec<Ipv4Addr>) -> Result<GuestNet, NetError> {
-        let _lock = lock(state)?;
+        let lock = lock(state)?;
         let mut records = clean(state)?;
         let taken: Vec<Ipv4Addr> = records.iter().map(|r| r.ip).collect();
         let first = u32::from(SUBNET.network()) + RESERVED;
@@ -174,33 +174,50 @@ impl GuestNet {
             server: None,
             router: None,
         };
-        let mut rules = Ruleset::new(SUBNET, GATEWAY, uplink.clone())?;
         records.push(record);
+        let done = net.bring_up(&records, uplink, was_off, queues, mtu, dns);
+        // What was begun is undone by the drop, which takes the lock too.
+        drop(lock);
+        done.map(|()| net)
+    }
+
+    /// Rules, then the tap, then what is served on it.
+    fn bring_up(
+        &mut self,
+        records: &[Record],
+        uplink: Option<Uplink>,
+        forwarding_is_off: bool,
+        queues: usize,
+        mtu: u16,
+        dns: Vec<Ipv4Addr>,
+    ) -> Result<(), NetError> {
+        let tap = self.guest.tap.clone();
+        let mut rules = Ruleset::new(SUBNET, GATEWAY, uplink.clone())?;
         for guest in records.iter().filter_map(Record::guest) {
             rules.add(guest)?;
         }
         nft::apply(&rules.render())?;
-        net.taps = tap::create(&tap, queues)?;
-        let mut ends = vec![Ends { host: GATEWAY.into(), guest: Some(ip.into()) }];
-        if let Some(ip6) = ip6 {
+        self.taps = tap::create(&tap, queues)?;
+        let mut ends = vec![Ends { host: GATEWAY.into(), guest: Some(self.ip.into()) }];
+        if let Some(ip6) = self.ip6 {
             ends.push(Ends { host: ra::ROUTER.into(), guest: None });
             ends.push(Ends { host: GATEWAY6.into(), guest: Some(ip6.into()) });
         }
         tap::configure(&tap, mtu, &ends)?;
-        if uplink.is_some() && was_off {
+        if uplink.is_some() && forwarding_is_off {
             let path = PathBuf::from(FORWARDING);
             fs::write(&path, "1").map_err(|source| NetError::State { path, source })?;
         }
         let listening = metadata_listener(&tap);
-        net.metadata = Some(listening.map_err(|source| NetError::Metadata { tap: tap.clone(), source })?);
-        let lease = Lease { mac, ip, subnet: SUBNET, gateway: GATEWAY, dns, mtu };
-        if ip6.is_some() {
+        self.metadata = Some(listening.map_err(|source| NetError::Metadata { tap: tap.clone(), source })?);
+        if self.ip6.is_some() {
             let started = Router::start(&tap, PREFIX6, mtu);
-            net.router = Some(started.map_err(|source| NetError::Router { tap: tap.clone(), source })?);
+            self.router = Some(started.map_err(|source| NetError::Router { tap: tap.clone(), source })?);
         }
+        let lease = Lease { mac: self.mac, ip: self.ip, subnet: SUBNET, gateway: GATEWAY, dns, mtu };
         let served = Server::start(&tap, lease);
-        net.server = Some(served.map_err(|source| NetError::Dhcp { tap, source })?);
-        Ok(net)
+        self.server = Some(served.map_err(|source| NetError::Dhcp { tap, source })?);
+        Ok(())
     }
 
     /// Where the guest's requests to 169.254.169.254 arrive, and nobody else's.
@@ -243,7 +260,7 @@ pub fn repair(state: &Path) -> Result<usize, NetError> {
     let _lock = lock(state)?;
     let before = records(state)?.len();
     let after = clean(state)?.len();
-    finish(state, before != after)?;
+    finish(state, before != after || nft::is_present())?;
     Ok(before - after)
 }
 
@@ -407,6 +424,20 @@ mod tests {
             assert_eq!(told[8..24], ra::ROUTER.octets());
             assert_eq!(told[40 + 32..40 + 48], PREFIX6.network().octets());
             assert!(PREFIX6.contains(&ip6));
+        });
+    }
+
+    #[test]
+    fn what_cannot_be_brought_up_is_undone() {
+        in_namespace(|state| {
+            // Another program holds the port of the metadata service.
+            let held = TcpListener::bind(("0.0.0.0", nft::METADATA_PORT)).unwrap();
+            assert!(matches!(GuestNet::up(state, 1, 1500, vec![]), Err(NetError::Metadata { .. })));
+            assert_eq!(tables(), "");
+            assert!(!any_tap());
+            drop(held);
+            drop(up(state));
+            assert_eq!(fs::read_dir(state).unwrap().count(), 1, "only the lock is left");
         });
     }
 

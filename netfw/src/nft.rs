@@ -296,6 +296,11 @@ pub fn apply(text: &str) -> Result<(), NftError> {
     run(Command::new("nft").args(["-f", "-"]), text)
 }
 
+/// Whether there are tables of ours in this network namespace.
+pub fn is_present() -> bool {
+    run(Command::new("nft").args(["list", "table", "inet", TABLE]), "").is_ok()
+}
+
 fn run(command: &mut Command, text: &str) -> Result<(), NftError> {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(text.as_bytes()));

@@ -35,7 +35,7 @@ pub enum TapError {
     #[error("cannot open /dev/net/tun; load the module tun, and run as root")]
     NoTun(#[source] io::Error),
     /// The name is another's.
-    #[error("the tap {0} is in use by another machine; stop that one, or choose another address")]
+    #[error("the tap {0} is in use by another program; end that, or remove the tap (ip link del {0})")]
     Busy(TapName),
     /// The kernel refused.
     #[error("{tap}: cannot {what}")]
