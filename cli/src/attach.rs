@@ -1,12 +1,16 @@
-//! A terminal on a machine's console: `hutch control SOCKET console --attach`.
+//! A terminal on a machine's console: `hutch control SOCKET console --attach`, and `hutch boot --console`.
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+
+use crate::control;
 
 /// Ctrl-], as telnet has it.
 const DETACH: u8 = 0x1d;
@@ -61,6 +65,68 @@ pub fn run(mut from: impl Read, to: UnixStream) -> anyhow::Result<()> {
         eprintln!("\nhutch: {}", if detached { "detached" } else { "the machine's console ended" });
     }
     if detached { Ok(()) } else { Ok(copied?) }
+}
+
+/// What is typed here, for a machine that this process runs and may start more than once.
+pub struct Keyboard {
+    to: Arc<Mutex<Option<UnixStream>>>,
+    _raw: Option<Raw>,
+}
+
+impl Keyboard {
+    /// Reads standard input from now on. On a terminal, Ctrl-] calls `end`.
+    pub fn open(end: impl FnOnce() + Send + 'static) -> anyhow::Result<Keyboard> {
+        let on_terminal = io::stdin().is_terminal();
+        if on_terminal {
+            eprintln!("hutch: this terminal is the machine's console; Ctrl-] ends the machine");
+        }
+        let to = Arc::<Mutex<Option<UnixStream>>>::default();
+        let typed = Typed(to.clone());
+        std::thread::Builder::new().name("typed".into()).spawn(move || {
+            if let Ok(true) = send(&mut io::stdin().lock(), typed, on_terminal) {
+                end();
+            }
+        })?;
+        Ok(Keyboard { to, _raw: Raw::enter()? })
+    }
+
+    /// Leads what is typed to the machine behind `socket`, as soon as it answers.
+    pub fn attach(&self, socket: &Path) -> io::Result<()> {
+        let (to, socket) = (self.to.clone(), socket.to_owned());
+        *locked(&to) = None;
+        std::thread::Builder::new().name("console".into()).spawn(move || {
+            // It fails where the machine does not come up, which is told elsewhere.
+            if let Ok((mut from, stream)) = control::console(&socket) {
+                *locked(&to) = Some(stream);
+                // It is shown already, by the machine's own log.
+                let _ = io::copy(&mut from, &mut io::sink());
+            }
+        })?;
+        Ok(())
+    }
+}
+
+/// Where typed bytes go: while no machine answers, they wait.
+struct Typed(Arc<Mutex<Option<UnixStream>>>);
+
+impl Write for Typed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match locked(&self.0).as_mut().map(|stream| stream.write(bytes)) {
+                Some(Ok(n)) if n > 0 => return Ok(n),
+                // The machine has just ended; another may come.
+                _ => {}
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn locked(to: &Mutex<Option<UnixStream>>) -> MutexGuard<'_, Option<UnixStream>> {
+    to.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Sends what is typed; true once Ctrl-] was, where `keys` are heeded.

@@ -22,6 +22,7 @@ use hutch_vmm::config::{BootConfig, DiskConfig, End, MachineConfig, NetConfig, R
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
+use crate::attach;
 use crate::disks::{self, DiskArg, Layer};
 use crate::image;
 use crate::metadata;
@@ -113,6 +114,10 @@ pub struct Args {
     /// Make a control socket here, for `hutch control`.
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
+    /// Lead what is typed here to the machine's console, and to COMMAND if there is one. On a terminal, Ctrl-] ends the
+    /// machine.
+    #[arg(long, conflicts_with = "quiet")]
+    console: bool,
     /// End the machine after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -146,8 +151,10 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         args.user_data.as_deref(),
     )?;
     let disks = Disks::open(args)?;
-    let socket = args.control.as_deref().map(Socket::bind).transpose()?;
     let id = format!("i-{:017x}", uuid::Uuid::new_v4().as_u128() >> 60);
+    let own_socket = || std::env::temp_dir().join(format!("hutch-{id}"));
+    let socket = args.control.clone().or_else(|| args.console.then(own_socket));
+    let socket = socket.as_deref().map(Socket::bind).transpose()?;
     let uuid = format!("ec2{}", &uuid::Uuid::new_v4().to_string()[3..]);
     metadata.instance_id.clone_from(&id);
     // Whatever can be refused is refused before anything on the host is changed.
@@ -159,6 +166,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if let Some(net) = &net {
         eprintln!("hutch: {id} has address {}", net.ip);
     }
+    // The signal goes the way of Ctrl-C elsewhere. It fails only when this process ends anyway.
+    let end = || {
+        let _ = kill(Pid::this(), Signal::SIGTERM);
+    };
+    let keyboard = args.console.then(|| attach::Keyboard::open(end)).transpose()?;
     let deadline = args.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     loop {
         let mut inherit = Inherit::default();
@@ -185,7 +197,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             tethered: true,
         };
         hutch_vmm::plan::Plan::new(config.clone())?;
-        let ended = attend(Vmm::start(&config, inherit, report)?, console, args, deadline, &signals)?;
+        let vmm = Vmm::start(&config, inherit, report)?;
+        if let (Some(keyboard), Some(socket)) = (&keyboard, &socket) {
+            keyboard.attach(&socket.path)?;
+        }
+        let ended = attend(vmm, console, args, deadline, &signals)?;
         if args.report {
             eprintln!("{}", serde_json::to_string(&ended.report)?);
         }
@@ -423,6 +439,9 @@ fn cmdline(args: &Args, first: &str) -> anyhow::Result<String> {
     let mut words = vec![first.trim().to_owned(), args.append.trim().to_owned()];
     if !args.command.is_empty() {
         words.push("quiet".into());
+        if args.console {
+            words.push("hutch.console=ttyS0".into());
+        }
         words.push(format!("hutch.cmd={}", hex(&args.command)));
     }
     words.retain(|w| !w.is_empty());

@@ -1,6 +1,6 @@
 //! First light: Debian's stock kernel in our own machine.
 
-use hutch_tests::{boot_micro, hutch, micro, root, text};
+use hutch_tests::{boot_micro, host, hutch, hutch_path, micro, root, text};
 
 #[test]
 fn a_stock_kernel_boots_and_its_commands_exit_code_comes_back() {
@@ -74,4 +74,22 @@ fn a_command_runs_in_a_directory_and_writes_nothing_there() {
     assert_eq!(std::fs::read_to_string(dir.join("greeting")).expect("it is there"), "from the host\n");
     let out = hutch(&["boot", "--root", &dir_arg, "--", "/bin/sh"]);
     assert!(out.status.code() == Some(240) && text(&out).contains("name a --kernel"), "{}", text(&out));
+}
+
+#[test]
+fn what_is_typed_reaches_the_command() {
+    let script = format!(
+        r#"D=$(mktemp -d); trap 'rm -rf $D' EXIT; mkfifo $D/keys; exec 3<>$D/keys
+        {} boot --timeout 100 --kernel {1}/vmlinuz --initrd {1}/initrd --console -- /bin/sh <$D/keys >$D/shown 2>&1 &
+        for i in $(seq 100); do grep -q '# $' $D/shown && break; sleep 0.3; done
+        echo 'echo "$((6 * 7)) on $(tty)"; exit 5' >&3
+        wait $!; echo "ended: $?"; cat $D/shown; ls -A ${{TMPDIR:-/tmp}} | grep hutch-i-"#,
+        hutch_path(),
+        micro().display()
+    );
+    let said = text(&host("bash", &["-c", &script]));
+    for words in ["42 on /dev/ttyS0", "ended: 5"] {
+        assert!(said.contains(words), "{words} is missing: {said}");
+    }
+    assert!(!said.contains("hutch-i-"), "its socket is left: {said}");
 }

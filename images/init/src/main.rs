@@ -69,7 +69,7 @@ fn run(ports: &mut bool) -> io::Result<u8> {
     }
     match plan.command.split_first() {
         None => Ok(0),
-        Some((program, args)) => Ok(command(program, args)),
+        Some((program, args)) => Ok(command(program, args, plan.console.as_deref())),
     }
 }
 
@@ -171,14 +171,27 @@ fn partition(device: &str, start: u64) -> Option<String> {
 }
 
 /// Runs the command to its end; a signal's number n becomes 128 + n, as shells do.
-fn command(program: &str, args: &[String]) -> u8 {
-    let child = Command::new(program)
-        .args(args)
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-        .env("HOME", "/root")
-        .stdin(Stdio::null())
-        .status();
-    match child {
+fn command(program: &str, args: &[String], console: Option<&str>) -> u8 {
+    let mut command = Command::new(program);
+    command.args(args);
+    command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    command.env("HOME", "/root").stdin(Stdio::null());
+    let terminal = console.map(|name| File::options().read(true).write(true).open(format!("/dev/{name}")));
+    match terminal {
+        Some(Ok(terminal)) => {
+            command.env("TERM", "vt220");
+            // Its output is the terminal's too, so that a shell finds itself interactive.
+            for set in [Command::stdin, Command::stdout, Command::stderr] {
+                if let Ok(copy) = terminal.try_clone() {
+                    set(&mut command, copy);
+                }
+            }
+            port::controlled(&mut command);
+        }
+        Some(Err(e)) => eprintln!("hutch-init: the console: {e}"),
+        None => {}
+    }
+    match command.status() {
         Ok(status) => {
             let code = status.code().or_else(|| status.signal().map(|s| 128 + s));
             code.and_then(|c| u8::try_from(c).ok()).unwrap_or(INIT_FAILED)

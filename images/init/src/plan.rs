@@ -9,6 +9,8 @@ pub struct Plan {
     pub start: u64,
     /// The command to run, its arguments apart; empty: a halt at once with code 0.
     pub command: Vec<String>,
+    /// The terminal that the command is to read and to be controlled by, such as `ttyS0`; none: it reads nothing.
+    pub console: Option<String>,
     /// The machine has none of hutch's ports, or they cannot be reached: no exit code, no mark.
     pub no_ports: bool,
 }
@@ -25,8 +27,8 @@ pub enum PlanError {
 }
 
 impl Plan {
-    /// Reads `hutch.root=DEVICE`, `hutch.start=SECTOR`, `hutch.cmd=HEX`, where HEX encodes the arguments with a NUL after each, and
-    /// `hutch.ports=none`.
+    /// Reads `hutch.root=DEVICE`, `hutch.start=SECTOR`, `hutch.cmd=HEX`, where HEX encodes the arguments with a NUL after each,
+    /// `hutch.console=TTY` and `hutch.ports=none`.
     pub fn parse(cmdline: &str) -> Result<Plan, PlanError> {
         let mut plan = Plan::default();
         for word in cmdline.split_ascii_whitespace() {
@@ -38,6 +40,8 @@ impl Plan {
                 plan.command = text.split_terminator('\0').map(str::to_owned).collect();
             } else if let Some(start) = word.strip_prefix("hutch.start=") {
                 plan.start = start.parse().map_err(|_| PlanError::NotANumber)?;
+            } else if let Some(console) = word.strip_prefix("hutch.console=") {
+                plan.console = Some(console.to_owned());
             } else if word == "hutch.ports=none" {
                 plan.no_ports = true;
             }
@@ -67,6 +71,9 @@ mod tests {
         assert_eq!(plan.command, ["ls", "-l bé"]);
         assert!(!plan.no_ports);
         assert!(Plan::parse("quiet hutch.ports=none").is_ok_and(|plan| plan.no_ports));
+        assert!(
+            Plan::parse("hutch.console=ttyS0").is_ok_and(|plan| plan.console.as_deref() == Some("ttyS0"))
+        );
     }
 
     #[test]
