@@ -85,6 +85,21 @@ fn ext4(uuid: &str, size: u64, files: &[(&str, &[u8])]) -> Vec<u8> {
     fs::read(image).unwrap()
 }
 
+/// A FAT file system of `size` bytes with clusters of one sector, of `bits` bits, that holds `files`.
+fn fat(bits: &str, size: u64, files: &[(&str, &[u8])]) -> Vec<u8> {
+    let room = tempfile::tempdir().unwrap();
+    let (tree, image) = (room.path().join("tree"), room.path().join("image"));
+    fs::create_dir(&tree).unwrap();
+    plant(&tree, files);
+    File::create(&image).unwrap().set_len(size).unwrap();
+    let mkfs = Command::new("mkfs.vfat").args(["-F", bits, "-s", "1", "-i", "4f1ca051"]).arg(&image).output();
+    assert!(mkfs.expect("mkfs.vfat (package dosfstools)").status.success());
+    let tops = fs::read_dir(&tree).unwrap().map(|entry| entry.unwrap().path());
+    let copied = Command::new("mcopy").arg("-si").arg(&image).args(tops).arg("::/").output();
+    assert!(copied.expect("mcopy (package mtools)").status.success());
+    fs::read(image).unwrap()
+}
+
 /// A disk of `size` bytes: `table` by sfdisk, then each file system at its offset.
 fn partitioned(size: u64, table: &str, volumes: &[(u64, Vec<u8>)]) -> Vec<u8> {
     let room = tempfile::tempdir().unwrap();
@@ -174,6 +189,76 @@ fn loader_entries_on_a_boot_partition_of_an_mbr_disk_are_chosen_by_grubs_default
     assert_eq!(files.entry.title, "Fedora 6.11");
     assert_eq!(files.entry.cmdline, format!("root=UUID={OTHER} ro quiet"));
     assert_eq!((files.kernel.as_slice(), files.initrd.as_slice()), (b"new".as_slice(), b"rd\0\0".as_slice()));
+}
+
+/// As systemd-boot has it: entries on the EFI system partition, kernels in the directory of the machine.
+fn systemd_boot(bits: &str, size: u64, default: &str) -> Vec<u8> {
+    let kernel: Vec<u8> = (0..700_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let entry = |v: &str| {
+        format!(
+            "title Debian {v}\nversion {v}\nlinux /0123456789abcdef/{v}/linux\ninitrd /0123456789ABCDEF/{v}/initrd.img\noptions root=LABEL=x\n"
+        )
+    };
+    let (old, new, loader) = (entry("6.9"), entry("6.11"), format!("timeout 3\ndefault {default}\n"));
+    let files: &[(&str, &[u8])] = &[
+        ("loader/loader.conf", loader.as_bytes()),
+        ("loader/entries/0123456789abcdef-6.9.conf", old.as_bytes()),
+        ("loader/entries/0123456789abcdef-6.11.conf", new.as_bytes()),
+        ("0123456789abcdef/6.11/linux", &kernel),
+        ("0123456789abcdef/6.11/initrd.img", b"new initrd"),
+        ("0123456789abcdef/6.9/linux", b"old"),
+        ("0123456789abcdef/6.9/initrd.img", b"old initrd"),
+    ];
+    let table = format!("label: gpt\nstart=2048, size={}, type=U\n", size / 512);
+    partitioned(size + 2 * MIB, &table, &[(MIB, fat(bits, size, files))])
+}
+
+#[test]
+fn loader_entries_on_an_efi_system_partition_boot() {
+    for (bits, size) in [("12", MIB), ("16", 16 * MIB), ("32", 40 * MIB)] {
+        let files = boot::read(&disk(systemd_boot(bits, size, "*-6.1?"))).unwrap();
+        assert_eq!(
+            (files.entry.title.as_str(), files.entry.cmdline.as_str()),
+            ("Debian 6.11", "root=LABEL=x")
+        );
+        assert_eq!(files.kernel.len(), 700_000, "FAT{bits}");
+        let same = |(i, b): (u32, &u8)| *b == (i.wrapping_mul(2_654_435_761) >> 24) as u8;
+        assert!((0..).zip(&files.kernel).all(same), "FAT{bits}");
+        assert_eq!(files.initrd, b"new initrd\0\0");
+        let old = boot::read(&disk(systemd_boot(bits, size, "*-6.9"))).unwrap();
+        assert_eq!((old.kernel.as_slice(), old.initrd.as_slice()), (&b"old"[..], &b"old initrd\0\0"[..]));
+    }
+}
+
+#[test]
+fn damaged_fat_never_panics_or_runs_on() {
+    let image = systemd_boot("16", 16 * MIB, "*");
+    let (start, tables) = (MIB as usize, 2048 + 2 * 65536);
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut next = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as usize
+    };
+    for round in 0..200 {
+        let mut damaged = image.clone();
+        let (at, len) = [(0, 64), (512, 4096), (512, tables), (tables, 65536)][round % 4];
+        for _ in 0..1 + next() % 8 {
+            damaged[start + at + next() % len] = next() as u8;
+        }
+        let _ = boot::read(&disk(damaged));
+    }
+    // A table in which every cluster is followed by itself, and one in which all go round together.
+    for step in [0, 1] {
+        let mut rings = image.clone();
+        for cluster in 2..30_000_usize {
+            let to = if step == 0 { cluster } else { 2 + (cluster - 1) % 29_000 };
+            rings[start + 512 * 4 + 2 * cluster..][..2].copy_from_slice(&(to as u16).to_le_bytes());
+            rings[start + 512 + 2 * cluster..][..2].copy_from_slice(&(to as u16).to_le_bytes());
+        }
+        let _ = boot::read(&disk(rings));
+    }
 }
 
 #[test]

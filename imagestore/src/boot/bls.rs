@@ -70,7 +70,7 @@ fn split_counter(name: &str) -> (&str, bool) {
     if is_number(left) && is_number(done) { (id, left.bytes().all(|b| b == b'0')) } else { (name, false) }
 }
 
-/// The entry that boots: the one `default` names, by id (as `saved_entry` has it), title or place in the menu; else
+/// The entry that boots: the one `default` names, by id (as `saved_entry` has it), title, pattern of ids or place in the menu; else
 /// the first of the menu. At most [`MAX_ENTRIES`] are considered. `$name` in `options` is taken from `variables`.
 ///
 /// # Errors
@@ -85,6 +85,7 @@ pub fn choose(
     let default = default.map(|name| name.strip_suffix(".conf").unwrap_or(name));
     let chosen = default.and_then(|name| {
         let named = entries.iter().find(|entry| entry.id == name || entry.title == name);
+        let named = named.or_else(|| entries.iter().find(|entry| matches(name, &entry.id)));
         named.or_else(|| name.parse().ok().and_then(|index: usize| entries.get(index)))
     });
     let entry = chosen.or(entries.first()).ok_or(BootError::NoEntry)?;
@@ -101,6 +102,43 @@ pub fn choose(
         initrds: initrds.filter(|path| !path.is_empty()).map(|path| absolute(&path)).collect(),
         cmdline: expand(&entry.options, variables),
     })
+}
+
+/// What systemd-boot's `loader.conf` names as the default: a pattern of entries' names (loader.conf(5)).
+pub fn loader_default(text: &str) -> Option<&str> {
+    let lines = text.lines().filter_map(|line| line.trim().strip_prefix("default"));
+    let mut values = lines.filter(|rest| rest.starts_with([' ', '\t'])).map(str::trim);
+    values.rfind(|value| !value.is_empty())
+}
+
+/// Whether `name` matches a shell pattern with `*` and `?`; letters' case does not matter, as with systemd-boot.
+fn matches(pattern: &str, name: &str) -> bool {
+    // No file's name is longer.
+    if pattern.len() > 255 {
+        return false;
+    }
+    let (pattern, name) = (pattern.to_lowercase(), name.to_lowercase());
+    let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
+    let (mut p, mut n, mut star) = (0, 0, None);
+    while n < name.len() {
+        match pattern.get(p) {
+            Some('*') => {
+                star = Some((p, n));
+                p += 1;
+            }
+            Some('?') => (p, n) = (p + 1, n + 1),
+            Some(c) if name.get(n) == Some(c) => (p, n) = (p + 1, n + 1),
+            // The last star takes one character more.
+            _ => match star {
+                Some((at, taken)) => {
+                    (p, n) = (at + 1, taken + 1);
+                    star = Some((at, taken + 1));
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern.iter().skip(p).all(|c| *c == '*')
 }
 
 fn absolute(path: &str) -> String {
@@ -205,6 +243,26 @@ mod tests {
              grub_users $grub_users\ngrub_class fedora\n"
         );
         parse(&format!("0123456789abcdef-{version}.conf"), &text).unwrap()
+    }
+
+    #[test]
+    fn loader_conf_names_a_default_by_pattern() {
+        assert_eq!(
+            loader_default("timeout 3\ndefault old\n#default x\ndefault\tdebian-*\n"),
+            Some("debian-*")
+        );
+        assert_eq!(loader_default("default-x y\ndefaults z\ndefault\n"), None);
+        for (pattern, name, is) in [
+            ("debian-*", "Debian-6.1", true),
+            ("*", "", true),
+            ("*-6.?", "a-6.1-6.2", true),
+            ("a*b*c", "a-b-b-c", true),
+            ("a?", "a", false),
+            ("", "a", false),
+            ("a*b", "a-b-c", false),
+        ] {
+            assert_eq!(matches(pattern, name), is, "{pattern} {name}");
+        }
     }
 
     #[test]

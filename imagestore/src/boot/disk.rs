@@ -1,6 +1,6 @@
 //! From a guest's disk to the kernel, initrd and command line that it would boot next.
 //!
-//! Every ext2/3/4 file system of the disk is looked at in the order of the partition table; the first configuration
+//! Every ext2/3/4 and FAT file system of the disk is looked at in the order of the partition table; the first configuration
 //! found decides. Sizes are bounded before anything is loaded, since a sparse file may claim any.
 
 use std::io;
@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ext4_view::{Ext4, Ext4Error};
 use hutch_blockdev::Disk;
 
+use super::fat::{Fat, Found};
 use super::grub::{Choice, Environment};
 use super::{BootEntry, BootError, MAX_CONFIG, bls, extlinux, grub};
 use crate::partition::{Slice, partitions};
@@ -44,7 +45,7 @@ pub enum ReadError {
     Disk(#[from] io::Error),
     /// No file system has a configuration where one is looked for.
     #[error(
-        "no boot configuration on any of the disk's {0} ext4 file systems (grub.cfg, loader entries, extlinux.conf); \
+        "no boot configuration on any of the disk's {0} ext4 and FAT file systems (grub.cfg, loader entries, extlinux.conf); \
          install a boot loader in the guest, or name a kernel"
     )]
     NoConfig(usize),
@@ -59,7 +60,7 @@ pub enum ReadError {
     },
     /// The configuration names a file system that the disk does not have.
     #[error(
-        "the boot entry's files are on the file system {uuid}, which is not an ext4 file system of this disk"
+        "the boot entry's files are on the file system {uuid}, which is no ext4 or FAT file system of this disk"
     )]
     NoFileSystem {
         /// The UUID that was looked for.
@@ -72,7 +73,7 @@ pub enum ReadError {
         path: String,
         /// What the file system's reader says.
         #[source]
-        source: Box<Ext4Error>,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A file is larger than any real one.
     #[error("{path} on the guest's disk has {size} bytes, more than the {limit} that are loaded")]
@@ -93,10 +94,11 @@ pub enum ReadError {
 pub fn read(disk: &Arc<dyn Disk>) -> Result<BootFiles, ReadError> {
     let mut volumes = Vec::new();
     for slice in partitions(disk)? {
-        if let Some(uuid) = probe(&slice)?
-            && let Ok(fs) = Ext4::load(Box::new(slice))
-        {
-            volumes.push(Volume { uuid, fs });
+        if let Some(uuid) = probe(&slice)? {
+            let fs = Ext4::load(Box::new(slice));
+            volumes.extend(fs.map(|fs| Volume { uuid, fs: Fs::Ext4(fs) }));
+        } else if let Some(fs) = Fat::probe(&slice)? {
+            volumes.push(Volume { uuid: fs.uuid.clone(), fs: Fs::Fat(fs) });
         }
     }
     for volume in &volumes {
@@ -151,7 +153,12 @@ fn probe_superblock(superblock: &[u8], size: u64) -> Option<String> {
 /// A file system of the disk.
 struct Volume {
     uuid: String,
-    fs: Ext4,
+    fs: Fs,
+}
+
+enum Fs {
+    Ext4(Ext4),
+    Fat(Fat),
 }
 
 impl Volume {
@@ -198,17 +205,19 @@ impl Volume {
     ) -> Result<Option<BootEntry>, ReadError> {
         for directory in BLS {
             let config = |source| ReadError::Config { path: directory.to_owned(), source };
-            let Ok(listing) = self.fs.read_dir(directory) else { continue };
+            let Some(names) = self.list(directory)? else { continue };
             let mut entries = Vec::new();
-            for file in listing.take(4 * bls::MAX_ENTRIES) {
-                let file = file.map_err(|source| file_error(directory, source))?;
-                let name = file.file_name().display().to_string();
-                if name.ends_with(".conf") && entries.len() < bls::MAX_ENTRIES {
+            for name in names.iter().filter(|name| name.to_ascii_lowercase().ends_with(".conf")) {
+                if entries.len() < bls::MAX_ENTRIES {
                     let text = self.text(&format!("{directory}/{name}"))?.unwrap_or_default();
-                    entries.push(bls::parse(&name, &text).map_err(config)?);
+                    entries.push(bls::parse(name, &text).map_err(config)?);
                 }
             }
             if !entries.is_empty() {
+                // Without GRUB, systemd-boot's own configuration has the say.
+                let loader = format!("{}/loader.conf", directory.trim_end_matches("/entries"));
+                let loader = if default.is_none() { self.text(&loader)? } else { None };
+                let default = default.or_else(|| bls::loader_default(loader.as_deref()?));
                 return bls::choose(entries, default, variables).map(Some).map_err(config);
             }
         }
@@ -217,23 +226,32 @@ impl Volume {
 
     /// A configuration's text; `None` if there is no such file. Bytes that are no UTF-8 are replaced.
     fn text(&self, path: &str) -> Result<Option<String>, ReadError> {
-        match self.read(path, MAX_CONFIG) {
-            Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
-            Err(ReadError::File { source, .. })
-                if matches!(*source, Ext4Error::NotFound | Ext4Error::NotADirectory) =>
-            {
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
+        Ok(self.find(path, MAX_CONFIG)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
     fn read(&self, path: &str, limit: usize) -> Result<Vec<u8>, ReadError> {
-        let mut file = self.fs.open(path).map_err(|source| file_error(path, source))?;
-        let size = file.metadata().len();
-        let too_large = || ReadError::TooLarge { path: path.to_owned(), size, limit };
-        let len = usize::try_from(size).ok().filter(|len| *len <= limit).ok_or_else(too_large)?;
+        self.find(path, limit)?.ok_or_else(|| file_error(path, io::Error::from(io::ErrorKind::NotFound)))
+    }
 
+    /// A file's bytes; `None` if there is no such file.
+    fn find(&self, path: &str, limit: usize) -> Result<Option<Vec<u8>>, ReadError> {
+        let too_large = |size| ReadError::TooLarge { path: path.to_owned(), size, limit };
+        let fs = match &self.fs {
+            Fs::Ext4(fs) => fs,
+            Fs::Fat(fs) => {
+                return match fs.read(path, limit).map_err(|source| file_error(path, source))? {
+                    Found::Bytes(bytes) => Ok(Some(bytes)),
+                    Found::TooLarge(size) => Err(too_large(size)),
+                    Found::Nothing => Ok(None),
+                };
+            }
+        };
+        let mut file = match fs.open(path) {
+            Err(Ext4Error::NotFound | Ext4Error::NotADirectory) => return Ok(None),
+            file => file.map_err(|source| file_error(path, source))?,
+        };
+        let size = file.metadata().len();
+        let len = usize::try_from(size).ok().filter(|len| *len <= limit).ok_or_else(|| too_large(size))?;
         let mut bytes = vec![0; len];
         let mut rest = bytes.as_mut_slice();
         while !rest.is_empty() {
@@ -243,10 +261,24 @@ impl Volume {
             }
             (_, rest) = rest.split_at_mut(count);
         }
-        Ok(bytes)
+        Ok(Some(bytes))
+    }
+
+    /// The names in a directory; `None` if there is no such directory.
+    fn list(&self, directory: &str) -> Result<Option<Vec<String>>, ReadError> {
+        let most = 4 * bls::MAX_ENTRIES;
+        match &self.fs {
+            Fs::Fat(fs) => fs.list(directory, most).map_err(|source| file_error(directory, source)),
+            Fs::Ext4(fs) => {
+                let Ok(listing) = fs.read_dir(directory) else { return Ok(None) };
+                let names = listing.take(most).map(|file| file.map(|f| f.file_name().display().to_string()));
+                let names = names.collect::<Result<_, _>>();
+                names.map(Some).map_err(|source| file_error(directory, source))
+            }
+        }
     }
 }
 
-fn file_error(path: &str, source: Ext4Error) -> ReadError {
+fn file_error(path: &str, source: impl std::error::Error + Send + Sync + 'static) -> ReadError {
     ReadError::File { path: path.to_owned(), source: Box::new(source) }
 }

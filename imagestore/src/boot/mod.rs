@@ -7,6 +7,7 @@ pub mod bls;
 pub mod console;
 pub mod disk;
 pub mod extlinux;
+mod fat;
 pub mod grub;
 mod root;
 mod script;
