@@ -45,6 +45,9 @@ const NOBODY: RunAs = RunAs { uid: 65534, gid: 65534 };
 /// The MTU of a guest's link, in bytes.
 const MTU: u16 = 1500;
 
+/// The most queues of a tap: one a virtual CPU up to here.
+const QUEUES: u32 = 8;
+
 /// What `--net` may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum NetArg {
@@ -160,7 +163,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // Whatever can be refused is refused before anything on the host is changed.
     disks.boot(args, &mut Inherit::default())?;
     // The network lives as long as this does: it goes when the machine has ended.
-    let (mut net, taps) = network(args)?;
+    let (mut net, taps) = network(args, size.vcpus)?;
     // It answers before the first virtual CPU runs.
     let _metadata = net.as_mut().map(|net| metadata::Service::start(net, metadata)).transpose()?;
     if let Some(net) = &net {
@@ -328,13 +331,14 @@ fn size(args: &Args) -> anyhow::Result<InstanceType> {
     }
 }
 
-/// The machine's network, up, and its tap.
-fn network(args: &Args) -> anyhow::Result<(Option<GuestNet>, Vec<File>)> {
+/// The machine's network, up, and its tap's queues.
+fn network(args: &Args, vcpus: u32) -> anyhow::Result<(Option<GuestNet>, Vec<File>)> {
     let default = if args.image.is_some() { NetArg::Tap } else { NetArg::None };
     if args.net.unwrap_or(default) == NetArg::None {
         return Ok((None, vec![]));
     }
-    let mut net = GuestNet::up(&netns::records()?, 1, MTU, name_servers())?;
+    let queues = vcpus.min(QUEUES) as usize;
+    let mut net = GuestNet::up(&netns::records()?, queues, MTU, name_servers())?;
     let taps = net.take_taps();
     Ok((Some(net), taps))
 }

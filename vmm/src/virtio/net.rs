@@ -10,10 +10,11 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{self, Buffers, ChainError};
 use super::pci::{EVENT_IDX, INDIRECT_DESC};
@@ -51,12 +52,20 @@ const TUN_F_CSUM: libc::c_uint = 1;
 const TUN_F_TSO4: libc::c_uint = 2;
 const TUN_F_TSO6: libc::c_uint = 4;
 const TUN_F_TSO_ECN: libc::c_uint = 8;
+const IFF_ATTACH_QUEUE: libc::c_short = 0x200;
+const IFF_DETACH_QUEUE: libc::c_short = 0x400;
 /// The tap's own limit of receives before the transmit side and others get their turn.
 const BURST: usize = 256;
 
 mod tun {
     nix::ioctl_write_int!(set_offload, b'T', 208);
     nix::ioctl_write_ptr!(set_vnet_header_size, b'T', 216, libc::c_int);
+    // TUNSETQUEUE is declared with an int, and takes an ifreq (linux/if_tun.h).
+    nix::ioctl_write_ptr_bad!(
+        set_queue,
+        nix::request_code_write!(b'T', 217, size_of::<libc::c_int>()),
+        libc::ifreq
+    );
 }
 
 /// What is counted of one interface since the machine was built.
@@ -75,8 +84,43 @@ pub struct Net {
     mac: [u8; 6],
     mtu: u16,
     taps: Vec<Arc<File>>,
+    pairs: Arc<Mutex<Pairs>>,
     counts: Arc<NetCounts>,
     workers: Vec<Worker>,
+}
+
+/// Which queues of the tap take part: what the kernel puts into one that the driver does not use would be lost.
+struct Pairs {
+    taps: Vec<Arc<File>>,
+    /// The first so many are attached.
+    used: usize,
+    /// Doorbells of the receive queues, by which their threads learn that the tap's queue is there again.
+    kicks: Vec<EventFd>,
+}
+
+impl Pairs {
+    /// Attaches the first `count` and detaches the others.
+    fn set(&mut self, count: usize) -> io::Result<()> {
+        while self.used != count {
+            let (index, flags, next) = match self.used < count {
+                true => (self.used, IFF_ATTACH_QUEUE, self.used + 1),
+                false => (self.used - 1, IFF_DETACH_QUEUE, self.used - 1),
+            };
+            if let Some(tap) = self.taps.get(index) {
+                // SAFETY: all zeros is a valid ifreq.
+                let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+                request.ifr_ifru.ifru_flags = flags;
+                // SAFETY: the descriptor is open and the request is a valid ifreq.
+                unsafe { tun::set_queue(tap.as_raw_fd(), &request) }?;
+            }
+            self.used = next;
+            if let Some(kick) = self.kicks.get(index) {
+                // It fails only when the counter is full, and then it rings already.
+                let _ = kick.write(1);
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Net {
@@ -92,8 +136,9 @@ impl Net {
             // SAFETY: the descriptor is open and the pointer is to an int, as TUNSETVNETHDRSZ reads.
             unsafe { tun::set_vnet_header_size(tap.as_raw_fd(), &size) }?;
         }
-        let taps = taps.into_iter().map(Arc::new).collect();
-        Ok(Net { mac, mtu, taps, counts, workers: Vec::new() })
+        let taps: Vec<_> = taps.into_iter().map(Arc::new).collect();
+        let pairs = Pairs { taps: taps.clone(), used: taps.len(), kicks: Vec::new() };
+        Ok(Net { mac, mtu, taps, pairs: Arc::new(Mutex::new(pairs)), counts, workers: Vec::new() })
     }
 
     /// Tells the tap which frames the guest takes (linux/if_tun.h, TUNSETOFFLOAD).
@@ -148,12 +193,21 @@ impl VirtioDevice for Net {
         let mergeable = start.features & F_MRG_RXBUF != 0;
         let large = start.features & (F_GUEST_TSO4 | F_GUEST_TSO6) != 0;
         let enough = if large { FRAME_MAX } else { usize::from(self.mtu) + 18 + HEADER };
+        let receivers = start.queues.iter().filter(|q| q.index.is_multiple_of(2));
+        let receivers = receivers.filter(|q| usize::from(q.index / 2) < self.taps.len());
+        let kicks = receivers.map(|q| q.kick.try_clone()).collect::<io::Result<_>>()?;
+        {
+            // One, until the driver asks for more (5.1.6.5.5).
+            let mut pairs = self.pairs.lock().unwrap_or_else(PoisonError::into_inner);
+            pairs.kicks = kicks;
+            pairs.set(1)?;
+        }
         for queue in start.queues {
             let (memory, notify) = (start.memory.clone(), start.notify.clone());
             let (name, counts) = (format!("net{}", queue.index), self.counts.clone());
             let Some(tap) = self.taps.get(usize::from(queue.index / 2)).cloned() else {
-                let pairs = self.taps.len() as u16;
-                let run = move |control: &Control| serve_control(queue, &memory, &*notify, pairs, control);
+                let pairs = self.pairs.clone();
+                let run = move |control: &Control| serve_control(queue, &memory, &*notify, &pairs, control);
                 self.workers.push(Worker::spawn(name, run)?);
                 continue;
             };
@@ -175,6 +229,10 @@ impl VirtioDevice for Net {
 
     fn stop(&mut self) {
         self.workers.clear();
+        let mut pairs = self.pairs.lock().unwrap_or_else(PoisonError::into_inner);
+        pairs.kicks.clear();
+        // All as they were given; it fails only when the tap is gone.
+        let _ = pairs.set(self.taps.len());
     }
     fn pause(&mut self) {
         self.workers.iter().for_each(Worker::pause);
@@ -209,13 +267,15 @@ impl Port {
     ) -> Result<(), Broken> {
         let ActiveQueue { index, mut queue, kick } = active;
         let mut rooms = VecDeque::new();
+        let mut detached = false;
         loop {
-            // The doorbell matters only while there is no room, the tap only while there is.
-            let room = self.gather(&mut queue, memory, &mut rooms)?;
-            let fd = if room { self.tap.as_fd() } else { bell(&kick) };
+            // The doorbell matters only while there is no room or no tap, the tap only while there are both.
+            let ready = self.gather(&mut queue, memory, &mut rooms)? && !detached;
+            let fd = if ready { self.tap.as_fd() } else { bell(&kick) };
             let Wake::Ready(_) = control.wait(&[fd], None) else { return Ok(()) };
-            if !room {
+            if !ready {
                 let _ = kick.read();
+                detached = false;
                 continue;
             }
             let mut told = false;
@@ -223,7 +283,14 @@ impl Port {
                 if !self.gather(&mut queue, memory, &mut rooms)? {
                     break;
                 }
-                let Some(count) = self.read_frame(&rooms) else { break };
+                let count = match self.read_frame(&rooms) {
+                    Ok(count) if count >= HEADER => count,
+                    Err(e) if e.raw_os_error() == Some(libc::EBADFD) => {
+                        detached = true;
+                        break;
+                    }
+                    _ => break,
+                };
                 self.counts.frames[0].fetch_add(1, Relaxed);
                 self.counts.bytes[0].fetch_add(count as u64, Relaxed);
                 deliver(&mut queue, memory, &mut rooms, count)?;
@@ -265,13 +332,13 @@ impl Port {
         }
     }
 
-    /// One frame off the tap into the rooms, with its header; `None` when there is none.
-    fn read_frame(&self, rooms: &VecDeque<Room<'_>>) -> Option<usize> {
+    /// One frame off the tap into the rooms, with its header; EBADFD while this queue of the tap takes no part.
+    fn read_frame(&self, rooms: &VecDeque<Room<'_>>) -> io::Result<usize> {
         let mut iovecs: Vec<_> = rooms.iter().flat_map(|r| r.buffers.iovecs()).collect();
         iovecs.truncate(libc::UIO_MAXIOV as usize);
         // SAFETY: the pieces are of guest memory, which the worker keeps mapped until it has been joined.
         let got = unsafe { libc::readv(self.tap.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
-        usize::try_from(got).ok().filter(|count| *count >= HEADER)
+        usize::try_from(got).map_err(|_| io::Error::last_os_error())
     }
 
     fn transmit(
@@ -340,12 +407,12 @@ fn deliver(
     Ok(())
 }
 
-/// The control queue: the driver says how many pairs it uses; all of them are served anyway.
+/// The control queue: the driver says how many pairs it uses.
 fn serve_control(
     mut active: ActiveQueue,
     memory: &Memory,
     notify: &dyn Notify,
-    pairs: u16,
+    pairs: &Mutex<Pairs>,
     control: &Control,
 ) {
     while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
@@ -353,9 +420,10 @@ fn serve_control(
         let served = super::drain(&mut active, memory, notify, |chain| {
             let (readable, writable) = chain::split(memory, chain)?;
             let mut command = [0; 4];
-            let good = readable.read(&mut command) == 4
-                && command[..2] == [CTRL_MQ, CTRL_MQ_PAIRS_SET]
-                && (1..=pairs).contains(&u16::from_le_bytes([command[2], command[3]]));
+            let known = readable.read(&mut command) == 4 && command[..2] == [CTRL_MQ, CTRL_MQ_PAIRS_SET];
+            let mut pairs = pairs.lock().unwrap_or_else(PoisonError::into_inner);
+            let count = usize::from(u16::from_le_bytes([command[2], command[3]]));
+            let good = known && (1..=pairs.taps.len()).contains(&count) && pairs.set(count).is_ok();
             writable.write(&[if good { CTRL_OK } else { CTRL_ERR }]);
             Ok(1)
         });

@@ -14,6 +14,11 @@ nix::ioctl_write_ptr_bad!(
 
 /// A tap in a network namespace that only this thread is in, and a raw socket at its other end.
 fn tap() -> Option<(File, File)> {
+    taps(1).map(|(mut taps, wire)| (taps.remove(0), wire))
+}
+
+/// A tap of so many queues, likewise.
+fn taps(count: usize) -> Option<(Vec<File>, File)> {
     let skip = |what: &str, e: &dyn std::fmt::Display| {
         eprintln!("SKIPPED: {what}: {e}");
     };
@@ -23,19 +28,24 @@ fn tap() -> Option<(File, File)> {
     }
     // Else the kernel's own solicitations come between the frames of the tests. Where there is no IPv6, there are none.
     let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
-    let tap = match File::options().read(true).write(true).open("/dev/net/tun") {
-        Ok(tap) => tap,
-        Err(e) => {
-            skip("/dev/net/tun", &e);
-            return None;
-        }
-    };
     // SAFETY: all zeros is a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[..3].copy_from_slice(&[b't' as _, b'0' as _, 0]);
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
-    // SAFETY: the request is a valid ifreq.
-    unsafe { tun_set_iff(tap.as_raw_fd(), &request) }.unwrap();
+    let many = if count > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | many) as i16;
+    let mut taps = Vec::new();
+    for _ in 0..count {
+        let tap = match File::options().read(true).write(true).open("/dev/net/tun") {
+            Ok(tap) => tap,
+            Err(e) => {
+                skip("/dev/net/tun", &e);
+                return None;
+            }
+        };
+        // SAFETY: the request is a valid ifreq.
+        unsafe { tun_set_iff(tap.as_raw_fd(), &request) }.unwrap();
+        taps.push(tap);
+    }
     let raw = libc::ETH_P_ALL.to_be() >> 16;
     // SAFETY: plain socket calls on values of ours.
     unsafe {
@@ -50,7 +60,7 @@ fn tap() -> Option<(File, File)> {
         let len = size_of::<libc::sockaddr_ll>() as u32;
         assert_eq!(libc::bind(socket, (&raw const address).cast(), len), 0);
         use std::os::fd::FromRawFd;
-        Some((tap, File::from_raw_fd(socket)))
+        Some((taps, File::from_raw_fd(socket)))
     }
 }
 
@@ -134,4 +144,54 @@ fn the_configuration_has_address_link_and_mtu() {
     net.read_config(0, &mut config);
     assert_eq!(config, [2, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0x29, 0x23, 0, 0, 0, 0]);
     assert_eq!(net.features() & F_MQ, 0);
+}
+
+/// A UDP datagram of 20 bytes between ports that make a flow of their own.
+fn flow(port: u16) -> Vec<u8> {
+    let mut frame =
+        [&MAC[..], &[2, 0, 0, 0, 0, 9], &[8, 0, 0x45, 0, 0, 48, 0, 0, 0, 0, 64, 17, 0, 0]].concat();
+    frame.extend([10, 0, 0, 9, 10, 0, 0, 1]);
+    frame.extend(port.to_be_bytes());
+    frame.extend([0, 53, 0, 28, 0, 0]);
+    frame.extend([0; 20]);
+    frame
+}
+
+#[test]
+fn flows_go_to_the_pairs_that_the_driver_uses() {
+    let Some((taps, mut wire)) = taps(2) else { return };
+    let mut net = Net::new(MAC, 1500, taps, Arc::default()).unwrap();
+    let mut driver = Driver::new(5);
+    let features = net.features() & !(F_GUEST_TSO4 | F_GUEST_TSO6);
+    assert_eq!(features & (F_MQ | F_CTRL_VQ), F_MQ | F_CTRL_VQ);
+    driver.start_with(&mut net, features);
+    let offer = |driver: &mut Driver| {
+        for queue in [0, 2] {
+            (0..24).for_each(|_| assert!(driver.offer_writable(queue, 2048) > 0));
+        }
+    };
+    offer(&mut driver);
+    // The second is not used yet: all flows come to the first.
+    (0..16).for_each(|n| wire.write_all(&flow(1000 + n)).unwrap());
+    (0..16).for_each(|_| assert!(driver.wait_used(0).is_some()));
+    let set = |driver: &mut Driver, pairs: u8| {
+        driver.request(4, &[CTRL_MQ, CTRL_MQ_PAIRS_SET, pairs, 0], 1).map(|answer| answer.bytes)
+    };
+    assert_eq!(set(&mut driver, 3).unwrap(), [CTRL_ERR]);
+    assert_eq!(set(&mut driver, 0).unwrap(), [CTRL_ERR]);
+    assert_eq!(set(&mut driver, 2).unwrap(), [CTRL_OK]);
+    (0..16).for_each(|n| wire.write_all(&flow(2000 + n)).unwrap());
+    // Which one a flow takes is the kernel's choice; that all of sixteen choose one is not.
+    driver.wait_used(2).unwrap();
+    driver.wait_used(0).unwrap();
+    assert_eq!(set(&mut driver, 1).unwrap(), [CTRL_OK]);
+    net.stop();
+    assert!(driver.broken().is_empty());
+    // A driver that starts anew begins with one again.
+    let mut driver = Driver::new(5);
+    driver.start_with(&mut net, features);
+    offer(&mut driver);
+    (0..16).for_each(|n| wire.write_all(&flow(3000 + n)).unwrap());
+    (0..16).for_each(|_| assert!(driver.wait_used(0).is_some()));
+    net.stop();
 }
