@@ -1,7 +1,7 @@
 //! `--root IMAGE|DIR`: the root of a machine that runs one command, under hutch's own init.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek};
+use std::io::{Read, Seek};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use crate::disks::{self, Layer};
 use crate::{image, vmm};
 
-/// Where our init is in the initrd that is added to the kernel's own.
+/// Where our init is in the initrd that is put before the kernel's own.
 pub const INIT: &str = "/hutch-init";
 
 /// The disk that `root` names, to be read only: an image, or a directory, copied into a file system of its own.
@@ -60,7 +60,7 @@ fn measure(dir: &Path) -> anyhow::Result<(u64, u64)> {
     Ok((files, bytes))
 }
 
-/// The kernel's own initrd, if there is one, and our init after it (kernel, driver-api/early-userspace/buffer-format).
+/// Our init, and after it the kernel's own initrd, if there is one (kernel, driver-api/early-userspace/buffer-format).
 pub fn initrd(own: Option<File>) -> anyhow::Result<File> {
     let path = match std::env::var_os("HUTCH_INIT") {
         Some(path) => PathBuf::from(path),
@@ -75,13 +75,11 @@ pub fn initrd(own: Option<File>) -> anyhow::Result<File> {
     let mut archive = Vec::new();
     entry(&mut archive, INIT.trim_start_matches('/'), 0o100755, &init);
     entry(&mut archive, "TRAILER!!!", 0, &[]);
-    let own_len = own.as_ref().map(|own| own.metadata()).transpose()?.map_or(0, |about| about.len());
-    // Each archive begins at a multiple of 4.
-    let gap = io::repeat(0).take(own_len.next_multiple_of(4) - own_len);
-    let mut all: Box<dyn Read> = Box::new(gap.chain(&archive[..]));
+    let mut all: Box<dyn Read> = Box::new(&archive[..]);
     if let Some(mut own) = own {
         own.rewind()?;
-        all = Box::new(own.chain(all));
+        // Ours first: nothing can come behind an archive packed with lz4, whose end only the end of all tells.
+        all = Box::new(all.chain(own));
     }
     vmm::in_memory(&mut all)
 }
