@@ -1,5 +1,5 @@
 # The commands people type. `make test` is everything CI runs.
-.PHONY: demo bench deny test fmt lint unit stories lab lab-down
+.PHONY: demo bench deny test fmt lint unit stories stories-full lab lab-down
 # Builds all it needs, makes an AMI, launches it, and shows the main job.
 demo:
 	tests/demo
@@ -23,6 +23,10 @@ unit:
 # Real guests: directly where KVM can, else in the lab.
 stories:
 	tests/lab/enter cargo test --locked -p hutch-tests -- --test-threads=2
+
+# Whole Debians with cloud-init: some fifteen minutes each in the lab.
+stories-full:
+	HUTCH_FULL="debian-12 debian-13" tests/lab/enter cargo test --locked -p hutch-tests --test debian -- --ignored --nocapture --test-threads=1
 
 # Licences and sources of all that is linked.
 deny:

@@ -24,16 +24,22 @@ pub fn micro() -> PathBuf {
 
 /// Runs a command where guests can run: here, or in the lab. At most ten minutes.
 pub fn host(program: &str, args: &[&str]) -> Output {
+    host_within(600, program, args)
+}
+
+/// Likewise, for at most so many seconds.
+pub fn host_within(seconds: u32, program: &str, args: &[&str]) -> Output {
+    let seconds = seconds.to_string();
     let mut command = if std::env::var_os("HUTCH_LAB").is_some() {
         let mut run = Command::new(root().join("tests/lab/run"));
         run.arg(program);
         run
     } else {
         let mut run = Command::new("timeout");
-        run.args(["600", program]);
+        run.args([&seconds, program]);
         run
     };
-    command.args(args).current_dir(root()).env("LAB_TIMEOUT", "600").output().expect("the command starts")
+    command.args(args).current_dir(root()).env("LAB_TIMEOUT", &seconds).output().expect("the command starts")
 }
 
 /// The `hutch` that was built beside these tests.
