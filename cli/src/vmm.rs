@@ -57,6 +57,8 @@ pub fn open(path: &Path, what: &str) -> anyhow::Result<File> {
     if !file.metadata()?.is_file() {
         bail!("the {what} {} is no regular file", path.display());
     }
+    // Some file systems (9p) read less than they could without blocking.
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
     Ok(file)
 }
 
