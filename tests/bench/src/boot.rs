@@ -18,19 +18,24 @@ const READY: &str = "bench: ready";
 pub fn measure(all: &All, table: &mut Table) -> anyhow::Result<()> {
     let initrd = all.micro.join("initrd");
     let say = format!("echo {READY}; sleep 1");
-    let guest = Guest { initrd: &initrd, command: &["sh", "-c", &say], disk: None, huge: true };
+    let guest = Guest { initrd: &initrd, command: &["sh", "-c", &say], disk: None, huge: true, tap: false };
+    let mut everyone = vec![Vmm::Hutch, Vmm::Microvm, Vmm::Q35];
+    everyone.extend(all.peers.iter().map(Vmm::Peer));
     for round in 0..all.rounds {
-        for who in [Vmm::Hutch, Vmm::Microvm, Vmm::Q35] {
+        for &who in &everyone {
             let name = who.name();
             let exits = Exits::start()?;
             let mut machine = Machine::start(who, &guest, all)?;
-            machine.wait_line(MARK).with_context(|| name)?;
+            machine.wait_line(MARK).with_context(|| name.to_owned())?;
             let cpu = machine.cpu()?;
             let wall = machine.started.elapsed().as_secs_f64();
             let count = exits.read(&machine.threads()?)?;
-            machine.wait_line(READY).with_context(|| name)?;
+            machine.wait_line(READY).with_context(|| name.to_owned())?;
             let memory = machine.memory()?;
-            machine.end().with_context(|| name)?;
+            // Not every machine ends when its guest powers off.
+            if !matches!(who, Vmm::Peer(_)) {
+                machine.end().with_context(|| name.to_owned())?;
+            }
             let mut add = |metric, unit, value| table.add(metric, unit, Better::Lower, name, value);
             add("CPU to user space", "s", cpu);
             add("exits to user space, until it is reached", "exits", count as f64);

@@ -97,7 +97,7 @@ fn host(path: &Path, table: &mut Table) -> anyhow::Result<()> {
 /// The loads in a guest, with the CPU of the process that runs it.
 fn guest(who: Vmm, disk: &DiskFile, initrd: &Path, all: &All, table: &mut Table) -> anyhow::Result<()> {
     let command = ["/bin/hutch-bench", "probe", "/dev/vda", "--direct", "--time-ms", TIME];
-    let guest = Guest { initrd, command: &command, disk: Some(disk), huge: true };
+    let guest = Guest { initrd, command: &command, disk: Some(disk), huge: true, tap: false };
     let mut machine = Machine::start(who, &guest, all)?;
     let kind = if disk.base.is_some() { "volume" } else { "raw disk" };
     for load in &LOADS {

@@ -12,6 +12,7 @@ use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
 use crate::All;
+use crate::peers::Peer;
 use crate::table::HUTCH;
 
 /// Guest memory, in MiB.
@@ -21,22 +22,25 @@ const LIMIT: u64 = 240;
 
 /// Who runs the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Vmm {
+pub enum Vmm<'a> {
     /// `hutch boot`.
     Hutch,
     /// QEMU's small machine.
     Microvm,
     /// QEMU's PC.
     Q35,
+    /// A program named from outside.
+    Peer(&'a Peer),
 }
 
-impl Vmm {
+impl<'a> Vmm<'a> {
     /// Its name in the table.
-    pub fn name(self) -> &'static str {
+    pub fn name(self) -> &'a str {
         match self {
             Vmm::Hutch => HUTCH,
             Vmm::Microvm => "qemu-microvm",
             Vmm::Q35 => "qemu-q35",
+            Vmm::Peer(peer) => &peer.name,
         }
     }
 }
@@ -59,6 +63,8 @@ pub struct Guest<'a> {
     pub disk: Option<&'a DiskFile>,
     /// Its memory is on the host's huge pages, so that it does not count as the VMM's.
     pub huge: bool,
+    /// It has an interface on a tap: hutch's own, or the one made for QEMU.
+    pub tap: bool,
 }
 
 /// A guest that runs; killed when dropped.
@@ -85,18 +91,18 @@ impl Machine {
         match who {
             Vmm::Hutch => hutch(&mut command, guest, all),
             Vmm::Microvm | Vmm::Q35 => qemu(&mut command, who, guest, all),
+            Vmm::Peer(peer) => other(&mut command, peer, guest, all),
         }
         let started = Instant::now();
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let console = BufReader::new(child.stdout.take().context("the console is piped")?);
         let mut machine = Machine { child, console, vmm: Pid::from_raw(0), started };
-        let program = if who == Vmm::Hutch { "hutch-vmm" } else { "qemu-system-x86" };
-        machine.vmm = machine.find(program).with_context(|| format!("{} did not start", who.name()))?;
+        machine.vmm = machine.find().with_context(|| format!("{} did not start", who.name()))?;
         Ok(machine)
     }
 
-    /// The process of this program below ours.
-    fn find(&mut self, program: &str) -> anyhow::Result<Pid> {
+    /// The process below ours that has a virtual machine.
+    fn find(&mut self) -> anyhow::Result<Pid> {
         let deadline = Instant::now() + Duration::from_secs(20);
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait()? {
@@ -105,14 +111,13 @@ impl Machine {
             let mut pid = self.child.id() as i32;
             while let Some(child) = child_of(pid) {
                 pid = child;
-                let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-                if name.trim_end() == program {
+                if has_machine(pid) {
                     return Ok(Pid::from_raw(pid));
                 }
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        bail!("no process {program} within 20 s");
+        bail!("no process with a virtual machine within 20 s");
     }
 
     /// Reads the console up to a line that contains `text`, and returns that line.
@@ -201,8 +206,15 @@ fn child_of(pid: i32) -> Option<i32> {
     })
 }
 
+/// Whether KVM runs a guest for this process.
+fn has_machine(pid: i32) -> bool {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().filter_map(Result::ok);
+    fds.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|to| to.to_string_lossy() == "anon_inode:kvm-vm")
+}
+
 fn hutch(command: &mut Command, guest: &Guest, all: &All) {
-    command.arg(&all.hutch).args(["boot", "--net", "none", "--memory", &MEMORY_MIB.to_string()]);
+    let net = if guest.tap { "tap" } else { "none" };
+    command.arg(&all.hutch).args(["boot", "--net", net, "--memory", &MEMORY_MIB.to_string()]);
     command.arg("--kernel").arg(all.micro.join("vmlinuz")).arg("--initrd").arg(guest.initrd);
     if guest.huge {
         command.arg("--hugepages");
@@ -241,8 +253,23 @@ fn qemu(command: &mut Command, who: Vmm, guest: &Guest, all: &All) {
         ]);
         command.args(["-device", "virtio-blk-pci,drive=d"]);
     }
-    let line = format!("console=ttyS0 panic=1 reboot=t quiet {ports}hutch.cmd={}", hex(guest.command));
-    command.args(["-append", &line]);
+    if guest.tap {
+        let tap = crate::net::TAP;
+        command.args(["-netdev", &format!("tap,id=n,ifname={tap},script=no,downscript=no,vhost=off")]);
+        command.args(["-device", "virtio-net-pci,netdev=n,mac=02:00:00:00:00:09"]);
+    }
+    command.args(["-append", &line(guest, ports)]);
+}
+
+/// A program that knows its VMM's own command line.
+fn other(command: &mut Command, peer: &Peer, guest: &Guest, all: &All) {
+    command.arg(&peer.program).arg("--kernel").arg(all.micro.join("vmlinuz"));
+    command.arg("--initrd").arg(guest.initrd).args(["--append", &line(guest, "")]);
+    command.args(["--cpus", "1", "--memory", &MEMORY_MIB.to_string()]);
+}
+
+fn line(guest: &Guest, ports: &str) -> String {
+    format!("console=ttyS0 panic=1 reboot=t quiet {ports}hutch.cmd={}", hex(guest.command))
 }
 
 /// The command as hutch's init reads it: hexadecimal, a NUL after each word.

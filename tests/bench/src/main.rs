@@ -4,7 +4,7 @@
 //!   tests/bench/run ── builds ──► hutch-bench all          (on the host, or in the lab)
 //!        machine ── starts hutch or QEMU, reads its CPU clock when a line of the console comes
 //!        exits ──── counts returns of KVM_RUN by the kernel's own tracepoint
-//!        boot, volume, disk ── take turns, round by round ──► table ── medians: Markdown, and JSON
+//!        boot, volume, disk, net ── take turns, round by round ──► table ── medians: Markdown, and JSON
 //! ```
 //!
 //! Wall times say little where the host itself is emulated; CPU seconds, exits, memory and bytes hold.
@@ -14,6 +14,8 @@ mod boot;
 mod disk;
 mod exits;
 mod machine;
+mod net;
+mod peers;
 mod probe;
 mod table;
 mod volume;
@@ -23,6 +25,7 @@ use std::time::Duration;
 
 use clap::Parser;
 
+use peers::Peer;
 use table::Table;
 
 /// Measures hutch beside QEMU.
@@ -36,6 +39,11 @@ enum Args {
         path: PathBuf,
         /// Bytes the guest sees.
         size: u64,
+    },
+    /// Serves the loads of the network, in the guest.
+    Serve {
+        /// The TCP port.
+        port: u16,
     },
     /// Puts loads on a disk: overwrites it.
     Probe {
@@ -72,12 +80,15 @@ struct All {
     #[arg(long, env = "HUTCH_BENCH_ROUNDS", default_value_t = 5)]
     rounds: usize,
     /// Measure only these parts.
-    #[arg(long, env = "HUTCH_BENCH_PARTS", value_delimiter = ',', default_value = "boot,volume,disk")]
+    #[arg(long, env = "HUTCH_BENCH_PARTS", value_delimiter = ',', default_value = "boot,volume,disk,net")]
     parts: Vec<Part>,
+    /// Other VMMs in the boot part: programs that take --kernel, --initrd, --append, --cpus and --memory.
+    #[arg(long, env = "HUTCH_BENCH_PEERS", value_delimiter = ',', value_name = "NAME=PROGRAM")]
+    peers: Vec<Peer>,
 }
 
 /// A part of the bench.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 enum Part {
     /// To user space: CPU, exits, wall time, memory.
     Boot,
@@ -85,12 +96,15 @@ enum Part {
     Volume,
     /// The guest's disk: requests and CPU.
     Disk,
+    /// The guest's network: TCP and CPU. It is the last.
+    Net,
 }
 
 fn main() -> anyhow::Result<()> {
     match Args::parse() {
         Args::All(all) => measure(&all),
         Args::Create { path, size } => volume::create(&path, size),
+        Args::Serve { port } => net::serve(port),
         Args::Probe { path, direct, time_ms } => probe::run(&path, Duration::from_millis(time_ms), direct),
     }
 }
@@ -98,11 +112,13 @@ fn main() -> anyhow::Result<()> {
 /// Measures part by part; what was measured before a part failed is shown all the same.
 fn measure(all: &All) -> anyhow::Result<()> {
     let mut table = Table::default();
-    let mut parts = all.parts.iter();
-    let result = parts.try_for_each(|part| match part {
+    let mut parts = all.parts.clone();
+    parts.sort();
+    let result = parts.iter().try_for_each(|part| match part {
         Part::Boot => boot::measure(all, &mut table),
         Part::Volume => volume::measure(all, &mut table),
         Part::Disk => disk::measure(all, &mut table),
+        Part::Net => net::measure(all, &mut table),
     });
     table.save(&all.json)?;
     println!("{}", table.markdown());
