@@ -84,6 +84,10 @@ fn a_slow_read_holds_up_only_who_would_take_its_cluster() {
         assert_eq!(other, [2; CLUSTER as usize]);
         disk.write_at(CLUSTER, &[3; 512]).expect("a write in place");
         disk.write_at(4 * CLUSTER, &[4; 512]).expect("a write to a fresh cluster");
+        // A flush that frees nothing has nobody to wait for.
+        let (durable, is_durable) = sync_channel(1);
+        scope.spawn(move || durable.send(disk.flush()));
+        let freeing_nothing = is_durable.recv_timeout(Duration::from_secs(20));
         disk.discard(0, CLUSTER).expect("discard");
         // Its cluster would be punched, and be the next one's: not before the read is over.
         scope.spawn(move || {
@@ -93,6 +97,7 @@ fn a_slow_read_holds_up_only_who_would_take_its_cluster() {
         });
         assert!(is_flushed.recv_timeout(Duration::from_millis(300)).is_err(), "the flush did not wait");
         go.send(()).expect("the read waits");
+        freeing_nothing.expect("a flush that frees nothing waited").expect("flush");
         assert!(
             slow.join().expect("no panic") == [1; CLUSTER as usize],
             "the read was given another's bytes"

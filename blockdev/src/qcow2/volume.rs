@@ -350,11 +350,14 @@ impl Inner {
             }
             self.sync()?;
         }
+        let Some(volume) = self.volume.as_mut() else { return Ok(()) };
+        if volume.leaving.is_empty() {
+            return Ok(());
+        }
         // Nothing on the disk links to these any more, and when nobody moves bytes, nobody moves bytes of these: whoever
         // starts has to wait for us first.
         let moving = self.moving.clone();
         let _alone = moving.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(volume) = self.volume.as_mut() else { return Ok(()) };
         let mut leaving = std::mem::take(&mut volume.leaving);
         leaving.sort_unstable();
         for run in leaving.chunk_by(|a, b| a + 1 == *b) {
