@@ -221,7 +221,13 @@ impl Volume {
 
     /// Up to `wanted` clusters that lie together; `None` when all that can be counted are taken.
     fn take(&mut self, wanted: u64) -> Option<Fresh> {
-        let fresh = match self.free.pop_first() {
+        // One that holds it all keeps the guest's run in one piece; the search for it is short.
+        let fits = self.free.iter().take(64).find(|(_, count)| **count >= wanted).map(|(first, _)| *first);
+        let run = match fits {
+            Some(first) => self.free.remove_entry(&first),
+            None => self.free.pop_first(),
+        };
+        let fresh = match run {
             Some((first, count)) => {
                 if count > wanted {
                     self.free.insert(first + wanted, count - wanted);
@@ -245,9 +251,19 @@ impl Volume {
         for cluster in first..first + count {
             self.set_taken(cluster, false);
         }
-        if count > 0 {
-            self.free.insert(first, count);
+        if count == 0 {
+            return;
         }
+        let (mut first, mut count) = (first, count);
+        if let Some((&before, &len)) = self.free.range(..first).next_back()
+            && before + len == first
+        {
+            (first, count) = (before, len + count);
+        }
+        if let Some(after) = self.free.remove(&(first + count)) {
+            count += after;
+        }
+        self.free.insert(first, count);
     }
 
     /// Writes the counts that changed.
@@ -450,8 +466,8 @@ impl Inner {
         let volume = self.volume()?;
         if end > volume.len {
             let len = end.next_multiple_of(STEP);
-            volume.len = len;
             self.store.set_len(len).map_err(|e| DiskError::io("grow the volume's file", e))?;
+            self.volume()?.len = len;
         }
         // SAFETY: the caller's promise for `part`; the rest is ours and outlives the call.
         unsafe { self.store.write(host + skip, &bufs) }.map_err(|e| DiskError::io("write the disk", e))
