@@ -1,6 +1,8 @@
 //! The console of a real machine, followed and typed into through the control socket. The guest is a payload of a few
 //! instructions; where there is no /dev/kvm the tests say so and pass.
 
+mod support;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -40,24 +42,6 @@ const ECHO: [u8; 35] = [
 /// Prints dots and reads nothing.
 const DEAF: [u8; 9] = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee, 0xeb, 0xfd];
 
-/// A kernel of the boot protocol whose 64-bit entry is `code`.
-fn kernel(code: &[u8]) -> File {
-    let mut image = vec![0u8; 1024 + 0x200];
-    image[0x1f1] = 1;
-    image[0x1fe..0x200].copy_from_slice(&0xaa55u16.to_le_bytes());
-    image[0x202..0x206].copy_from_slice(b"HdrS");
-    image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
-    image[0x211] = 1;
-    image[0x214..0x218].copy_from_slice(&0x10_0000u32.to_le_bytes());
-    image[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
-    image[0x236..0x238].copy_from_slice(&1u16.to_le_bytes());
-    image[0x260..0x264].copy_from_slice(&0x1000u32.to_le_bytes());
-    image.extend_from_slice(code);
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(&image).unwrap();
-    file
-}
-
 /// Runs `code` while `act` uses its control socket, then kills it. `None` where there is no KVM.
 fn with_socket(code: &[u8], act: impl FnOnce(&Path) + Send + 'static) -> Option<Report> {
     let kvm = match File::options().read(true).write(true).open("/dev/kvm") {
@@ -72,8 +56,13 @@ fn with_socket(code: &[u8], act: impl FnOnce(&Path) + Send + 'static) -> Option<
         "cpus": 1, "memory_mib": 32, "kvm": 0, "boot": { "kernel": 0, "cmdline": "" },
     });
     let plan = Plan::new(serde_json::from_value::<MachineConfig>(config).unwrap()).unwrap();
-    let files =
-        Files { kvm, kernel: kernel(code), initrd: None, console_log: None, backends: Backends::default() };
+    let files = Files {
+        kvm,
+        kernel: support::kernel(code),
+        initrd: None,
+        console_log: None,
+        backends: Backends::default(),
+    };
     let mut machine = Machine::new(plan, files).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("control");
