@@ -346,15 +346,19 @@ impl Machine {
 
     /// Waits for the end; a panicked kernel that hangs is ended here.
     fn watch(&self, ending: &Ending) -> Outcome {
-        let mut panicked: Option<Instant> = None;
+        // While the machine is paused, its kernel says nothing.
+        let mut left = LAST_WORDS;
         loop {
-            if let Some(outcome) = ending.wait(Some(Instant::now() + Duration::from_millis(100))) {
+            let looked = Instant::now();
+            if let Some(outcome) = ending.wait(Some(looked + Duration::from_millis(100))) {
                 return outcome;
             }
             let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
             if console.panic().is_some() {
-                let since = panicked.get_or_insert_with(Instant::now);
-                if console.panic_over() || since.elapsed() > LAST_WORDS {
+                if !self.reach.gate.is_closed() {
+                    left = left.saturating_sub(looked.elapsed());
+                }
+                if console.panic_over() || left.is_zero() {
                     ending.set(Outcome::Panic);
                 }
             }

@@ -130,3 +130,23 @@ fn a_guest_that_reboots_all_the_time_can_be_paused() {
     assert_eq!(report.end, End::Killed);
     assert!(report.counters.reboots >= 5, "{}", report.counters.reboots);
 }
+
+#[test]
+fn a_panicked_kernel_that_is_paused_keeps_its_last_words() {
+    // It says more and more, so that whoever looks sees whether it lives.
+    let dots = [&out8(0x3f8, b'.')[..], &[0xeb, 0xf7]].concat();
+    let code = [print("Kernel panic - not syncing: x\n"), dots].concat();
+    run_with(
+        &code,
+        |_| (),
+        |handle, written| {
+            goes_on(written, 30);
+            handle.pause();
+            // Longer than such a kernel is given.
+            std::thread::sleep(Duration::from_millis(5600));
+            let before = stands_still(written);
+            handle.resume();
+            goes_on(written, before);
+        },
+    );
+}
