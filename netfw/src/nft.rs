@@ -15,6 +15,7 @@ use std::process::{Command, Stdio};
 
 use ipnet::Ipv4Net;
 
+use crate::guest::GATEWAY6;
 use crate::name::{MacAddr, TapName, Uplink};
 
 /// The name of our tables.
@@ -159,7 +160,7 @@ impl Ruleset {
 		iifname "hu*" ip daddr 169.254.169.254 counter name guest_to_host drop
 		iifname "hu*" ct state established,related accept
 		iifname "hu*" ip daddr {gateway} icmp type echo-request accept
-		iifname "hu*" ip6 daddr fe80::1 icmpv6 type echo-request accept
+		iifname "hu*" ip6 daddr {GATEWAY6} icmpv6 type echo-request accept
 		iifname "hu*" ip6 hoplimit 255 icmpv6 type {{ nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert }} accept
 		counter name guest_to_host drop
 	}}
