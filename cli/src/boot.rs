@@ -76,7 +76,8 @@ pub struct Args {
     /// is forgotten at the end.
     #[arg(long, value_name = "FILE", requires = "image")]
     root_volume: Option<PathBuf>,
-    /// The kernel: a bzImage, such as /boot/vmlinuz of a distribution. Without it, what IMAGE's boot loader would load.
+    /// The kernel: a bzImage, such as /boot/vmlinuz of a distribution, or an ELF file with a PVH entry (vmlinux). Without it,
+    /// what IMAGE's boot loader would load.
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// The initrd.

@@ -289,7 +289,7 @@ impl Machine {
         let id = || self.plan.config().id.clone();
         let loaded = boot::load(&self.plan, &memory, &mut self.kernel, self.initrd.as_mut())
             .map_err(|source| MachineError::Boot { id: id(), source })?;
-        regs::write_tables(&memory).map_err(self.host("page tables"))?;
+        regs::write_tables(&memory, loaded.protocol).map_err(self.host("page tables"))?;
         acpi::write(&self.plan, &memory).map_err(self.host("ACPI tables"))?;
         memory
             .write_slice(&power::RESET_CODE, GuestAddress(power::RESET_ENTRY))
@@ -323,7 +323,7 @@ impl Machine {
             fd.set_msrs(&msrs).map_err(self.error("KVM_SET_MSRS"))?;
             if index == 0 {
                 let sregs = fd.get_sregs().map_err(self.error("KVM_GET_SREGS"))?;
-                fd.set_sregs(&regs::sregs(sregs)).map_err(self.error("KVM_SET_SREGS"))?;
+                fd.set_sregs(&regs::sregs(sregs, loaded.protocol)).map_err(self.error("KVM_SET_SREGS"))?;
                 fd.set_regs(&regs::regs(&loaded)).map_err(self.error("KVM_SET_REGS"))?;
             }
             fds.push(fd);

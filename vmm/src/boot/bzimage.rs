@@ -6,75 +6,22 @@ use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{KernelLoader, bzimage::BzImage};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap, ReadVolatile};
 
-use crate::plan::{ECAM, Plan, Region};
+use super::{CMDLINE, LoadError, Loaded, Protocol, io};
+use crate::plan::{Plan, Region};
 
 /// Where the zero page lies.
 pub const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
-/// Where the command line lies.
-pub const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
 /// Where the protected-mode kernel goes: its usual preferred address, 16 MiB.
 const KERNEL: GuestAddress = GuestAddress(0x100_0000);
-/// The extended BIOS data area begins here; ACPI tables and SMBIOS live from here to 1 MiB.
-const LOW_RESERVED: u64 = 0x9_fc00;
-const ONE_MIB: u64 = 0x10_0000;
 /// boot.rst: the 64-bit entry is 0x200 past the start of the protected-mode kernel.
 const ENTRY_64: u64 = 0x200;
 const XLF_KERNEL_64: u16 = 1;
-const E820_RAM: u32 = 1;
-const E820_RESERVED: u32 = 2;
-
 /// boot_params is plain data of the boot protocol, written to guest memory byte by byte.
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]
 struct ZeroPage(boot_params);
 // SAFETY: boot_params is `repr(C, packed)` plain integers without padding; every bit pattern is valid.
 unsafe impl ByteValued for ZeroPage {}
-
-/// Where the guest begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Loaded {
-    /// RIP of vCPU 0, in long mode.
-    pub entry: GuestAddress,
-    /// RSI of vCPU 0: the zero page.
-    pub zero_page: GuestAddress,
-    /// Where the initrd was put, if there is one.
-    pub initrd: Option<Region>,
-}
-
-/// Why a kernel cannot be booted.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The file is no x86 bzImage.
-    #[error("the kernel is not a bzImage ({0}); give the vmlinuz file of a distribution's kernel package")]
-    NotAKernel(String),
-    /// The kernel has no 64-bit entry.
-    #[error("the kernel has no 64-bit entry point (xloadflags); only x86_64 kernels from 3.8 on boot")]
-    No64Bit,
-    /// The kernel or initrd does not fit.
-    #[error(
-        "{what} of {bytes} bytes does not fit into {ram} bytes of guest memory; give the machine more memory"
-    )]
-    TooLarge {
-        /// Kernel or initrd.
-        what: &'static str,
-        /// Its size.
-        bytes: u64,
-        /// RAM below 4 GiB.
-        ram: u64,
-    },
-    /// A file could not be read, or guest memory not written.
-    #[error("cannot load the {what}: {why}")]
-    Io {
-        /// Kernel, initrd, command line or zero page.
-        what: &'static str,
-        /// The cause.
-        why: String,
-    },
-}
-
-fn io<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> LoadError {
-    move |e| LoadError::Io { what, why: e.to_string() }
-}
 
 /// Puts `kernel`, `initrd` and the plan's command line into `memory`.
 pub fn load<K, I>(
@@ -93,9 +40,11 @@ where
     if size.saturating_add(KERNEL.0) > low.end() {
         return Err(LoadError::TooLarge { what: "a kernel", bytes: size, ram: low.len });
     }
-    let loaded = BzImage::load(memory, Some(KERNEL), kernel, Some(GuestAddress(ONE_MIB)))
-        .map_err(|e| LoadError::NotAKernel(e.to_string()))?;
-    let header = loaded.setup_header.ok_or_else(|| LoadError::NotAKernel("no setup header".into()))?;
+    let loaded = BzImage::load(memory, Some(KERNEL), kernel, Some(GuestAddress(super::ONE_MIB)))
+        .map_err(|e| LoadError::NotAKernel(format!("is a damaged bzImage ({e})")))?;
+    let header = loaded
+        .setup_header
+        .ok_or_else(|| LoadError::NotAKernel("is a bzImage without a setup header".into()))?;
     if header.version < 0x20c || header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(LoadError::No64Bit);
     }
@@ -106,23 +55,9 @@ where
         return Err(LoadError::TooLarge { what: "a kernel", bytes: init_size, ram: low.len });
     }
 
-    let initrd = match initrd {
-        None => None,
-        Some(file) => {
-            let len = file.seek(SeekFrom::End(0)).map_err(io("initrd"))?;
-            file.rewind().map_err(io("initrd"))?;
-            // As high as the kernel accepts it, on a page of its own.
-            let top = low.end().min(u64::from(header.initrd_addr_max).saturating_add(1));
-            let start = top.checked_sub(len).map(|s| s & !0xfff).filter(|&s| s >= kernel_end);
-            let start = start.ok_or(LoadError::TooLarge { what: "an initrd", bytes: len, ram: low.len })?;
-            memory.read_exact_volatile_from(GuestAddress(start), file, len as usize).map_err(io("initrd"))?;
-            Some(Region { start, len })
-        }
-    };
-
-    let mut cmdline = plan.config().boot.cmdline.clone().into_bytes();
-    cmdline.push(0);
-    memory.write_slice(&cmdline, CMDLINE).map_err(io("command line"))?;
+    let top = low.end().min(u64::from(header.initrd_addr_max).saturating_add(1));
+    let initrd = super::place_initrd(memory, initrd, kernel_end, top)?;
+    super::write_cmdline(plan, memory)?;
 
     let mut page = ZeroPage::default();
     page.0.hdr = header;
@@ -132,51 +67,20 @@ where
         page.0.hdr.ramdisk_image = start as u32;
         page.0.hdr.ramdisk_size = len as u32;
     }
-    let map = e820(plan);
-    for (slot, entry) in page.0.e820_table.iter_mut().zip(&map) {
-        *slot = *entry;
+    let map = super::memory_map(plan);
+    for (slot, (region, kind)) in page.0.e820_table.iter_mut().zip(&map) {
+        *slot = boot_e820_entry { addr: region.start, size: region.len, r#type: *kind };
     }
     page.0.e820_entries = map.len() as u8;
     memory.write_obj(page, ZERO_PAGE).map_err(io("zero page"))?;
     let entry = GuestAddress(loaded.kernel_load.0 + ENTRY_64);
-    Ok(Loaded { entry, zero_page: ZERO_PAGE, initrd })
-}
-
-/// The memory map the guest is told (ACPI 6.5, 15): RAM without the BIOS area, and ECAM reserved, or Linux does not use it.
-fn e820(plan: &Plan) -> Vec<boot_e820_entry> {
-    let entry = |start: u64, end: u64, kind| boot_e820_entry { addr: start, size: end - start, r#type: kind };
-    let mut map = vec![
-        entry(0, LOW_RESERVED, E820_RAM),
-        entry(LOW_RESERVED, ONE_MIB, E820_RESERVED),
-        entry(ECAM.start, ECAM.end(), E820_RESERVED),
-    ];
-    map.extend(plan.ram().iter().map(|r| entry(r.start.max(ONE_MIB), r.end(), E820_RAM)));
-    map
+    Ok(Loaded { entry, protocol: Protocol::Linux64, info: ZERO_PAGE, initrd })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{BootConfig, MachineConfig};
-    use crate::memory::allocate;
-    use std::fs::File;
-    use std::io::Write;
-
-    fn plan(memory_mib: u64) -> Plan {
-        let config = serde_json::json!({
-            "id": "i-0123456789abcdef0", "uuid": "ec2e1916-9099-7caf-fd21-012345abcdef",
-            "cpus": 1, "memory_mib": memory_mib, "kvm": 4,
-            "boot": BootConfig { kernel: 3, initrd: None, cmdline: "console=ttyS0 quiet".into() },
-        });
-        Plan::new(serde_json::from_value::<MachineConfig>(config).unwrap()).unwrap()
-    }
-
-    fn file(bytes: &[u8]) -> File {
-        let fd = nix::sys::memfd::memfd_create(c"test", nix::sys::memfd::MFdFlags::empty()).unwrap();
-        let mut file = File::from(fd);
-        file.write_all(bytes).unwrap();
-        file
-    }
+    use crate::boot::tests::try_load;
 
     /// The smallest file that keeps the boot protocol: one setup sector, then `payload`.
     fn bzimage(version: u16, xloadflags: u16, init_size: u32, payload: &[u8]) -> Vec<u8> {
@@ -194,15 +98,6 @@ mod tests {
         image
     }
 
-    fn try_load(mib: u64, kernel: &[u8], initrd: Option<&[u8]>) -> Result<(Loaded, Vec<u8>), LoadError> {
-        let plan = plan(mib);
-        let memory = allocate(&plan).unwrap();
-        let loaded = load(&plan, &memory, &mut file(kernel), initrd.map(file).as_mut())?;
-        let mut page = vec![0; 4096];
-        memory.read_slice(&mut page, ZERO_PAGE).unwrap();
-        Ok((loaded, page))
-    }
-
     #[test]
     fn a_kernel_and_its_initrd_are_placed() {
         let kernel = bzimage(0x20f, 1, 0x1000, &[0x90; 4096]);
@@ -216,9 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_kernel_is_refused() {
-        assert!(matches!(try_load(64, b"", None), Err(LoadError::NotAKernel(_))));
-        assert!(matches!(try_load(64, &[0x41; 8192], None), Err(LoadError::NotAKernel(_))));
+    fn a_kernel_without_a_64_bit_entry_is_refused() {
         assert!(matches!(try_load(64, &bzimage(0x20f, 0, 0, &[0; 64]), None), Err(LoadError::No64Bit)));
         assert!(matches!(try_load(64, &bzimage(0x20b, 1, 0, &[0; 64]), None), Err(LoadError::No64Bit)));
     }
