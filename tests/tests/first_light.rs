@@ -47,7 +47,7 @@ fn bad_input_is_refused_with_its_own_words() {
     let kernel = kernel.to_str().unwrap();
     for (args, words) in [
         (&["--kernel", "/nonexistent"][..], "cannot open the kernel /nonexistent"),
-        (&["--kernel", "/etc/passwd"], "the kernel is not a bzImage"),
+        (&["--kernel", "/etc/passwd"], "the kernel file is not a kernel"),
         (&["--kernel", kernel, "--initrd", kernel, "--memory", "16"], "give the machine more memory"),
         (&["--kernel", kernel, "--cpus", "33"], "1 to 32"),
         (&["--kernel", kernel, "--memory", "1"], "16 to 1048576 MiB"),

@@ -32,7 +32,7 @@ const CASES: &[(&str, &str, &str)] = &[
         "features that are not known",
     ),
     ("no boot loader", "truncate -s 1M $D/a.raw; $HUTCH boot $D/a.raw", "no boot configuration"),
-    ("a kernel that is none", "$HUTCH boot --kernel /etc/passwd", "not a bzImage"),
+    ("a kernel that is none", "$HUTCH boot --kernel /etc/passwd", "the kernel file is not a kernel"),
     ("a kernel that is a pipe", "mkfifo $D/p; $HUTCH boot --kernel $D/p", "no regular file"),
     (
         "an initrd larger than memory",
