@@ -11,25 +11,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
-use hutch_blockdev::Disk;
+use anyhow::Context;
 use hutch_cloud::types::{InstanceType, Table};
-use hutch_imagestore::boot::BootFiles;
 use hutch_netfw::GuestNet;
-use hutch_vmm::config::{BootConfig, DiskConfig, End, MachineConfig, NetConfig, Report, RunAs};
+use hutch_vmm::config::{End, MachineConfig, NetConfig, Report, RunAs};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
 use crate::attach;
-use crate::disks::{self, DiskArg, Layer};
-use crate::image;
+use crate::disks::DiskArg;
 use crate::metadata;
 use crate::netns;
-use crate::root;
-use crate::ssh;
-use crate::vmm::{self, Inherit, Vmm};
+use crate::source::Disks;
+use crate::vmm::{Inherit, Vmm};
 
 /// Exit status: the machine could not be built or failed.
 pub const MACHINE_ERROR: u8 = 240;
@@ -67,28 +61,28 @@ pub struct Args {
     /// The image to boot: an imported one by id or name, or a file: .qcow2, or a raw one by any other name. It is never
     /// written.
     #[arg(value_name = "IMAGE", required_unless_present_any = ["kernel", "root"])]
-    image: Option<PathBuf>,
+    pub image: Option<PathBuf>,
     /// Run COMMAND in this root instead of booting it: an image, or a directory, of which a copy is made. hutch's own init
     /// mounts it; it is never written, what COMMAND writes is forgotten.
     #[arg(long, value_name = "IMAGE|DIR", conflicts_with = "image", requires = "command")]
-    root: Option<PathBuf>,
+    pub root: Option<PathBuf>,
     /// Keep the root disk in FILE, a volume on IMAGE; made when it is not there yet. Without this, what the guest writes
     /// is forgotten at the end.
     #[arg(long, value_name = "FILE", requires = "image")]
-    root_volume: Option<PathBuf>,
+    pub root_volume: Option<PathBuf>,
     /// The kernel: a bzImage, such as /boot/vmlinuz of a distribution, or an ELF file with a PVH entry (vmlinux). Without it,
     /// what IMAGE's boot loader would load.
     #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
+    pub kernel: Option<PathBuf>,
     /// The initrd.
     #[arg(long, value_name = "FILE", requires = "kernel")]
-    initrd: Option<PathBuf>,
+    pub initrd: Option<PathBuf>,
     /// One more disk: a .qcow2 volume, or anything else as raw; `:ro` is only read, `:ephemeral` forgets what is written.
     #[arg(long = "disk", value_name = "FILE[:ro|:ephemeral]")]
-    disks: Vec<DiskArg>,
+    pub disks: Vec<DiskArg>,
     /// More words for the kernel's command line; the serial console is always there.
     #[arg(long, value_name = "TEXT", default_value = "")]
-    append: String,
+    pub append: String,
     /// An instance type, such as t3.micro, for CPUs and memory.
     #[arg(long = "type", value_name = "TYPE", conflicts_with_all = ["cpus", "memory"])]
     instance_type: Option<String>,
@@ -110,7 +104,7 @@ pub struct Args {
     netns: Option<String>,
     /// A public SSH key (FILE.pub) that may log in; by default hutch's own, which `hutch ssh` uses.
     #[arg(long, value_name = "FILE", requires = "image")]
-    key: Option<PathBuf>,
+    pub key: Option<PathBuf>,
     /// User data, for cloud-init: a script or a #cloud-config, of 16 KiB at most. The guest asks for them at
     /// 169.254.169.254, as on EC2.
     #[arg(long, value_name = "FILE")]
@@ -121,7 +115,7 @@ pub struct Args {
     /// Lead what is typed here to the machine's console, and to COMMAND if there is one. On a terminal, Ctrl-] ends the
     /// machine.
     #[arg(long, conflicts_with = "quiet")]
-    console: bool,
+    pub console: bool,
     /// End the machine after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -137,7 +131,7 @@ pub struct Args {
     /// A command that hutch's own init runs in the guest, in the --root or in an initrd that has this init; its exit status
     /// becomes hutch's.
     #[arg(last = true, value_name = "COMMAND")]
-    command: Vec<String>,
+    pub command: Vec<String>,
 }
 
 /// Runs the machine to its end, and anew when it reboots.
@@ -358,114 +352,6 @@ fn name_servers() -> Vec<Ipv4Addr> {
     servers.filter(|ip: &Ipv4Addr| !ip.is_loopback()).take(3).collect()
 }
 
-/// The machine's disks, open from the first start to the last: the image's first, then the others as they were named.
-struct Disks(Vec<(Vec<Layer>, bool)>);
-
-impl Disks {
-    fn open(args: &Args) -> anyhow::Result<Disks> {
-        let mut disks = Vec::new();
-        if let Some(root) = &args.root {
-            disks.push((root::layers(root)?, true));
-        }
-        if let Some(image) = &args.image {
-            disks.push((disks::root_layers(&image::disk(image)?, args.root_volume.as_deref())?, false));
-        }
-        for arg in &args.disks {
-            disks.push((disks::layers(arg)?, arg.read_only()));
-        }
-        Ok(Disks(disks))
-    }
-
-    fn has_own_kernel(&self, args: &Args) -> bool {
-        args.kernel.is_none()
-    }
-
-    /// What the machine boots: what was named, else what the image's boot loader would load now.
-    fn boot(&self, args: &Args, inherit: &mut Inherit) -> anyhow::Result<BootConfig> {
-        let (kernel, mut initrd, own) = match &args.kernel {
-            Some(kernel) => {
-                let initrd = args.initrd.as_deref().map(|path| vmm::open(path, "initrd")).transpose()?;
-                (inherit.open(kernel, "kernel")?, initrd, String::new())
-            }
-            None => {
-                let files = self.own_boot_files(args)?;
-                let initrd = (!files.initrd.is_empty()).then(|| vmm::in_memory(&mut &files.initrd[..]));
-                (inherit.bytes(&files.kernel)?, initrd.transpose()?, files.entry.cmdline)
-            }
-        };
-        let line = if args.root.is_some() {
-            initrd = Some(root::initrd(initrd)?);
-            let start =
-                hutch_imagestore::boot::root(&self.first()?, &own)?.context("the root is an empty disk")?;
-            format!(
-                "console=ttyS0 panic=1 rdinit={} hutch.root=/dev/vda hutch.start={}",
-                root::INIT,
-                start / hutch_blockdev::disk::SECTOR
-            )
-        } else if args.kernel.is_some() {
-            "console=ttyS0 panic=1".into()
-        } else {
-            let own = hutch_imagestore::boot::with_serial_console(&own);
-            format!("{own} hutch.key={}", BASE64.encode(ssh::public_key(args.key.as_deref())?))
-        };
-        Ok(BootConfig {
-            kernel,
-            initrd: initrd.map(|file| inherit.give(file.into())).transpose()?,
-            cmdline: cmdline(args, &line)?,
-        })
-    }
-
-    /// What the boot loader of the first disk would load now.
-    fn own_boot_files(&self, args: &Args) -> anyhow::Result<BootFiles> {
-        let image = args.image.as_ref().or(args.root.as_ref());
-        let image = image.context("nothing to boot: name an IMAGE or a --kernel")?;
-        if image.is_dir() {
-            bail!("the directory {} has no boot loader: name a --kernel, and its --initrd", image.display());
-        }
-        let what = || format!("cannot boot the image {}", image.display());
-        hutch_imagestore::boot::read(&self.first().with_context(what)?).with_context(what)
-    }
-
-    /// The first disk, to be read here and now.
-    fn first(&self) -> anyhow::Result<Arc<dyn Disk>> {
-        let (layers, _) = self.0.first().context("the machine has no disk")?;
-        disks::open(layers)
-    }
-
-    fn give(&self, inherit: &mut Inherit) -> anyhow::Result<Vec<DiskConfig>> {
-        let give = |(index, (layers, read_only)): (usize, &(Vec<Layer>, bool))| {
-            disks::give(layers, format!("vol{index:017x}"), *read_only, inherit)
-        };
-        self.0.iter().enumerate().map(give).collect()
-    }
-}
-
-fn cmdline(args: &Args, first: &str) -> anyhow::Result<String> {
-    let mut words = vec![first.trim().to_owned(), args.append.trim().to_owned()];
-    if !args.command.is_empty() {
-        words.push("quiet".into());
-        if args.console {
-            words.push("hutch.console=ttyS0".into());
-        }
-        words.push(format!("hutch.cmd={}", hex(&args.command)));
-    }
-    words.retain(|w| !w.is_empty());
-    let line = words.join(" ");
-    if line.len() > hutch_vmm::plan::CMDLINE_MAX {
-        bail!(
-            "the kernel's command line is {} bytes long, {} at most; shorten --append or the command",
-            line.len(),
-            hutch_vmm::plan::CMDLINE_MAX
-        );
-    }
-    Ok(line)
-}
-
-/// The arguments as hutch's init reads them: hexadecimal, a NUL after each.
-fn hex(command: &[String]) -> String {
-    command.iter().flat_map(|word| word.bytes().chain([0])).map(|b| format!("{b:02x}")).collect()
-}
-
 /// Prints the console until it ends and returns its last lines.
 fn follow(mut console: File, quiet: bool) -> String {
     let mut last = VecDeque::from([Vec::new()]);
@@ -489,14 +375,4 @@ fn follow(mut console: File, quiet: bool) -> String {
     }
     let lines: Vec<_> = last.iter().map(|l| String::from_utf8_lossy(l).trim_end().to_owned()).collect();
     lines.join("\n")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn commands_are_encoded_as_init_reads_them() {
-        assert_eq!(hex(&["ls".into(), "-l bé".into()]), "6c73002d6c2062c3a900");
-    }
 }

@@ -1,16 +1,16 @@
 //! The program people type: `hutch`.
 //!
 //! ```text
-//!   hutch boot     boot.rs     one machine in the foreground, without any daemon
-//!   hutch control  control.rs  power button, status, console of a running machine
-//!   hutch image    image.rs    templates: build, import, ls, rm, inspect
-//!   hutch ssh      ssh.rs      log in, with hutch's own key
-//!   hutch doctor   doctor.rs   what this host can do, and what to do about what it cannot
-//!                  disks.rs    what --disk and IMAGE name: layers of files
-//!                  metadata.rs  what a machine is told at 169.254.169.254
-//!                  netns.rs    network namespaces
+//!   hutch boot     boot.rs      one machine in the foreground, without any daemon
+//!                  source.rs    what it boots, and its disks (disks.rs: layers of files)
 //!                  root.rs      --root: an image or a directory under hutch's own init
-//!                  vmm.rs      the child process hutch-vmm: descriptors in, report out
+//!                  metadata.rs  what it is told at 169.254.169.254
+//!                  netns.rs     network namespaces
+//!                  vmm.rs       the child process hutch-vmm: descriptors in, report out
+//!   hutch control  control.rs   power button, status, console of a running machine (attach.rs: a terminal on it)
+//!   hutch image    image.rs     templates: build, import, ls, rm, inspect
+//!   hutch ssh      ssh.rs       log in, with hutch's own key
+//!   hutch doctor   doctor.rs    what this host can do, and what to do about what it cannot
 //! ```
 #![forbid(unsafe_code)]
 
@@ -24,6 +24,7 @@ mod metadata;
 mod netns;
 mod output;
 mod root;
+mod source;
 mod ssh;
 mod vmm;
 
