@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Subcommand, ValueEnum};
-use hutch_imagestore::import::{Limits, Request, import};
+use hutch_imagestore::import::{Limits, Request, import, open};
 use hutch_imagestore::store::{Architecture, Format, Image, Store};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -179,7 +179,8 @@ fn import_file(
     if keep && let Ok(image) = store.get(name) {
         return Ok(image);
     }
-    let source = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let what = || format!("cannot import {}", path.display());
+    let source = open(path).with_context(what)?;
     let request = Request {
         name: name.to_owned(),
         format,
@@ -189,7 +190,7 @@ fn import_file(
     let worker = Command::new(std::env::current_exe()?.with_file_name("hutch-import-worker"));
     let mut progress = Progress::new(name);
     let image = import(store, &source, &request, worker, &mut |done, total| progress.show(done, total));
-    let image = image.with_context(|| format!("cannot import {}", path.display()))?;
+    let image = image.with_context(what)?;
     progress.end();
     Ok(image)
 }

@@ -10,11 +10,12 @@
 //! The worker is a program, so that nothing of the caller's memory is in it: its three descriptors are all it has.
 //! The checksum is of the source's bytes and taken by the caller, beside the worker: it cannot be lied to.
 
-use std::fs::File;
+use std::fs::{self, File, FileType};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -28,7 +29,7 @@ use nix::unistd::{Gid, Uid, geteuid, setgid, setgroups, setuid};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::store::{Architecture, Format, Image, Origin, Store, StoreError};
+use crate::store::{Architecture, Format, Image, Origin, Pending, Store, StoreError};
 
 /// How much is read at once, in bytes.
 const CHUNK: usize = 1 << 20;
@@ -92,12 +93,18 @@ pub enum ImportError {
     /// The store's own reasons.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The source could not be opened.
+    #[error("it cannot be opened; check its name, and who may read it")]
+    Open(#[source] io::Error),
     /// The source is no image that can be imported.
     #[error("the image is refused: {0}")]
     Refused(String),
     /// The host could not read the source.
     #[error("cannot read the image: {0}; check the disk or network that it is on")]
     Unreadable(String),
+    /// The store's file system is full, or its owner's share of it is.
+    #[error("there is no room for it in {0}; make room there, or keep images elsewhere")]
+    Full(PathBuf),
     /// The worker was killed, by the kernel or by hand.
     #[error(
         "the import's worker was killed: the host is out of memory (see its kernel's log), somebody ended it, or it \
@@ -147,6 +154,8 @@ enum Report {
     Unreadable(String),
     /// More than one of the limits.
     Limit(String),
+    /// There is no room for the disk.
+    Full,
     /// The host failed.
     Failed(String),
 }
@@ -156,6 +165,16 @@ enum Report {
 struct Task {
     format: Format,
     limits: Limits,
+}
+
+/// Opens a source for [`import`]. What is neither a file nor a block device is not even opened: a pipe would be waited
+/// for, and some devices act when they are.
+///
+/// # Errors
+/// [`ImportError::Open`], [`ImportError::Refused`].
+pub fn open(path: &Path) -> Result<File, ImportError> {
+    check_kind(fs::metadata(path).map_err(ImportError::Open)?.file_type())?;
+    File::open(path).map_err(ImportError::Open)
 }
 
 /// Imports `source` into `store`. `worker` is the program (`hutch-import-worker`, or one with [`worker`] behind a
@@ -196,7 +215,7 @@ pub fn import(
     let stop = AtomicBool::new(false);
     let (total, sha256) = std::thread::scope(|scope| {
         let sum = scope.spawn(|| checksum(source, len, &stop));
-        let total = watch(child, pending.disk(), &request.limits, progress);
+        let total = watch(child, &pending, &request.limits, progress);
         // Nobody waits for the checksum of what is not imported.
         stop.store(total.is_err(), Ordering::Relaxed);
         let sum = sum.join().unwrap_or_else(|_| Err(io::Error::other("the checksum's thread ended")));
@@ -235,14 +254,22 @@ fn detect(source: &File) -> Result<Format, ImportError> {
     }
 }
 
-/// The source's size in bytes. What has no size, and may have no end, is refused.
-fn source_len(mut source: &File) -> Result<u64, ImportError> {
-    let kind = source.metadata().map_err(io_error("look at the image"))?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(ImportError::Refused(
-            "it is neither a file nor a block device; save it to a file".to_owned(),
-        ));
+/// Refuses what has no size, and may have no end.
+fn check_kind(kind: FileType) -> Result<(), ImportError> {
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(());
     }
+    let why = if kind.is_dir() {
+        "it is a directory; name the image file in it"
+    } else {
+        "it is neither a file nor a block device; save it to a file"
+    };
+    Err(ImportError::Refused(why.to_owned()))
+}
+
+/// The source's size in bytes.
+fn source_len(mut source: &File) -> Result<u64, ImportError> {
+    check_kind(source.metadata().map_err(io_error("look at the image"))?.file_type())?;
     // A block device's metadata has no size. All reads say where: the file's position serves nobody.
     source.seek(SeekFrom::End(0)).map_err(io_error("measure the image"))
 }
@@ -277,7 +304,7 @@ impl Drop for Running {
 /// this from ending with the limits.
 fn watch(
     mut child: Running,
-    disk: &File,
+    pending: &Pending,
     limits: &Limits,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<u64, ImportError> {
@@ -285,7 +312,7 @@ fn watch(
     let mut pipe = child.0.stderr.take();
     let mut heard = Heard::default();
     let status = loop {
-        check(disk, limits, deadline)?;
+        check(pending.disk(), limits, deadline)?;
         let Some(open) = &mut pipe else {
             // It has closed its ear, which does not mean that it has ended.
             match child.0.try_wait().map_err(io_error("wait for its worker"))? {
@@ -303,8 +330,8 @@ fn watch(
             pipe = None;
         }
     };
-    check(disk, limits, deadline)?;
-    verdict(status, heard, limits)
+    check(pending.disk(), limits, deadline)?;
+    verdict(status, heard, limits, pending.directory())
 }
 
 /// The limits that hold even if the worker keeps none.
@@ -361,7 +388,7 @@ impl Heard {
 }
 
 /// What to make of how the worker ended and what it said of it.
-fn verdict(status: ExitStatus, heard: Heard, limits: &Limits) -> Result<u64, ImportError> {
+fn verdict(status: ExitStatus, heard: Heard, limits: &Limits, store: &Path) -> Result<u64, ImportError> {
     let killed = |signal: Signal| status.signal() == Some(signal as i32);
     // Rust's words where an allocation fails.
     let no_memory = killed(Signal::SIGABRT) && heard.words.contains("memory allocation of ");
@@ -378,6 +405,7 @@ fn verdict(status: ExitStatus, heard: Heard, limits: &Limits) -> Result<u64, Imp
         Some(Report::Refused(why)) => Err(ImportError::Refused(why)),
         Some(Report::Unreadable(why)) => Err(ImportError::Unreadable(why)),
         Some(Report::Limit(what)) => Err(ImportError::Limit(what)),
+        Some(Report::Full) => Err(ImportError::Full(store.to_owned())),
         Some(Report::Failed(why)) => Err(io_error("write the disk")(io::Error::other(why))),
         _ => Err(ImportError::Worker { status, words: heard.words }),
     }
@@ -402,6 +430,13 @@ fn say(report: &Report) {
 
 fn failed(error: impl std::fmt::Display) -> Report {
     Report::Failed(error.to_string())
+}
+
+fn unwritten(error: io::Error) -> Report {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Report::Full,
+        _ => failed(error),
+    }
 }
 
 fn work(task: &str) -> Result<Report, Report> {
@@ -432,13 +467,13 @@ fn work(task: &str) -> Result<Report, Report> {
     if total > limits.virtual_bytes {
         return Err(Report::Limit(format!("{} bytes of disk: it has {total}", limits.virtual_bytes)));
     }
-    target.set_len(total).map_err(failed)?;
+    target.set_len(total).map_err(unwritten)?;
     let (mut buffer, mut at, mut data) = (vec![0; CHUNK], 0, 0_u64);
     while at < total {
         let count = usize::try_from(total - at).unwrap_or(CHUNK).min(CHUNK);
         let chunk = buffer.get_mut(..count).ok_or_else(|| failed("chunk"))?;
         disk.read_at(at, chunk).map_err(refused)?;
-        data += write_data(&target, at, chunk).map_err(failed)?;
+        data += write_data(&target, at, chunk).map_err(unwritten)?;
         if data > limits.data_bytes {
             return Err(Report::Limit(format!("{} bytes of data", limits.data_bytes)));
         }
@@ -447,7 +482,7 @@ fn work(task: &str) -> Result<Report, Report> {
             say(&Report::Progress { done: at, total });
         }
     }
-    target.sync_all().map_err(failed)?;
+    target.sync_all().map_err(unwritten)?;
     Ok(Report::Done { total })
 }
 

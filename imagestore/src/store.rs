@@ -269,8 +269,12 @@ impl Store {
         for name in self.names()? {
             let directory = self.root.join(&name);
             if name.starts_with(NEW) {
-                let alive = File::open(directory.join(DISK)).is_ok_and(|disk| disk.try_lock().is_err());
-                if alive {
+                // One that cannot be looked at may be alive.
+                let dead = match File::open(directory.join(DISK)) {
+                    Ok(disk) => disk.try_lock().is_ok(),
+                    Err(error) => error.kind() == io::ErrorKind::NotFound,
+                };
+                if !dead {
                     continue;
                 }
             } else if !name.starts_with(GONE) {
@@ -325,6 +329,11 @@ impl Pending {
     /// The disk to be filled: raw. Its length becomes the virtual size.
     pub fn disk(&self) -> &File {
         &self.disk
+    }
+
+    /// The store's directory.
+    pub fn directory(&self) -> &Path {
+        &self.store.root
     }
 
     /// Makes it an image: durable, unwritable, and there for everybody, all by one rename.
@@ -391,10 +400,16 @@ fn sync(directory: &Path) -> Result<(), StoreError> {
     File::open(directory).and_then(|file| file.sync_all()).map_err(io_error("write", directory))
 }
 
-/// Deletes a directory of ours, unwritable as it may be.
+/// Deletes a directory of ours, unwritable as it may be; without a descriptor, since there may be none left.
 fn delete(directory: &Path) -> Result<(), StoreError> {
     fs::set_permissions(directory, Permissions::from_mode(0o700))
-        .and_then(|()| fs::remove_dir_all(directory))
+        .and_then(|()| {
+            for file in [DISK, RECORD] {
+                // What stays is in the way of the next step, which says so.
+                let _ = fs::remove_file(directory.join(file));
+            }
+            fs::remove_dir(directory).or_else(|_| fs::remove_dir_all(directory))
+        })
         .map_err(io_error("remove", directory))
 }
 
