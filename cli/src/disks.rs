@@ -1,7 +1,7 @@
 //! What `--disk` and `IMAGE` name: files and their formats, opened for the machine.
 
 use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -73,11 +73,13 @@ impl Layer {
 /// Opens a file of a disk, which no other machine may be writing.
 pub fn layer(path: &Path, write: bool) -> anyhow::Result<Layer> {
     let what = || format!("the disk {}", path.display());
+    // A pipe would be waited for.
+    let kind = std::fs::metadata(path).with_context(|| format!("cannot open {}", what()))?.file_type();
+    if !(kind.is_file() || kind.is_block_device()) {
+        bail!("{} is no image file and no block device; name one", what());
+    }
     let file = File::options().read(true).write(write).open(path);
     let file = file.with_context(|| format!("cannot open {}", what()))?;
-    if file.metadata()?.is_dir() {
-        bail!("{} is a directory; name an image file or a block device", what());
-    }
     lock(&file, !write).with_context(what)?;
     Ok(Layer { file, format: format_of(path) })
 }

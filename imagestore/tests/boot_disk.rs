@@ -279,6 +279,10 @@ fn what_is_missing_is_named() {
     assert!(matches!(boot::read(&disk(vec![0; 4096])), Err(ReadError::NoConfig(0))));
     assert!(matches!(boot::read(&disk(Vec::new())), Err(ReadError::NoConfig(0))));
 
+    let mut xfs = vec![0; 1 << 20];
+    xfs[..4].copy_from_slice(b"XFSB");
+    assert!(matches!(boot::read(&disk(xfs)), Err(ReadError::Unread("XFS"))));
+
     let read = |files: &[(&str, &[u8])]| boot::read(&disk(ext4(OTHER, 8 * MIB, files)));
     assert!(matches!(read(&[("etc/os", b"")]), Err(ReadError::NoConfig(1))));
     match read(&[("boot/grub/grub.cfg", grub_cfg().as_bytes())]) {

@@ -7,7 +7,8 @@ use hutch_tests::{host, hutch_path, micro, root, text};
 const CASES: &[(&str, &str, &str)] = &[
     ("an image that is not there", "$HUTCH boot $D/none.qcow2", "cannot open the disk"),
     ("a name that nothing has", "HUTCH_STATE=$D $HUTCH boot nothing", "there is no image nothing"),
-    ("a directory as an image", "$HUTCH boot $D/", "is a directory; name an image file"),
+    ("a directory as an image", "$HUTCH boot $D/", "is no image file and no block device"),
+    ("a pipe as an image", "mkfifo $D/p; $HUTCH boot $D/p", "is no image file and no block device"),
     ("an empty qcow2 file", ": >$D/a.qcow2; $HUTCH boot $D/a.qcow2", "is not a qcow2"),
     ("a header that is cut off", "image; truncate -s 60 $D/a.qcow2; $HUTCH boot $D/a.qcow2", "cut off"),
     ("tables that are cut off", "image; truncate -s 131072 $D/a.qcow2; $HUTCH boot $D/a.qcow2", "cut off"),

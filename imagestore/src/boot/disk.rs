@@ -49,6 +49,12 @@ pub enum ReadError {
          install a boot loader in the guest, or name a kernel"
     )]
     NoConfig(usize),
+    /// There may be a configuration where it cannot be read.
+    #[error(
+        "no boot configuration on an ext4 or FAT file system of the disk, and its {0} is not read: name a kernel and an \
+         initrd, or give the image a /boot of its own with ext4"
+    )]
+    Unread(&'static str),
     /// The configuration was found but not understood.
     #[error("cannot boot by {path}")]
     Config {
@@ -93,12 +99,15 @@ pub enum ReadError {
 /// Those of [`ReadError`]. A file system that cannot be opened is passed over.
 pub fn read(disk: &Arc<dyn Disk>) -> Result<BootFiles, ReadError> {
     let mut volumes = Vec::new();
+    let mut unread = None;
     for slice in partitions(disk)? {
         if let Some(uuid) = probe(&slice)? {
             let fs = Ext4::load(Box::new(slice));
             volumes.extend(fs.map(|fs| Volume { uuid, fs: Fs::Ext4(fs) }));
         } else if let Some(fs) = Fat::probe(&slice)? {
             volumes.push(Volume { uuid: fs.uuid.clone(), fs: Fs::Fat(fs) });
+        } else {
+            unread = unread.or(other(&slice)?);
         }
     }
     for volume in &volumes {
@@ -106,7 +115,25 @@ pub fn read(disk: &Arc<dyn Disk>) -> Result<BootFiles, ReadError> {
             return load(&volumes, volume, entry);
         }
     }
-    Err(ReadError::NoConfig(volumes.len()))
+    Err(unread.map_or(ReadError::NoConfig(volumes.len()), ReadError::Unread))
+}
+
+/// The name of a file system that distributions boot from and nobody here reads, by its magic number.
+fn other(slice: &Slice) -> io::Result<Option<&'static str>> {
+    for (name, at, magic) in [("XFS", 0, &b"XFSB"[..]), ("btrfs", 0x1_0040, b"_BHRfS_M")] {
+        let mut found = [0; 8];
+        let found = &mut found[..magic.len()];
+        match slice.read_exact_at(at, found) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            result => {
+                result?;
+                if found == magic {
+                    return Ok(Some(name));
+                }
+            }
+        }
+    }
+    Ok(None)
 }
 
 fn load(volumes: &[Volume], found_on: &Volume, entry: BootEntry) -> Result<BootFiles, ReadError> {
