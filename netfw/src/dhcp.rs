@@ -3,10 +3,6 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
 use dhcproto::v4::{DhcpOption, Message, MessageType, Opcode};
 use dhcproto::{Encodable, Encoder};
@@ -14,6 +10,7 @@ use ipnet::Ipv4Net;
 use nix::sys::socket::{SockType, setsockopt, sockopt};
 
 use crate::name::{MacAddr, TapName};
+use crate::served::{Served, TICK};
 use crate::tap;
 
 /// Message types of guests that are answered (RFC 2132, 9.6).
@@ -22,8 +19,6 @@ const REQUEST: u8 = 3;
 const INFORM: u8 = 8;
 /// EC2's lease time: an hour.
 const LEASE: u32 = 3600;
-/// How often a server looks whether it is to end.
-const TICK: Duration = Duration::from_millis(200);
 
 /// What a guest is told.
 #[derive(Debug, Clone)]
@@ -143,8 +138,7 @@ impl Request {
 
 /// A server on one tap; dropping it ends it.
 pub struct Server {
-    over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    _served: Served,
 }
 
 impl Server {
@@ -154,21 +148,16 @@ impl Server {
     /// The socket's: no permission, or a port that is taken.
     pub fn start(tap: &TapName, lease: Lease) -> io::Result<Server> {
         let socket = socket(tap)?;
-        let over = Arc::new(AtomicBool::new(false));
-        let ends = over.clone();
-        let serve = move || {
-            let mut packet = [0; 2048];
-            while !ends.load(Ordering::Relaxed) {
-                // An error is a tick without a packet, or a packet that was none.
-                let Ok(len) = socket.recv(&mut packet) else { continue };
-                if let Some(answer) = packet.get(..len).and_then(|packet| lease.answer(packet)) {
-                    // The guest has no address yet: all are told, and it is alone on its link. It asks again if this is lost.
-                    let _ = socket.send_to(&answer, SocketAddrV4::new(Ipv4Addr::BROADCAST, 68));
-                }
+        let mut packet = [0; 2048];
+        let turn = move || {
+            // An error is a tick without a packet, or a packet that was none.
+            let Ok(len) = socket.recv(&mut packet) else { return };
+            if let Some(answer) = packet.get(..len).and_then(|packet| lease.answer(packet)) {
+                // The guest has no address yet: all are told, and it is alone on its link. It asks again if this is lost.
+                let _ = socket.send_to(&answer, SocketAddrV4::new(Ipv4Addr::BROADCAST, 68));
             }
         };
-        let thread = std::thread::Builder::new().name(format!("dhcp {tap}")).spawn(serve)?;
-        Ok(Server { over, thread: Some(thread) })
+        Ok(Server { _served: Served::start(format!("dhcp {tap}"), turn)? })
     }
 }
 
@@ -179,15 +168,6 @@ fn socket(tap: &TapName) -> io::Result<UdpSocket> {
     let socket = UdpSocket::from(fd);
     socket.set_read_timeout(Some(TICK))?;
     Ok(socket)
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.over.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ pub mod guest;
 pub mod name;
 pub mod nft;
 pub mod ra;
+mod served;
 pub mod tap;
 
 pub use guest::{GATEWAY, GuestNet, NetError, SUBNET, repair};

@@ -6,15 +6,12 @@
 
 use std::io::{self, Read};
 use std::net::{Ipv6Addr, SocketAddrV6};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
 use ipnet::Ipv6Net;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::name::{MacAddr, TapName};
+use crate::served::{Served, TICK};
 
 /// The router's address on every tap.
 pub const ROUTER: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
@@ -23,8 +20,6 @@ const SOLICITATION: u8 = 133;
 const ADVERTISEMENT: u8 = 134;
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 const ALL_ROUTERS: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 2);
-/// How often a server looks whether it is to end.
-const TICK: Duration = Duration::from_millis(200);
 
 /// The address that a guest with this MAC gives itself in `prefix`, of 64 bits (RFC 4291, appendix A).
 pub fn address(prefix: Ipv6Net, mac: MacAddr) -> Ipv6Addr {
@@ -51,8 +46,7 @@ fn advertisement(prefix: Ipv6Net, mtu: u16) -> Vec<u8> {
 
 /// A router on one tap; dropping it ends it.
 pub struct Router {
-    over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    _served: Served,
 }
 
 impl Router {
@@ -68,33 +62,19 @@ impl Router {
         // Others are not believed (6.1.2).
         socket.set_multicast_hops_v6(255)?;
         socket.set_read_timeout(Some(TICK))?;
-        let over = Arc::new(AtomicBool::new(false));
-        let ends = over.clone();
         let packet = advertisement(prefix, mtu);
-        let serve = move || {
-            let to = SocketAddrV6::new(ALL_NODES, 0, 0, index).into();
-            let mut asked = [0; 256];
-            while !ends.load(Ordering::Relaxed) {
-                // An error is a tick without a packet. That it comes from the link itself (hop limit 255), the firewall
-                // has checked.
-                let Ok(len) = socket.read(&mut asked) else { continue };
-                if len >= 8 && asked.first() == Some(&SOLICITATION) {
-                    // The guest is alone on its link, and asks again if this is lost.
-                    let _ = socket.send_to(&packet, &to);
-                }
+        let to = SocketAddrV6::new(ALL_NODES, 0, 0, index).into();
+        let mut asked = [0; 256];
+        let turn = move || {
+            // An error is a tick without a packet. That it comes from the link itself (hop limit 255), the firewall has
+            // checked.
+            let Ok(len) = socket.read(&mut asked) else { return };
+            if len >= 8 && asked.first() == Some(&SOLICITATION) {
+                // The guest is alone on its link, and asks again if this is lost.
+                let _ = socket.send_to(&packet, &to);
             }
         };
-        let thread = std::thread::Builder::new().name(format!("ra {tap}")).spawn(serve)?;
-        Ok(Router { over, thread: Some(thread) })
-    }
-}
-
-impl Drop for Router {
-    fn drop(&mut self) {
-        self.over.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        Ok(Router { _served: Served::start(format!("ra {tap}"), turn)? })
     }
 }
 
