@@ -1,7 +1,7 @@
 //! The program people type: `hutch`.
 //!
 //! ```text
-//!   hutch boot     boot.rs      one machine in the foreground, without any daemon
+//!   hutch boot     boot.rs      one machine in the foreground, without any daemon (args.rs: what it may be told)
 //!                  source.rs    what it boots, and its disks (disks.rs: layers of files)
 //!                  root.rs      --root: an image or a directory under hutch's own init
 //!                  metadata.rs  what it is told at 169.254.169.254
@@ -14,6 +14,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod args;
 mod attach;
 mod boot;
 mod control;
@@ -44,7 +45,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run one machine in the foreground.
-    Boot(Box<boot::Args>),
+    Boot(Box<args::Args>),
     /// Build, import, list, remove and inspect images.
     Image(image::Args),
     /// Ask a running machine, or tell it something, by its control socket.

@@ -9,7 +9,7 @@ use hutch_blockdev::Disk;
 use hutch_imagestore::boot::BootFiles;
 use hutch_vmm::config::{BootConfig, DiskConfig};
 
-use crate::boot::Args;
+use crate::args::Args;
 use crate::disks::{self, Layer};
 use crate::vmm::{self, Inherit};
 use crate::{image, root, ssh};

@@ -12,7 +12,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::path::{Path, PathBuf};
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::Ipv4Net;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{Backlog, SockType, listen};
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::dhcp::{Lease, Server};
 use crate::name::{MacAddr, TAP_PREFIX, TapName, Uplink};
 use crate::nft::{self, Guest, NftError, Ruleset};
-use crate::ra::{self, Router};
+use crate::ra::{self, GATEWAY6, PREFIX6, Router};
 use crate::tap::{self, Ends, TapError};
 
 /// The default VPC's first subnet.
@@ -30,13 +30,6 @@ pub const SUBNET: Ipv4Net = match Ipv4Net::new(Ipv4Addr::new(172, 31, 0, 0), 20)
 };
 /// The gateway of every guest: the subnet's first address, as in EC2.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 1);
-/// The prefix of guests' own IPv6 addresses: unique local (RFC 4193), since none leaves the host.
-pub const PREFIX6: Ipv6Net = match Ipv6Net::new(Ipv6Addr::new(0xfd68, 0x7574, 0x6368, 0, 0, 0, 0, 0), 64) {
-    Ok(net) => net,
-    Err(_) => panic!("a prefix of 64 bits is one"),
-};
-/// The host's own address in it.
-pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd68, 0x7574, 0x6368, 0, 0, 0, 0, 1);
 /// Addresses that EC2 keeps for itself at the start of a subnet.
 const RESERVED: u32 = 4;
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";

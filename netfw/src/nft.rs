@@ -15,8 +15,8 @@ use std::process::{Command, Stdio};
 
 use ipnet::Ipv4Net;
 
-use crate::guest::GATEWAY6;
 use crate::name::{MacAddr, TapName, Uplink};
+use crate::ra::GATEWAY6;
 
 /// The name of our tables.
 pub const TABLE: &str = "hutch";

@@ -15,6 +15,13 @@ use crate::served::{Served, TICK};
 
 /// The router's address on every tap.
 pub const ROUTER: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+/// The prefix of guests' own IPv6 addresses: unique local (RFC 4193), since none leaves the host.
+pub const PREFIX6: Ipv6Net = match Ipv6Net::new(Ipv6Addr::new(0xfd68, 0x7574, 0x6368, 0, 0, 0, 0, 0), 64) {
+    Ok(net) => net,
+    Err(_) => panic!("a prefix of 64 bits is one"),
+};
+/// The host's own address in it.
+pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd68, 0x7574, 0x6368, 0, 0, 0, 0, 1);
 /// ICMPv6 types (RFC 4861, 4.1 and 4.2).
 const SOLICITATION: u8 = 133;
 const ADVERTISEMENT: u8 = 134;
