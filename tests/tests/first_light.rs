@@ -80,15 +80,16 @@ fn a_command_runs_in_a_directory_and_writes_nothing_there() {
 fn what_is_typed_reaches_the_command() {
     let script = format!(
         r#"D=$(mktemp -d); trap 'rm -rf $D' EXIT; mkfifo $D/keys; exec 3<>$D/keys
-        {} boot --timeout 100 --kernel {1}/vmlinuz --initrd {1}/initrd --console -- /bin/sh <$D/keys >$D/shown 2>&1 &
-        for i in $(seq 100); do grep -q '# $' $D/shown && break; sleep 0.3; done
-        echo 'echo "$((6 * 7)) on $(tty)"; exit 5' >&3
-        wait $!; echo "ended: $?"; cat $D/shown; ls -A ${{TMPDIR:-/tmp}} | grep hutch-i-"#,
+        {0} boot --timeout 150 --control $D/c --kernel {1}/vmlinuz --initrd {1}/initrd --console -- /bin/sh <$D/keys >$D/shown 2>&1 &
+        shows() {{ for i in $(seq 200); do grep -q "$1" $D/shown && break; sleep 0.3; done; }}
+        shows '# $'; echo 'echo "$((6 * 7)) on $(tty)"' >&3; shows '42 on'
+        (echo 'echo "attached $((7 * 8))"; exit 5'; sleep 8) | timeout 60 {0} control $D/c console --attach >$D/seen
+        wait %1; echo "ended: $?"; cat $D/shown; echo "attached saw: $(grep '^attached' $D/seen)"; ls -A ${{TMPDIR:-/tmp}} | grep hutch-i-"#,
         hutch_path(),
         micro().display()
     );
     let said = text(&host("bash", &["-c", &script]));
-    for words in ["42 on /dev/ttyS0", "ended: 5"] {
+    for words in ["42 on /dev/ttyS0", "attached saw: attached 56", "ended: 5"] {
         assert!(said.contains(words), "{words} is missing: {said}");
     }
     assert!(!said.contains("hutch-i-"), "its socket is left: {said}");
