@@ -81,10 +81,11 @@ fn what_is_typed_reaches_the_command() {
     let script = format!(
         r#"D=$(mktemp -d); trap 'rm -rf $D' EXIT; mkfifo $D/keys; exec 3<>$D/keys
         {0} boot --timeout 150 --control $D/c --kernel {1}/vmlinuz --initrd {1}/initrd --console -- /bin/sh <$D/keys >$D/shown 2>&1 &
+        vm=$!
         shows() {{ for i in $(seq 200); do grep -q "$1" $D/shown && break; sleep 0.3; done; }}
         shows '# $'; echo 'echo "$((6 * 7)) on $(tty)"' >&3; shows '42 on'
         (echo 'echo "attached $((7 * 8))"; exit 5'; sleep 8) | timeout 60 {0} control $D/c console --attach >$D/seen
-        wait %1; echo "ended: $?"; cat $D/shown; echo "attached saw: $(grep '^attached' $D/seen)"; ls -A ${{TMPDIR:-/tmp}} | grep hutch-i-"#,
+        wait $vm; echo "ended: $?"; cat $D/shown; echo "attached saw: $(grep '^attached' $D/seen)"; ls -A ${{TMPDIR:-/tmp}} | grep hutch-i-"#,
         hutch_path(),
         micro().display()
     );
