@@ -3,8 +3,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
 use libc::iovec;
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 
 use crate::{DiskError, DiskErrorKind, Result};
@@ -174,15 +176,26 @@ impl Store for File {
 /// that it is gone with the last descriptor, however the process ends).
 ///
 /// # Errors
-/// `Busy` when another machine has it.
+/// `Busy` when another machine has it, and still has it a fifth of a second later.
 pub fn lock(file: &File, read_only: bool) -> Result<()> {
     // SAFETY: all zeros is a valid flock.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = if read_only { libc::F_RDLCK } else { libc::F_WRLCK } as libc::c_short;
     lock.l_whence = libc::SEEK_SET as libc::c_short;
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
+    // A child that was being forked when its owner let the disk go has it until it becomes another program.
+    let mut patience = 20;
+    let locked = loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
+            Err(Errno::EAGAIN | Errno::EACCES) if patience > 0 => {
+                patience -= 1;
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            locked => break locked,
+        }
+    };
+    match locked {
         Ok(_) => Ok(()),
-        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Err(DiskError {
+        Err(Errno::EAGAIN | Errno::EACCES) => Err(DiskError {
             kind: DiskErrorKind::Busy,
             context: "the disk is in use by another machine; stop that one first, or make a copy".into(),
             source: None,
