@@ -11,8 +11,6 @@ mkdir -p "$HUTCH_CACHE" "$LAB_RUN"
 say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
 die() { printf 'lab: %s\n' "$*" >&2; exit 1; }
 
-# recipe FILE...: a short name for the content of these files.
-recipe() { cat "$@" | sha256sum | cut -c1-16; }
 
 # lab_is_up: whether someone started the lab before; whoever did ends it.
 lab_is_up() { [ -f "$LAB_RUN/pid" ] && kill -0 "$(cat "$LAB_RUN/pid")" 2>/dev/null; }
