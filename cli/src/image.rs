@@ -1,7 +1,7 @@
 //! `hutch image`: the templates that machines are made of.
 
 use std::fs::File;
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::{Subcommand, ValueEnum};
 use hutch_imagestore::import::{Limits, Request, import, open};
-use hutch_imagestore::store::{Architecture, Format, Image, Store};
+use hutch_imagestore::store::{Architecture, Format, Image, Store, StoreError};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::output::{self, Output};
@@ -111,12 +111,12 @@ fn stored(name: &Path) -> anyhow::Result<Image> {
 
 /// Carries the command out.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let store = || Store::open(&args.state).context("run as root, or choose another directory with --state");
+    let store = || open_store(&args.state);
     match &args.command {
         Image_::Build { recipe } => {
             let name = recipe.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default();
             let file = build(&name)?;
-            print_image(&import_file(&store()?, &file, &name, Some(Format::Qcow2), true)?, Output::Text)?;
+            print_image(&import_file(store, &file, &name, Some(Format::Qcow2), true)?, Output::Text)?;
         }
         Image_::Import { file, name, format, keep } => {
             let stem = file.file_stem().map(|s| s.to_string_lossy().into_owned());
@@ -125,7 +125,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
                 FormatArg::Raw => Format::Raw,
                 FormatArg::Qcow2 => Format::Qcow2,
             });
-            print_image(&import_file(&store()?, file, &name, format, *keep)?, Output::Text)?;
+            print_image(&import_file(store, file, &name, format, *keep)?, Output::Text)?;
         }
         Image_::Ls { output } => {
             let images = store()?.list()?;
@@ -169,18 +169,37 @@ fn build(name: &str) -> anyhow::Result<PathBuf> {
     Ok(String::from_utf8_lossy(&made.stdout).trim().into())
 }
 
+/// Opens the store in `state`, or says what to do.
+fn open_store(state: &Path) -> anyhow::Result<Store> {
+    Store::open(state).map_err(|error| {
+        let kind = if let StoreError::Io { source, .. } = &error { Some(source.kind()) } else { None };
+        let error = anyhow::Error::from(error);
+        match kind {
+            Some(ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
+                error.context("run as root, or choose another directory with --state")
+            }
+            Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+                error.context("make room, or choose another directory with --state")
+            }
+            _ => error,
+        }
+    })
+}
+
 fn import_file(
-    store: &Store,
+    store: impl FnOnce() -> anyhow::Result<Store>,
     path: &Path,
     name: &str,
     format: Option<Format>,
     keep: bool,
 ) -> anyhow::Result<Image> {
+    let what = || format!("cannot import {}", path.display());
+    // Before the store, which is made by being opened: for what cannot be imported, none is.
+    let source = open(path).with_context(what)?;
+    let store = store()?;
     if keep && let Ok(image) = store.get(name) {
         return Ok(image);
     }
-    let what = || format!("cannot import {}", path.display());
-    let source = open(path).with_context(what)?;
     let request = Request {
         name: name.to_owned(),
         format,
@@ -189,7 +208,7 @@ fn import_file(
     };
     let worker = Command::new(std::env::current_exe()?.with_file_name("hutch-import-worker"));
     let mut progress = Progress::new(name);
-    let image = import(store, &source, &request, worker, &mut |done, total| progress.show(done, total));
+    let image = import(&store, &source, &request, worker, &mut |done, total| progress.show(done, total));
     let image = image.with_context(what)?;
     progress.end();
     Ok(image)

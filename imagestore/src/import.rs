@@ -13,7 +13,7 @@
 use std::fs::{self, File, FileType};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use hutch_blockdev::{DiskErrorKind, Format as DiskFormat, open_layers};
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
@@ -29,7 +30,7 @@ use nix::unistd::{Gid, Uid, geteuid, setgid, setgroups, setuid};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::store::{Architecture, Format, Image, Origin, Pending, Store, StoreError};
+use crate::store::{Architecture, Format, Image, Origin, Store, StoreError};
 
 /// How much is read at once, in bytes.
 const CHUNK: usize = 1 << 20;
@@ -90,9 +91,9 @@ pub struct Request {
 /// Why nothing was imported. Nothing is left of it.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// The store's own reasons.
+    /// The store's own reasons; want of room is [`ImportError::Full`].
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(StoreError),
     /// The source could not be opened.
     #[error("it cannot be opened; check its name, and who may read it")]
     Open(#[source] io::Error),
@@ -136,6 +137,19 @@ pub enum ImportError {
     },
 }
 
+/// Of an error in `store`, whose directory may have run out of room for a disk, its record or their names.
+fn store_error(store: &Store) -> impl Fn(StoreError) -> ImportError + '_ {
+    move |error| match &error {
+        StoreError::Io { source, .. } if is_full(source) => ImportError::Full(store.directory().to_owned()),
+        _ => ImportError::Store(error),
+    }
+}
+
+/// Whether there is no room: on the file system, or in what its user may have of it.
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 fn io_error(what: &'static str) -> impl Fn(io::Error) -> ImportError {
     move |source| ImportError::Io { what, source }
 }
@@ -174,7 +188,8 @@ struct Task {
 /// [`ImportError::Open`], [`ImportError::Refused`].
 pub fn open(path: &Path) -> Result<File, ImportError> {
     check_kind(fs::metadata(path).map_err(ImportError::Open)?.file_type())?;
-    File::open(path).map_err(ImportError::Open)
+    // Should the name be a pipe's by now, this does not wait either; `import` looks again at what it was given.
+    File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path).map_err(ImportError::Open)
 }
 
 /// Imports `source` into `store`. `worker` is the program (`hutch-import-worker`, or one with [`worker`] behind a
@@ -200,7 +215,7 @@ pub fn import(
              `truncate -s %512` pads a copy of it"
         )));
     }
-    let pending = store.begin(&request.name)?;
+    let pending = store.begin(&request.name).map_err(store_error(store))?;
     let clone = |file: &File| file.try_clone().map_err(io_error("hand over the files"));
     let task = serde_json::to_string(&Task { format, limits: request.limits })
         .map_err(|error| io_error("describe the task")(error.into()))?;
@@ -215,7 +230,7 @@ pub fn import(
     let stop = AtomicBool::new(false);
     let (total, sha256) = std::thread::scope(|scope| {
         let sum = scope.spawn(|| checksum(source, len, &stop));
-        let total = watch(child, &pending, &request.limits, progress);
+        let total = watch(child, pending.disk(), store, &request.limits, progress);
         // Nobody waits for the checksum of what is not imported.
         stop.store(total.is_err(), Ordering::Relaxed);
         let sum = sum.join().unwrap_or_else(|_| Err(io::Error::other("the checksum's thread ended")));
@@ -225,7 +240,8 @@ pub fn import(
     if len != total || len == 0 || !len.is_multiple_of(512) || len > request.limits.virtual_bytes {
         return Err(ImportError::Refused(format!("its disk has {len} bytes")));
     }
-    Ok(pending.commit(Origin { format, sha256, architecture: request.architecture })?)
+    let origin = Origin { format, sha256, architecture: request.architecture };
+    pending.commit(origin).map_err(store_error(store))
 }
 
 /// The format by the source's first bytes. Formats that are neither raw nor qcow2 are told apart from raw.
@@ -304,7 +320,8 @@ impl Drop for Running {
 /// this from ending with the limits.
 fn watch(
     mut child: Running,
-    pending: &Pending,
+    disk: &File,
+    store: &Store,
     limits: &Limits,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<u64, ImportError> {
@@ -312,7 +329,7 @@ fn watch(
     let mut pipe = child.0.stderr.take();
     let mut heard = Heard::default();
     let status = loop {
-        check(pending.disk(), limits, deadline)?;
+        check(disk, limits, deadline)?;
         let Some(open) = &mut pipe else {
             // It has closed its ear, which does not mean that it has ended.
             match child.0.try_wait().map_err(io_error("wait for its worker"))? {
@@ -330,8 +347,8 @@ fn watch(
             pipe = None;
         }
     };
-    check(pending.disk(), limits, deadline)?;
-    verdict(status, heard, limits, pending.directory())
+    check(disk, limits, deadline)?;
+    verdict(status, heard, limits, store.directory())
 }
 
 /// The limits that hold even if the worker keeps none.
@@ -433,10 +450,7 @@ fn failed(error: impl std::fmt::Display) -> Report {
 }
 
 fn unwritten(error: io::Error) -> Report {
-    match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Report::Full,
-        _ => failed(error),
-    }
+    if is_full(&error) { Report::Full } else { failed(error) }
 }
 
 fn work(task: &str) -> Result<Report, Report> {

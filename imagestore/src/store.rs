@@ -158,6 +158,11 @@ impl Store {
         Ok(store)
     }
 
+    /// Where the templates are.
+    pub fn directory(&self) -> &Path {
+        &self.root
+    }
+
     /// All images, the oldest first.
     ///
     /// # Errors
@@ -329,11 +334,6 @@ impl Pending {
     /// The disk to be filled: raw. Its length becomes the virtual size.
     pub fn disk(&self) -> &File {
         &self.disk
-    }
-
-    /// The store's directory.
-    pub fn directory(&self) -> &Path {
-        &self.store.root
     }
 
     /// Makes it an image: durable, unwritable, and there for everybody, all by one rename.
