@@ -44,7 +44,7 @@ enum Image_ {
         /// The file's format; checked once, now, when it is not said.
         #[arg(long, value_enum)]
         format: Option<FormatArg>,
-        /// Do nothing where an image of this name was made of the same bytes.
+        /// Do nothing where there is an image of this name.
         #[arg(long)]
         keep: bool,
     },
