@@ -137,7 +137,9 @@ impl Header {
         }
         let unknown = incompatible & !COMPRESSION_TYPE;
         if unknown != 0 {
-            return refuse(format!("the image needs features that are not known here ({unknown:#x})"));
+            return refuse(format!(
+                "the image needs features that are not known here ({unknown:#x}); convert it (qemu-img convert)"
+            ));
         }
         let (order, header_len) = (f.u32(96), f.u32(100));
         if order > 6 {
@@ -178,7 +180,7 @@ impl Header {
         let l1_bytes = u64::from(self.l1_entries) * 8;
         if u64::from(self.l1_entries) < self.size.div_ceil(self.l2_reach()) || l1_bytes > MAX_L1 {
             return refuse(format!(
-                "the image's L1 table of {} entries does not fit a disk of {} bytes",
+                "the image's L1 table of {} entries does not fit a disk of {} bytes; get it again",
                 self.l1_entries, self.size
             ));
         }
@@ -197,7 +199,7 @@ impl Header {
         table("L1 table", self.l1_offset, l1_bytes)?;
         let reftable = u64::from(self.reftable_clusters) * cluster;
         if reftable > MAX_REFTABLE.max(cluster) {
-            return refuse("the image's refcount table is larger than any real one");
+            return refuse("the image's refcount table is larger than any real one; get it again");
         }
         table("refcount table", self.reftable_offset, reftable)
     }
