@@ -27,7 +27,7 @@ const LEASE: &str = r##"ip link set eth0 up; printf "#!/bin/sh\n[ \$1 = bound ] 
 fn a_guest_has_a_lease_a_gateway_and_an_open_port_22() {
     let (code, said) = in_namespace(&format!(
         r#"
-        $BOOT --net tap -- /bin/sh -c '{LEASE}; ping -c1 -W9 172.31.0.1 >/dev/null && echo GATEWAY; ping -c1 -W2 172.31.0.99 >/dev/null || echo ALONE; (echo open | nc -l -p 80 &); for i in $(seq 40); do ip -6 addr show dev eth0 | grep -q "fd68.*mngtmpaddr\|fd68.*dynamic" && break; sleep 0.3; done; ping -6 -c1 -W9 fd68:7574:6368::1 >/dev/null && echo GATEWAY6; echo READY; echo hello | nc -l -p 22; echo six | nc -l -p 22' >$D/guest 2>&1 &
+        $BOOT --net tap -- /bin/sh -c '{LEASE}; ping -c1 -W9 172.31.0.1 >/dev/null && echo GATEWAY; ping -c1 -W2 172.31.0.99 >/dev/null || echo ALONE; (echo open | nc -l -p 80 &); for i in $(seq 40); do ip -6 addr show dev eth0 | grep fd68 | grep -qv tentative && break; sleep 0.3; done; ping -6 -c1 -W9 fd68:7574:6368::1 >/dev/null && echo GATEWAY6; echo READY; echo hello | nc -l -p 22; echo six | nc -l -p 22' >$D/guest 2>&1 &
         for i in $(seq 100); do grep -q READY $D/guest && break; sleep 0.5; done
         timeout 9 bash -c 'exec 3<>/dev/tcp/172.31.0.4/22; cat <&3'
         timeout 9 bash -c 'exec 3<>/dev/tcp/fd68:7574:6368:0:68:acff:fe1f:4/22; cat <&3'
