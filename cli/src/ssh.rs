@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::mkdtemp;
 
 /// Arguments of `hutch ssh`.
 #[derive(clap::Args)]
@@ -36,8 +37,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let until = Instant::now() + Duration::from_secs(args.wait);
     let to = format!("{}@{}", args.user, args.address);
     // It is written by ssh itself as soon as it is logged in, so that no second login has to find that out.
-    let mark = std::env::temp_dir().join(format!("hutch-ssh-{}", std::process::id()));
-    let _ = fs::remove_file(&mark);
+    // In a directory that only we can write: a name that others can guess might be theirs, or lead elsewhere.
+    let room = mkdtemp(&std::env::temp_dir().join("hutch-ssh-XXXXXX"))
+        .context("cannot make a temporary directory")?;
+    let held = Room(room.clone());
+    let mark = room.join("logged-in");
     while Instant::now() < until {
         // What is refused now may be taken later: cloud-init brings the key when sshd is there already.
         if listens(args.address) {
@@ -56,7 +60,18 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.wait > 0 && !listens(args.address) {
         bail!("{} took no connection within {} s; look at its console", args.address, args.wait);
     }
+    // Nothing is dropped once this process is another.
+    drop(held);
     Err(ssh(&identity, "ERROR").arg(&to).args(&args.command).exec()).context(NO_SSH)
+}
+
+/// A directory that goes with what is in it.
+struct Room(PathBuf);
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 const NO_SSH: &str = "cannot run ssh; install the package openssh-client";
