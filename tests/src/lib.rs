@@ -22,6 +22,13 @@ pub fn micro() -> PathBuf {
     dir.into()
 }
 
+/// For scripts: `soon COMMAND…` tries until it succeeds, for five minutes at most. A story never fails because its host
+/// is slow; only what never comes waits that long.
+pub const SOON: &str = r#"soon() { for _ in $(seq 600); do "$@" >/dev/null 2>&1 && return; sleep 0.5; done; echo "never: $*"; return 1; }"#;
+
+/// Seconds after which a guest is ended that should have ended by itself (a string, as `--timeout` takes it).
+pub const ENOUGH: &str = "400";
+
 /// Runs a command where guests can run: here, or in the lab. At most ten minutes.
 pub fn host(program: &str, args: &[&str]) -> Output {
     host_within(600, program, args)
@@ -57,7 +64,7 @@ pub fn hutch(args: &[&str]) -> Output {
 /// Boots `micro` with more options, and a command after `--`.
 pub fn boot_micro(args: &[&str]) -> Output {
     let (kernel, initrd) = (micro().join("vmlinuz"), micro().join("initrd"));
-    let mut all = vec!["boot", "--timeout", "150", "--kernel", kernel.to_str().expect("UTF-8")];
+    let mut all = vec!["boot", "--timeout", ENOUGH, "--kernel", kernel.to_str().expect("UTF-8")];
     all.extend(["--initrd", initrd.to_str().expect("UTF-8")]);
     all.extend(args);
     hutch(&all)

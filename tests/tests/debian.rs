@@ -1,6 +1,6 @@
 //! A day of a real Debian: launched from its AMI, reached by ssh, powered off by its button.
 
-use hutch_tests::{host, host_within, hutch, hutch_path, root, text};
+use hutch_tests::{ENOUGH, SOON, host, host_within, hutch, hutch_path, root, text};
 
 #[test]
 fn debian_is_launched_reached_and_switched_off() {
@@ -9,13 +9,13 @@ fn debian_is_launched_reached_and_switched_off() {
     let hutch = hutch_path();
     let script = format!(
         r#"
-        set -u; ip link set lo up; mount -t tmpfs run /run
+        set -u; {SOON}; ip link set lo up; mount -t tmpfs run /run
         D=$(mktemp -d); trap 'kill $(jobs -p) 2>/dev/null; rm -rf $D' EXIT; export XDG_DATA_HOME=$D
-        {hutch} boot {image} --memory 768 --root-volume $D/root.qcow2 --control $D/control --timeout 500 >$D/log 2>&1 &
+        {hutch} boot {image} --memory 768 --root-volume $D/root.qcow2 --control $D/control --timeout 580 >$D/log 2>&1 &
         vm=$!
-        for i in $(seq 60); do IP=$(sed -n 's/.*has address \([0-9.]*\).*/\1/p' $D/log); [ -n "$IP" ] && break; sleep 0.5; done
+        soon grep -q 'has address' $D/log; IP=$(sed -n 's/.*has address \([0-9.]*\).*/\1/p' $D/log)
         on() {{ {hutch} ssh $IP "$@"; }}
-        on --wait 200 -- 'uname -r; cat /sys/class/dmi/id/sys_vendor; sudo id -un' || {{ tail -n 40 $D/log; exit 3; }}
+        on --wait 500 -- 'uname -r; cat /sys/class/dmi/id/sys_vendor; sudo id -un' || {{ tail -n 40 $D/log; exit 3; }}
         {hutch} control $D/control status
         {hutch} control $D/control power-button
         wait $vm; echo "ended: $?"
@@ -39,12 +39,12 @@ fn a_full_debian(image: &str) {
     let hutch = hutch_path();
     let script = format!(
         r##"
-        set -u; ip link set lo up; mount -t tmpfs run /run
+        set -u; {SOON}; ip link set lo up; mount -t tmpfs run /run
         D=$(mktemp -d); trap 'kill $(jobs -p) 2>/dev/null; rm -rf $D' EXIT; export XDG_DATA_HOME=$D
         printf '#!/bin/sh\necho "by user data on $(hostname)" >/root/effect\n' >$D/data
         {hutch} boot {image} --type t3.micro --user-data $D/data --root-volume $D/root.qcow2 --control $D/control --timeout 2400 >$D/log 2>&1 &
         vm=$!
-        for i in $(seq 60); do IP=$(sed -n 's/.*has address \([0-9.]*\).*/\1/p' $D/log); [ -n "$IP" ] && break; sleep 0.5; done
+        soon grep -q 'has address' $D/log; IP=$(sed -n 's/.*has address \([0-9.]*\).*/\1/p' $D/log)
         on() {{ {hutch} ssh $IP "$@"; }}
         on --wait 900 -- 'until [ -e /var/lib/cloud/instance/boot-finished ]; do sleep 2; done
             cloud-init status --long; cloud-id; sudo cat /root/effect; sudo passwd -S debian; systemd-analyze' || {{ tail -n 60 $D/log; exit 3; }}
@@ -100,7 +100,7 @@ fn a_command_runs_in_debian_by_debians_own_kernel() {
         "--memory",
         "768",
         "--timeout",
-        "300",
+        ENOUGH,
         "--",
         "/bin/bash",
         "-c",

@@ -1,6 +1,6 @@
 //! First light: Debian's stock kernel in our own machine.
 
-use hutch_tests::{boot_micro, host, hutch, hutch_path, micro, root, text};
+use hutch_tests::{ENOUGH, SOON, boot_micro, host, hutch, hutch_path, micro, root, text};
 
 #[test]
 fn a_stock_kernel_boots_and_its_commands_exit_code_comes_back() {
@@ -52,7 +52,7 @@ fn bad_input_is_refused_with_its_own_words() {
         (&["--kernel", kernel, "--cpus", "33"], "1 to 32"),
         (&["--kernel", kernel, "--memory", "1"], "16 to 1048576 MiB"),
     ] {
-        let out = hutch(&[&["boot", "--timeout", "60"], args].concat());
+        let out = hutch(&[&["boot", "--timeout", ENOUGH], args].concat());
         let said = text(&out);
         assert_eq!(out.status.code(), Some(240), "{args:?}: {said}");
         assert!(said.contains(words), "{args:?}: {said}");
@@ -80,11 +80,10 @@ fn a_command_runs_in_a_directory_and_writes_nothing_there() {
 fn what_is_typed_reaches_the_command() {
     let script = format!(
         r#"D=$(mktemp -d); trap 'rm -rf $D' EXIT; mkfifo $D/keys; exec 3<>$D/keys
-        {0} boot --timeout 150 --control $D/c --kernel {1}/vmlinuz --initrd {1}/initrd --console -- /bin/sh <$D/keys >$D/shown 2>&1 &
+        {0} boot --timeout {ENOUGH} --control $D/c --kernel {1}/vmlinuz --initrd {1}/initrd --console -- /bin/sh <$D/keys >$D/shown 2>&1 &
         vm=$!
-        shows() {{ for i in $(seq 200); do grep -q "$1" $D/shown && break; sleep 0.3; done; }}
-        shows '# $'; echo 'echo "$((6 * 7)) on $(tty)"' >&3; shows '42 on'
-        (echo 'echo "attached $((7 * 8))"; exit 5'; sleep 8) | timeout 60 {0} control $D/c console --attach >$D/seen
+        {SOON}; soon grep -q '# $' $D/shown; echo 'echo "$((6 * 7)) on $(tty)"' >&3; soon grep -q '42 on' $D/shown
+        (echo 'echo "attached $((7 * 8))"; exit 5'; while kill -0 $vm; do sleep 0.5; done) | timeout 300 {0} control $D/c console --attach >$D/seen
         wait $vm; echo "ended: $?"; cat $D/shown; echo "attached saw: $(grep '^attached' $D/seen)"; ls -A ${{TMPDIR:-/tmp}} | grep hutch-i-"#,
         hutch_path(),
         micro().display()

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use hutch_tests::{host, hutch, hutch_path, micro, root, text};
+use hutch_tests::{ENOUGH, SOON, host, hutch, hutch_path, micro, root, text};
 
 /// A disk without a table: ext4 with extlinux.conf, kernel and initrd.
 fn image(name: &str) -> String {
@@ -34,7 +34,7 @@ fn what_the_guest_installs_is_what_boots_next() {
     let script = "mount -t ext4 /dev/vda /root || exit 3; echo $(cat /proc/cmdline); \
         if grep -q kernel=new /proc/cmdline; then exit 7; fi; \
         cat /root/boot/extlinux/next > /root/boot/extlinux/extlinux.conf; umount /root; sync; reboot -f; sleep 100";
-    let out = hutch(&["boot", &image, "--net", "none", "--timeout", "120", "--", "/bin/sh", "-c", script]);
+    let out = hutch(&["boot", &image, "--net", "none", "--timeout", ENOUGH, "--", "/bin/sh", "-c", script]);
     let said = text(&out);
     assert_eq!(out.status.code(), Some(7), "{said}");
     assert!(said.contains("kernel=old"), "{said}");
@@ -48,16 +48,21 @@ fn a_volume_keeps_what_was_flushed_when_its_machine_is_killed() {
     let _ = std::fs::remove_file(&volume);
     let path = volume.to_string_lossy().into_owned();
     let script = "mount -t ext4 /dev/vda /root; echo flushed > /root/note; sync; echo MARK; while true; do dd if=/dev/zero of=/root/load bs=64k count=300 conv=fsync 2>/dev/null; done";
-    let args = ["boot", &image, "--root-volume", &path, "--net", "none"];
-    // The timeout ends the machine in the midst of its work, as kill -9 does: nothing is told to the guest.
-    let out = hutch(&[&args[..], &["--timeout", "25", "--", "/bin/sh", "-c", script]].concat());
-    let said = text(&out);
-    assert_eq!(out.status.code(), Some(243), "{said}");
-    assert!(said.contains("MARK"), "{said}");
+    let log = root().join("target/stories/killed.log");
+    let killing = format!(
+        "{SOON}\n{hutch} boot {image} --root-volume {path} --net none --timeout {ENOUGH} -- /bin/sh -c '{script}' >{log} 2>&1 &
+        soon grep -q MARK {log}; sleep 3
+        kill -9 $(pgrep -P $! hutch-vmm); wait $!; echo \"ended: $?\"; cat {log}",
+        hutch = hutch_path(),
+        log = log.display()
+    );
+    let said = text(&host("bash", &["-c", &killing]));
+    assert!(said.contains("MARK") && said.contains("ended: 240"), "{said}");
     let check = Command::new("qemu-img").args(["check", "-f", "qcow2", &path]).output().expect("qemu-img");
     assert!(check.status.success(), "{}", text(&check));
     let script = "mount -t ext4 /dev/vda /root && grep -q flushed /root/note && exit 7";
-    let out = hutch(&[&args[..], &["--timeout", "60", "--", "/bin/sh", "-c", script]].concat());
+    let args = ["boot", &image, "--root-volume", &path, "--net", "none", "--timeout", ENOUGH];
+    let out = hutch(&[&args[..], &["--", "/bin/sh", "-c", script]].concat());
     assert_eq!(out.status.code(), Some(7), "{}", text(&out));
 }
 
@@ -67,9 +72,9 @@ fn a_guest_on_a_full_host_waits_and_goes_on_when_there_is_room() {
     let hutch = hutch_path();
     let script = format!(
         r#"
-        set -u; D=$(mktemp -d); mount -t tmpfs -o size=12m small $D
-        {hutch} boot {image} --root-volume $D/root.qcow2 --net none --timeout 150 -- /bin/sh -c 'dd if=/dev/urandom of=/tmp/x bs=1M count=24 2>/dev/null; echo WRITING; dd if=/tmp/x of=/dev/vda bs=1M seek=30 conv=fsync && cmp -n 25165824 /tmp/x /dev/vda 0 31457280; echo "same: $?"; exit 7' >$TMPDIR/full.log 2>&1 &
-        for i in $(seq 120); do grep -q "guest's write waits" $TMPDIR/full.log && break; sleep 0.5; done
+        set -u; {SOON}; D=$(mktemp -d); mount -t tmpfs -o size=12m small $D
+        {hutch} boot {image} --root-volume $D/root.qcow2 --net none --timeout {ENOUGH} -- /bin/sh -c 'dd if=/dev/urandom of=/tmp/x bs=1M count=24 2>/dev/null; echo WRITING; dd if=/tmp/x of=/dev/vda bs=1M seek=30 conv=fsync && cmp -n 25165824 /tmp/x /dev/vda 0 31457280; echo "same: $?"; exit 7' >$TMPDIR/full.log 2>&1 &
+        soon grep -q "guest's write waits" $TMPDIR/full.log
         sleep 2; df $D | tail -n 1; kill -0 $! && echo "still running"
         mount -o remount,size=200m $D
         wait $!; echo "ended: $?"; cat $TMPDIR/full.log

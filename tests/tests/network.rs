@@ -1,16 +1,19 @@
 //! A guest's network: a lease, the gateway, ssh in from the host and nothing else; afterwards nothing is left.
 
-use hutch_tests::{host, hutch_path, micro, root, text};
+use hutch_tests::{ENOUGH, SOON, host, hutch_path, micro, root, text};
 
 /// Runs a script in a network namespace of its own where guests can run. `$HUTCH`, `$BOOT` (with the micro image) are set.
 fn in_namespace(script: &str) -> (Option<i32>, String) {
     let (kernel, initrd) = (micro().join("vmlinuz"), micro().join("initrd"));
     let hutch = hutch_path();
-    let boot =
-        format!("{hutch} boot --timeout 120 --kernel {} --initrd {}", kernel.display(), initrd.display());
+    let boot = format!(
+        "{hutch} boot --timeout {ENOUGH} --kernel {} --initrd {}",
+        kernel.display(),
+        initrd.display()
+    );
     let script = format!(
         "set -u; HUTCH={hutch}; BOOT='{boot}'; D=$(mktemp -d); trap 'rm -rf $D' EXIT; mount -t tmpfs run /run\n\
-         ip link set lo up\n{script}"
+         ip link set lo up; {SOON}\n{script}"
     );
     let dir = root().join("target/stories");
     std::fs::create_dir_all(&dir).expect("target is writable");
@@ -21,16 +24,16 @@ fn in_namespace(script: &str) -> (Option<i32>, String) {
 }
 
 /// What the guest does first: take the lease it is offered.
-const LEASE: &str = r##"ip link set eth0 up; printf "#!/bin/sh\n[ \$1 = bound ] && ip addr add \$ip/20 dev eth0 && ip route add default via \$router && echo BOUND \$ip \$router \$mtu \$hostname" >/tmp/s; chmod +x /tmp/s; udhcpc -i eth0 -nq -t 9 -s /tmp/s"##;
+const LEASE: &str = r##"ip link set eth0 up; printf "#!/bin/sh\n[ \$1 = bound ] && ip addr add \$ip/20 dev eth0 && ip route add default via \$router && echo BOUND \$ip \$router \$mtu \$hostname" >/tmp/s; chmod +x /tmp/s; udhcpc -i eth0 -nq -t 99 -s /tmp/s"##;
 
 #[test]
 fn a_guest_has_a_lease_a_gateway_and_an_open_port_22() {
     let (code, said) = in_namespace(&format!(
         r#"
-        $BOOT --net tap -- /bin/sh -c '{LEASE}; ping -c1 -W9 172.31.0.1 >/dev/null && echo GATEWAY; ping -c1 -W2 172.31.0.99 >/dev/null || echo ALONE; (echo open | nc -l -p 80 &); for i in $(seq 40); do ip -6 addr show dev eth0 | grep fd68 | grep -qv tentative && break; sleep 0.3; done; ping -6 -c1 -W9 fd68:7574:6368::1 >/dev/null && echo GATEWAY6; echo READY; echo hello | nc -l -p 22; echo six | nc -l -p 22' >$D/guest 2>&1 &
-        for i in $(seq 100); do grep -q READY $D/guest && break; sleep 0.5; done
-        timeout 9 bash -c 'exec 3<>/dev/tcp/172.31.0.4/22; cat <&3'
-        timeout 9 bash -c 'exec 3<>/dev/tcp/fd68:7574:6368:0:68:acff:fe1f:4/22; cat <&3'
+        $BOOT --net tap -- /bin/sh -c '{LEASE}; ping -c1 -W99 172.31.0.1 >/dev/null && echo GATEWAY; ping -c1 -W2 172.31.0.99 >/dev/null || echo ALONE; (echo open | nc -l -p 80 &); for i in $(seq 400); do ip -6 addr show dev eth0 | grep fd68 | grep -qv tentative && break; sleep 0.3; done; ping -6 -c1 -W99 fd68:7574:6368::1 >/dev/null && echo GATEWAY6; echo READY; echo hello | nc -l -p 22; echo six | nc -l -p 22' >$D/guest 2>&1 &
+        soon grep -q READY $D/guest
+        timeout 99 bash -c 'exec 3<>/dev/tcp/172.31.0.4/22; cat <&3'
+        timeout 99 bash -c 'exec 3<>/dev/tcp/fd68:7574:6368:0:68:acff:fe1f:4/22; cat <&3'
         timeout 3 bash -c 'exec 3<>/dev/tcp/172.31.0.4/80' && echo LEAK
         wait; cat $D/guest
         echo "left: $(nft list ruleset | wc -l) $(ls /sys/class/net | grep -c hu)"
@@ -56,10 +59,10 @@ fn what_a_killed_machine_left_is_taken_out() {
     let (code, said) = in_namespace(
         r#"
         $BOOT --net tap -- /bin/sleep 1000 >$D/guest 2>&1 &
-        for i in $(seq 60); do grep -q "user space" $D/guest && break; sleep 0.5; done
+        soon grep -q "user space" $D/guest
         echo "up: $(nft list table inet hutch | grep -c huac1f0004)"
         kill -9 $!
-        for i in $(seq 20); do [ -e /sys/class/net/huac1f0004 ] || break; sleep 0.2; done
+        soon test ! -e /sys/class/net/huac1f0004
         echo "killed: $(nft list table inet hutch | grep -c huac1f0004)"
         $HUTCH doctor --repair
         echo "left: $(nft list ruleset | wc -l) $(find /run/hutch -name '*.json' | wc -l)"
@@ -76,7 +79,7 @@ fn a_network_may_be_in_a_namespace_of_its_own() {
         r#"
         mkdir /run/netns
         $BOOT --net tap --netns story -- /bin/sleep 1000 >$D/guest 2>&1 &
-        for i in $(seq 60); do grep -q "user space" $D/guest && break; sleep 0.5; done
+        soon grep -q "user space" $D/guest
         echo "inside: $(ip netns exec story ip -o link | grep -c huac1f0004) outside: $(ip -o link | grep -c hu)"
         kill $!; wait $!; echo "ended: $? left: $(ls /run/netns | wc -l)"
         "#,
