@@ -82,7 +82,7 @@ fn what_is_typed_reaches_the_command() {
         r#"D=$(mktemp -d); trap 'rm -rf $D' EXIT; mkfifo $D/keys; exec 3<>$D/keys
         {0} boot --timeout {ENOUGH} --control $D/c --kernel {1}/vmlinuz --initrd {1}/initrd --console -- /bin/sh <$D/keys >$D/shown 2>&1 &
         vm=$!
-        {SOON}; soon grep -q '# $' $D/shown; echo 'echo "$((6 * 7)) on $(tty)"' >&3; soon grep -q '42 on' $D/shown
+        {SOON}; soon grep -q '# ' $D/shown; echo 'echo "$((6 * 7)) on $(tty)"' >&3; soon grep -q '42 on' $D/shown
         (echo 'echo "attached $((7 * 8))"; exit 5'; while kill -0 $vm; do sleep 0.5; done) | timeout 300 {0} control $D/c console --attach >$D/seen
         wait $vm; echo "ended: $?"; cat $D/shown; echo "attached saw: $(grep '^attached' $D/seen)"; ls -A ${{TMPDIR:-/tmp}} | grep hutch-i-"#,
         hutch_path(),

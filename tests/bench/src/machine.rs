@@ -230,6 +230,7 @@ fn hutch(command: &mut Command, guest: &Guest, all: &All) {
 fn qemu(command: &mut Command, who: Vmm, guest: &Guest, all: &All) {
     // Without its clock, microvm's kernel asks for the time 20,000 times: it is measured at its best.
     let (machine, ports) = match who {
+        Vmm::Microvm if guest.tap => ("microvm,rtc=on,pcie=on", ""),
         Vmm::Microvm => ("microvm,rtc=on", ""),
         // Under q35 in the lab, the emulated processor forgets which ports our init may use.
         _ => ("q35", "hutch.ports=none "),

@@ -23,7 +23,7 @@ mod volume;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
 use peers::Peer;
 use table::Table;
@@ -88,7 +88,7 @@ struct All {
 }
 
 /// A part of the bench.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Part {
     /// To user space: CPU, exits, wall time, memory.
     Boot,
@@ -120,7 +120,12 @@ fn measure(all: &All) -> anyhow::Result<()> {
         Part::Disk => disk::measure(all, &mut table),
         Part::Net => net::measure(all, &mut table),
     });
-    table.save(&all.json)?;
+    parts.dedup();
+    let whole = parts.len() == Part::value_variants().len() && result.is_ok();
+    // The numbers of a whole run are kept until the next one.
+    let json = if whole { all.json.clone() } else { all.json.with_file_name("partial.json") };
+    table.save(&json)?;
+    eprintln!("the numbers are in {}", json.display());
     println!("{}", table.markdown());
     result
 }

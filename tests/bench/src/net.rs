@@ -1,10 +1,11 @@
 //! The guest's network: TCP both ways and request-response between the host and a guest on a tap, under each VMM, in a
 //! network namespace of the bench's own. QEMU's tap is without vhost, as hutch's is; the host's own figure is its loopback.
+//! Bytes count when the other side has read them.
 //!
 //! The host calls the guest at port 22, which is what hutch's firewall lets through.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::All;
 use crate::machine::{Guest, Machine, Vmm};
-use crate::table::{Better, HUTCH, Table};
+use crate::table::{Better, Table};
 
 /// The first address that hutch gives, and the host's.
 const GUEST: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 4);
@@ -40,7 +41,7 @@ const LOADS: [(Load, &str); 3] = [
     (Load::Echo, "TCP, request and response of one byte"),
 ];
 
-/// Measures hutch and QEMU in turn.
+/// Measures hutch and QEMU's machines in turn.
 ///
 /// # Errors
 /// A guest did not come up, or a connection failed.
@@ -53,6 +54,7 @@ pub fn measure(all: &All, table: &mut Table) -> anyhow::Result<()> {
     let script =
         format!("ip link set eth0 up; ip addr add {GUEST}/20 dev eth0; exec /bin/hutch-bench serve {PORT}");
     let guest = Guest { initrd, command: &["sh", "-c", &script], disk: None, huge: true, tap: true };
+    let mut everyone = [Vmm::Hutch, Vmm::Q35, Vmm::Microvm];
     for round in 0..all.rounds {
         let own = TcpListener::bind("127.0.0.1:0")?;
         let address = own.local_addr()?;
@@ -61,14 +63,15 @@ pub fn measure(all: &All, table: &mut Table) -> anyhow::Result<()> {
             rate(title, "host's loopback", load, call(address, load)?, table);
         }
         stop(address)?;
-        for who in [Vmm::Hutch, Vmm::Q35] {
-            if who == Vmm::Q35 {
+        everyone.rotate_left(usize::from(round > 0));
+        for who in everyone {
+            if who != Vmm::Hutch {
                 // The same way as hutch's taps have it.
                 run("ip", &["addr", "replace", HOST, "dev", TAP])?;
                 run("ip", &["link", "set", TAP, "up"])?;
                 run("ip", &["route", "replace", &GUEST.to_string(), "dev", TAP])?;
             }
-            let name = if who == Vmm::Hutch { HUTCH } else { "qemu" };
+            let name = who.name();
             let result = loads(who, name, &guest, all, table);
             run("ip", &["link", "set", TAP, "down"])?;
             result.with_context(|| name.to_owned())?;
@@ -115,16 +118,19 @@ fn call(address: SocketAddr, load: Load) -> anyhow::Result<(u64, f64)> {
                 0 => bail!("the guest hung up"),
                 n => amount += n as u64,
             },
-            Load::ToGuest => {
-                stream.write_all(&block)?;
-                amount += block.len() as u64;
-            }
+            Load::ToGuest => stream.write_all(&block)?,
             Load::Echo => {
                 stream.write_all(&[1])?;
                 stream.read_exact(block.get_mut(..1).unwrap_or_default())?;
                 amount += 1;
             }
         }
+    }
+    if load == Load::ToGuest {
+        stream.shutdown(Shutdown::Write)?;
+        let mut count = [0; 8];
+        stream.read_exact(&mut count)?;
+        amount = u64::from_le_bytes(count);
     }
     Ok((amount, started.elapsed().as_secs_f64()))
 }
@@ -155,7 +161,7 @@ pub fn serve(port: u16) -> anyhow::Result<()> {
 }
 
 fn serve_on(listener: &TcpListener) {
-    let mut block = vec![0xa5; BLOCK];
+    let block = vec![0xa5; BLOCK];
     while let Ok((mut stream, _)) = listener.accept() {
         let mut load = [0];
         if stream.set_nodelay(true).and_then(|()| stream.read_exact(&mut load)).is_err() {
@@ -169,13 +175,9 @@ fn serve_on(listener: &TcpListener) {
                     break Err(e);
                 }
             },
-            b'r' => loop {
-                match stream.read(&mut block) {
-                    Ok(1..) => {}
-                    Ok(0) => break Ok(()),
-                    Err(e) => break Err(e),
-                }
-            },
+            // What came is told at the end: the caller knows only what it handed to its own kernel.
+            b'r' => std::io::copy(&mut stream, &mut std::io::sink())
+                .and_then(|count| stream.write_all(&count.to_le_bytes())),
             b'e' => loop {
                 if let Err(e) = stream.read_exact(&mut load).and_then(|()| stream.write_all(&load)) {
                     break Err(e);

@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use nix::fcntl::OFlag;
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeVal;
 
 /// What the lines begin with.
 pub const START: &str = "probe-start";
-/// And what those begin with that end a load: `probe-end NAME OPERATIONS BYTES MICROSECONDS`.
+/// And what those begin with that end a load: `probe-end NAME OPERATIONS BYTES MICROSECONDS CPU-MICROSECONDS`.
 pub const END: &str = "probe-end";
 
 /// The part of the disk that is used.
@@ -73,6 +75,8 @@ pub struct Done {
     pub bytes: u64,
     /// How long it took.
     pub seconds: f64,
+    /// Seconds of CPU that the probe itself took: of the host where it runs there, of the guest's own clock in a guest.
+    pub cpu: f64,
 }
 
 impl Done {
@@ -80,8 +84,8 @@ impl Done {
     pub fn parse(line: &str) -> Option<Done> {
         let mut words =
             line.split_once(END)?.1.split_whitespace().skip(1).map_while(|w| w.parse::<u64>().ok());
-        let (operations, bytes, micros) = (words.next()?, words.next()?, words.next()?);
-        Some(Done { operations, bytes, seconds: micros as f64 / 1e6 })
+        let (operations, bytes, micros, cpu) = (words.next()?, words.next()?, words.next()?, words.next()?);
+        Some(Done { operations, bytes, seconds: micros as f64 / 1e6, cpu: cpu as f64 / 1e6 })
     }
 }
 
@@ -100,8 +104,10 @@ pub fn run(path: &Path, time: Duration, direct: bool) -> anyhow::Result<()> {
     for load in &LOADS {
         println!("{START} {}", load.name);
         let done = load.run(&file, time).with_context(|| load.name)?;
-        let micros = (done.seconds * 1e6) as u64;
-        println!("{END} {} {} {} {micros}", load.name, done.operations, done.bytes);
+        let (micros, cpu) = ((done.seconds * 1e6) as u64, (done.cpu * 1e6) as u64);
+        println!("{END} {} {} {} {micros} {cpu}", load.name, done.operations, done.bytes);
+        // What a load left in memory is not the next one's to write.
+        file.sync_all().with_context(|| load.name)?;
     }
     Ok(())
 }
@@ -112,7 +118,7 @@ impl Load {
         let next = AtomicU64::new(0);
         let operations = AtomicU64::new(0);
         let stop = AtomicBool::new(false);
-        let started = Instant::now();
+        let (started, before) = (Instant::now(), cpu()?);
         let worker = |seed: u64| -> std::io::Result<()> {
             let mut memory = vec![0xa5; self.block + ALIGN];
             let skip = memory.as_ptr().align_offset(ALIGN);
@@ -150,8 +156,15 @@ impl Load {
         }
         let operations = operations.into_inner();
         let seconds = started.elapsed().as_secs_f64();
-        Ok(Done { operations, bytes: operations * self.block as u64, seconds })
+        Ok(Done { operations, bytes: operations * self.block as u64, seconds, cpu: cpu()? - before })
     }
+}
+
+/// Seconds of CPU that this process has had.
+fn cpu() -> anyhow::Result<f64> {
+    let used = getrusage(UsageWho::RUSAGE_SELF)?;
+    let seconds = |time: TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Ok(seconds(used.user_time()) + seconds(used.system_time()))
 }
 
 fn xorshift(mut x: u64) -> u64 {
@@ -186,8 +199,8 @@ mod tests {
 
     #[test]
     fn what_the_probe_prints_is_read_back() {
-        let done = Done::parse("probe-end rand-read-1 500 2048000 2000000\r\n");
-        assert_eq!(done, Some(Done { operations: 500, bytes: 2_048_000, seconds: 2.0 }));
+        let done = Done::parse("probe-end rand-read-1 500 2048000 2000000 70000\r\n");
+        assert_eq!(done, Some(Done { operations: 500, bytes: 2_048_000, seconds: 2.0, cpu: 0.07 }));
         assert_eq!(Done::parse("probe-end rand-read-1 500 x"), None);
     }
 }
