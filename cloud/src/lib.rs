@@ -1,10 +1,19 @@
 //! The nouns and verbs of EC2, and what is true of them.
 //!
 //! ```text
-//!   store    where the state is: ordered keys under transactions
-//!   types    instance types: what a name such as t3.micro stands for
+//!   region   the verbs: checked whole, written as what is to be; the reconciler brings the host to it
+//!     ├─ model      the records          ├─ fault, id    EC2's errors and ids
+//!     ├─ store      where they are: ordered keys under transactions
+//!     ├─ host       what runs the machines: a trait, simulated or local
+//!     └─ metadata   what an instance is told        types    what a name such as t3.micro stands for
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod fault;
+pub mod host;
+pub mod id;
+pub mod metadata;
+pub mod model;
+pub mod region;
 pub mod store;
 pub mod types;

@@ -26,7 +26,8 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Semaphore;
 
-pub use document::{Document, Metadata, Options};
+pub use document::Document;
+pub use hutch_cloud::metadata::{Metadata, Options};
 pub use token::Secret;
 
 /// The address that guests ask.

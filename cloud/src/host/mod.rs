@@ -1,0 +1,203 @@
+//! What runs the machines: the line between what is to be and what is.
+//!
+//! ```text
+//!   reconciler ──► Host ──┬── simulated   files that say what would run: no KVM, no root
+//!                         └── local       disks, taps and hutch-vmm on this machine
+//! ```
+
+mod simulated;
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use simulated::Simulated;
+
+use crate::metadata::Metadata;
+
+/// A machine as its host is told of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// The instance's id.
+    pub id: String,
+    /// Which start of the instance this is, from 1. A host starts each at most once.
+    pub run: u64,
+    /// The SMBIOS UUID, which begins with `ec2`.
+    pub uuid: String,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// The disks in the order the guest sees them; the first is the root.
+    pub volumes: Vec<String>,
+    /// The interfaces in the order the guest sees them.
+    pub interfaces: Vec<Interface>,
+    /// What the guest is told about itself.
+    pub metadata: Metadata,
+}
+
+/// An interface of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// The network interface's id.
+    pub id: String,
+    /// Its hardware address.
+    pub mac: String,
+    /// Its primary address.
+    pub ip: Ipv4Addr,
+    /// Inbound TCP ports that are open to everyone, as ranges; the host itself reaches port 22 always.
+    pub open_tcp: Vec<(u16, u16)>,
+}
+
+/// Where a new volume's bytes come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    /// Zeros.
+    Empty,
+    /// A template of the image store, by name.
+    Template(String),
+    /// A snapshot, by id.
+    Snapshot(String),
+}
+
+/// A template that can be launched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Template {
+    /// Its name in the image store.
+    pub name: String,
+    /// SHA-256 of its content, in hexadecimal: tells one of the same name from another.
+    pub digest: String,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
+/// How a run of a machine stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The instance's id.
+    pub id: String,
+    /// The run.
+    pub run: u64,
+    /// How it ended; `None` while it runs.
+    pub end: Option<End>,
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum End {
+    /// The guest powered off.
+    PowerOff,
+    /// It was stopped from outside.
+    Stopped,
+    /// It failed: what a person is told.
+    Failed(String),
+}
+
+/// Why a host did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// There is no room for it: memory, processors or disk.
+    #[error("the host has no room: {0}")]
+    NoRoom(String),
+    /// It does not have what the request names.
+    #[error("the host has no {0}")]
+    Missing(String),
+    /// It failed; the next try may succeed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// What a host's functions return.
+pub type Result<T> = std::result::Result<T, HostError>;
+
+/// Runs machines and keeps their volumes.
+///
+/// Callers may rely on:
+/// - every function may be called again with the same arguments, also after the caller was killed in the middle of it: what
+///   is done already is not done twice, what is half done is finished;
+/// - machines and volumes outlive the process that asked for them;
+/// - functions of different ids may run at the same time, and none waits for a guest longer than it says.
+///
+/// Callers never call two functions with the same id at once.
+pub trait Host: Send + Sync {
+    /// The templates volumes can be made of.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    fn templates(&self) -> Result<Vec<Template>>;
+
+    /// Makes a volume of `bytes` bytes (at least its source's size), which is the first of its id or already like that.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`] source, [`HostError::NoRoom`].
+    fn create_volume(&self, id: &str, bytes: u64, source: &Source) -> Result<()>;
+
+    /// Removes a volume, if it is there. No machine that runs has it.
+    ///
+    /// # Errors
+    /// It cannot be removed now.
+    fn delete_volume(&self, id: &str) -> Result<()>;
+
+    /// Keeps what a volume holds now as a snapshot; a guest that has it is paused meanwhile.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`] volume, [`HostError::NoRoom`].
+    fn create_snapshot(&self, id: &str, volume: &str) -> Result<()>;
+
+    /// Removes a snapshot, if it is there. Volumes made of it stay whole.
+    ///
+    /// # Errors
+    /// It cannot be removed now.
+    fn delete_snapshot(&self, id: &str) -> Result<()>;
+
+    /// Has the machine run, if this run of it has not been started before. Returns when its first processor runs; its
+    /// firewall and its metadata were there before.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`] volume, [`HostError::NoRoom`]; nothing of the run is left then.
+    fn start(&self, machine: &Machine) -> Result<()>;
+
+    /// Tells a machine that runs what has changed of its metadata and its firewall.
+    ///
+    /// # Errors
+    /// It does not run.
+    fn update(&self, machine: &Machine) -> Result<()>;
+
+    /// Has the machine not run: presses its power button, waits for `patience` at most, then ends it. Its interfaces are
+    /// gone when this returns.
+    ///
+    /// # Errors
+    /// It could not be ended.
+    fn stop(&self, id: &str, patience: Duration) -> Result<()>;
+
+    /// Has the guest start anew, without its leaving the host.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`]: it does not run.
+    fn reboot(&self, id: &str) -> Result<()>;
+
+    /// Forgets a machine that does not run, with its console.
+    ///
+    /// # Errors
+    /// It cannot be forgotten now.
+    fn forget(&self, id: &str) -> Result<()>;
+
+    /// The latest run of every machine that was started and not forgotten.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    fn machines(&self) -> Result<Vec<Status>>;
+
+    /// Up to the last 64 KiB of what the guest wrote to its console, over all its runs.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    fn console(&self, id: &str) -> Result<Vec<u8>>;
+
+    /// Waits until the end of some machine may have to be looked at, for at most `limit`; `seen` is what the last call
+    /// returned (0 at first).
+    fn wait(&self, seen: u64, limit: Duration) -> u64;
+}

@@ -1,0 +1,260 @@
+//! A host that runs nothing: files, or just memory, say what would run. Needs neither KVM nor root.
+//!
+//! With a directory it outlives the process that asks it, as real machines do: `machines/ID` holds a run, `volumes/ID` and
+//! `snapshots/ID` say what is kept.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::{End, Host, HostError, Machine, Result, Source, Status, Template};
+
+/// What is kept of a machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Kept {
+    machine: Machine,
+    end: Option<End>,
+    /// How often it was started: more than its runs would be a mistake.
+    starts: u64,
+    reboots: u64,
+}
+
+/// Everything there is.
+#[derive(Default)]
+struct State {
+    machines: BTreeMap<String, Kept>,
+    volumes: BTreeMap<String, (u64, Source)>,
+    snapshots: BTreeMap<String, u64>,
+    events: u64,
+}
+
+/// A simulated host.
+pub struct Simulated {
+    dir: Option<PathBuf>,
+    state: Mutex<State>,
+    changed: Condvar,
+    delay: Duration,
+}
+
+impl Simulated {
+    /// A host that is gone with the process.
+    pub fn memory(delay: Duration) -> Simulated {
+        Simulated { dir: None, state: Mutex::default(), changed: Condvar::new(), delay }
+    }
+
+    /// A host whose machines, volumes and snapshots are kept in `dir`. Starting and stopping take `delay`.
+    ///
+    /// # Errors
+    /// The directory cannot be made or read.
+    pub fn open(dir: PathBuf, delay: Duration) -> std::io::Result<Simulated> {
+        let state = State {
+            machines: read_all(&dir.join("machines"))?,
+            volumes: read_all(&dir.join("volumes"))?,
+            snapshots: read_all(&dir.join("snapshots"))?,
+            events: 1,
+        };
+        Ok(Simulated { dir: Some(dir), state: Mutex::new(state), changed: Condvar::new(), delay })
+    }
+
+    /// Ends a machine as its guest, or a mishap, would.
+    pub fn end(&self, id: &str, end: End) -> Result<()> {
+        let mut state = self.lock();
+        let missing = || HostError::Missing(format!("machine {id}"));
+        let kept = state.machines.get_mut(id).filter(|kept| kept.end.is_none()).ok_or_else(missing)?;
+        kept.end = Some(end);
+        let kept = kept.clone();
+        self.keep("machines", id, Some(&kept))?;
+        state.events += 1;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// How often a machine was started, and rebooted.
+    pub fn starts(&self, id: &str) -> (u64, u64) {
+        self.lock().machines.get(id).map_or((0, 0), |kept| (kept.starts, kept.reboots))
+    }
+
+    /// The volumes that are kept.
+    pub fn volumes(&self) -> Vec<String> {
+        self.lock().volumes.keys().cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes what is kept under a name, or removes it: whole or not at all.
+    fn keep<T: Serialize>(&self, kind: &str, id: &str, value: Option<&T>) -> Result<()> {
+        let Some(dir) = &self.dir else { return Ok(()) };
+        let failed = |e: std::io::Error| HostError::Failed(format!("the simulated host's {kind}/{id}: {e}"));
+        let path = dir.join(kind).join(id);
+        let Some(value) = value else {
+            return match std::fs::remove_file(path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(failed(e)),
+                _ => Ok(()),
+            };
+        };
+        let text = serde_json::to_vec(value).map_err(|e| failed(e.into()))?;
+        let new = path.with_extension("new");
+        std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path)).map_err(failed)
+    }
+}
+
+/// All that is kept in a directory, which is made where it is not there.
+fn read_all<T: DeserializeOwned>(dir: &std::path::Path) -> std::io::Result<BTreeMap<String, T>> {
+    std::fs::create_dir_all(dir)?;
+    let mut all = BTreeMap::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        // Half written when a process was killed: it was never true.
+        if name.ends_with(".new") {
+            continue;
+        }
+        all.insert(name.to_owned(), serde_json::from_slice(&std::fs::read(&path)?)?);
+    }
+    Ok(all)
+}
+
+impl Host for Simulated {
+    fn templates(&self) -> Result<Vec<Template>> {
+        let named = [("debian-12", 2u64), ("debian-12-lean", 2), ("debian-13", 2), ("micro", 1)];
+        let template = |(name, gib): (&str, u64)| Template {
+            name: name.into(),
+            digest: format!("{:064x}", name.bytes().fold(7u128, |sum, b| sum * 31 + u128::from(b))),
+            size: gib << 30,
+        };
+        Ok(named.into_iter().map(template).collect())
+    }
+
+    fn create_volume(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {
+        let mut state = self.lock();
+        if state.volumes.contains_key(id) {
+            return Ok(());
+        }
+        if let Source::Snapshot(snapshot) = source
+            && !state.snapshots.contains_key(snapshot)
+        {
+            return Err(HostError::Missing(format!("snapshot {snapshot}")));
+        }
+        let volume = (bytes, source.clone());
+        self.keep("volumes", id, Some(&volume))?;
+        state.volumes.insert(id.into(), volume);
+        Ok(())
+    }
+
+    fn delete_volume(&self, id: &str) -> Result<()> {
+        let mut state = self.lock();
+        let uses = |kept: &Kept| kept.end.is_none() && kept.machine.volumes.iter().any(|v| v == id);
+        if let Some(user) = state.machines.values().find(|kept| uses(kept)) {
+            return Err(HostError::Failed(format!("{} uses the volume {id}", user.machine.id)));
+        }
+        self.keep::<()>("volumes", id, None)?;
+        state.volumes.remove(id);
+        Ok(())
+    }
+
+    fn create_snapshot(&self, id: &str, volume: &str) -> Result<()> {
+        let mut state = self.lock();
+        let missing = || HostError::Missing(format!("volume {volume}"));
+        let bytes = state.volumes.get(volume).map(|(bytes, _)| *bytes).ok_or_else(missing)?;
+        self.keep("snapshots", id, Some(&bytes))?;
+        state.snapshots.insert(id.into(), bytes);
+        Ok(())
+    }
+
+    fn delete_snapshot(&self, id: &str) -> Result<()> {
+        let mut state = self.lock();
+        self.keep::<()>("snapshots", id, None)?;
+        state.snapshots.remove(id);
+        Ok(())
+    }
+
+    fn start(&self, machine: &Machine) -> Result<()> {
+        std::thread::sleep(self.delay);
+        let mut state = self.lock();
+        let before = state.machines.get(&machine.id);
+        if before.is_some_and(|kept| kept.machine.run >= machine.run) {
+            return Ok(());
+        }
+        if let Some(volume) = machine.volumes.iter().find(|volume| !state.volumes.contains_key(*volume)) {
+            return Err(HostError::Missing(format!("volume {volume}")));
+        }
+        let starts = before.map_or(0, |kept| kept.starts) + 1;
+        let kept = Kept { machine: machine.clone(), end: None, starts, reboots: 0 };
+        self.keep("machines", &machine.id, Some(&kept))?;
+        state.machines.insert(machine.id.clone(), kept);
+        Ok(())
+    }
+
+    fn update(&self, machine: &Machine) -> Result<()> {
+        let mut state = self.lock();
+        let missing = || HostError::Missing(format!("machine {}", machine.id));
+        let kept =
+            state.machines.get_mut(&machine.id).filter(|kept| kept.end.is_none()).ok_or_else(missing)?;
+        kept.machine = machine.clone();
+        let kept = kept.clone();
+        self.keep("machines", &machine.id, Some(&kept))
+    }
+
+    fn stop(&self, id: &str, _patience: Duration) -> Result<()> {
+        std::thread::sleep(self.delay);
+        let mut state = self.lock();
+        let Some(kept) = state.machines.get_mut(id).filter(|kept| kept.end.is_none()) else { return Ok(()) };
+        kept.end = Some(End::Stopped);
+        let kept = kept.clone();
+        self.keep("machines", id, Some(&kept))
+    }
+
+    fn reboot(&self, id: &str) -> Result<()> {
+        let mut state = self.lock();
+        let missing = || HostError::Missing(format!("machine {id}"));
+        let kept = state.machines.get_mut(id).filter(|kept| kept.end.is_none()).ok_or_else(missing)?;
+        kept.reboots += 1;
+        let kept = kept.clone();
+        self.keep("machines", id, Some(&kept))
+    }
+
+    fn forget(&self, id: &str) -> Result<()> {
+        let mut state = self.lock();
+        if state.machines.get(id).is_some_and(|kept| kept.end.is_none()) {
+            return Err(HostError::Failed(format!("{id} runs")));
+        }
+        self.keep::<()>("machines", id, None)?;
+        state.machines.remove(id);
+        Ok(())
+    }
+
+    fn machines(&self) -> Result<Vec<Status>> {
+        let status = |kept: &Kept| Status {
+            id: kept.machine.id.clone(),
+            run: kept.machine.run,
+            end: kept.end.clone(),
+        };
+        Ok(self.lock().machines.values().map(status).collect())
+    }
+
+    fn console(&self, id: &str) -> Result<Vec<u8>> {
+        let state = self.lock();
+        let Some(kept) = state.machines.get(id) else { return Ok(Vec::new()) };
+        let lines = (0..=kept.reboots).map(|_| format!("{id} login: \r\n"));
+        Ok(lines.collect::<String>().into_bytes())
+    }
+
+    fn wait(&self, seen: u64, limit: Duration) -> u64 {
+        let until = Instant::now() + limit;
+        let mut state = self.lock();
+        while state.events == seen {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state.events
+    }
+}

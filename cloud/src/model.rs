@@ -1,0 +1,519 @@
+//! The records: what the store holds of each of EC2's nouns.
+//!
+//! A record says what is to be (`desired`) and what is known to be (`state`); the reconciler brings one to the other.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::host::Source;
+
+/// Tags: at most 50, keys to 128 characters, values to 256.
+pub type Tags = BTreeMap<String, String>;
+
+/// Something the store holds one of under each id.
+pub trait Record: Serialize + DeserializeOwned + Clone {
+    /// The part of the key before the id.
+    const KIND: &'static str;
+    /// The id.
+    fn id(&self) -> &str;
+}
+
+macro_rules! record {
+    ($($type:ident $kind:literal),* $(,)?) => {$(
+        impl Record for $type {
+            const KIND: &'static str = $kind;
+            fn id(&self) -> &str {
+                &self.id
+            }
+        }
+    )*};
+}
+
+record! {
+    Instance "instance", Image "image", Volume "volume", Snapshot "snapshot", Interface "interface", Vpc "vpc",
+    Subnet "subnet", Group "group", KeyPair "key", Address "address", Token "token", Name "name",
+}
+
+/// Where an instance is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InstanceState {
+    /// It was launched or started, and does not run yet.
+    Pending,
+    /// It runs.
+    Running,
+    /// It is to stop.
+    Stopping,
+    /// It is kept, and does not run.
+    Stopped,
+    /// It is to go.
+    ShuttingDown,
+    /// It is gone; this is what is remembered for an hour.
+    Terminated,
+}
+
+impl InstanceState {
+    /// EC2's code of the state.
+    pub fn code(self) -> u16 {
+        match self {
+            InstanceState::Pending => 0,
+            InstanceState::Running => 16,
+            InstanceState::ShuttingDown => 32,
+            InstanceState::Terminated => 48,
+            InstanceState::Stopping => 64,
+            InstanceState::Stopped => 80,
+        }
+    }
+
+    /// EC2's name of the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            InstanceState::Pending => "pending",
+            InstanceState::Running => "running",
+            InstanceState::ShuttingDown => "shutting-down",
+            InstanceState::Terminated => "terminated",
+            InstanceState::Stopping => "stopping",
+            InstanceState::Stopped => "stopped",
+        }
+    }
+
+    /// It goes or is gone.
+    pub fn is_over(self) -> bool {
+        matches!(self, InstanceState::ShuttingDown | InstanceState::Terminated)
+    }
+}
+
+/// Why something is in its state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reason {
+    /// EC2's code, such as `Client.UserInitiatedShutdown`.
+    pub code: String,
+    /// What a person is told.
+    pub message: String,
+}
+
+/// An instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// Its id.
+    pub id: String,
+    /// The account it belongs to.
+    pub account: String,
+    /// The reservation it was launched in.
+    pub reservation: String,
+    /// Its number in that launch.
+    pub launch_index: u32,
+    /// What made the launch idempotent.
+    pub client_token: String,
+    /// The image it was launched from.
+    pub image: String,
+    /// Its type's name.
+    pub instance_type: String,
+    /// The key pair's name.
+    pub key_name: Option<String>,
+    /// The zone's name.
+    pub zone: String,
+    /// Its subnet.
+    pub subnet: String,
+    /// Its network.
+    pub vpc: String,
+    /// Its network interfaces, by device index.
+    pub interfaces: Vec<String>,
+    /// The user data.
+    pub user_data: Option<Vec<u8>>,
+    /// When it was last started.
+    pub launched: Timestamp,
+    /// Where it is.
+    pub state: InstanceState,
+    /// Why, in EC2's structure.
+    pub reason: Option<Reason>,
+    /// Why, in EC2's older sentence.
+    pub transition: String,
+    /// When it was terminated.
+    pub terminated: Option<Timestamp>,
+    /// How often it was started: names a run for the host.
+    pub run: u64,
+    /// A stop or an end that does not wait for the guest.
+    pub force: bool,
+    /// How often it was asked to reboot, and how often it did.
+    pub reboots: (u64, u64),
+    /// The root's device name.
+    pub root_device: String,
+    /// Its disks, root first.
+    pub devices: Vec<Device>,
+    /// What the guest's own shutdown means.
+    pub shutdown_terminates: bool,
+    /// `disableApiTermination`.
+    pub termination_protection: bool,
+    /// `disableApiStop`.
+    pub stop_protection: bool,
+    /// Packets must be its own.
+    pub source_dest_check: bool,
+    /// EBS-optimized, as asked.
+    pub ebs_optimized: bool,
+    /// Detailed monitoring, as asked.
+    pub monitoring: bool,
+    /// The metadata service's options.
+    pub metadata: MetadataOptions,
+    /// The SMBIOS UUID.
+    pub uuid: String,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// A disk of an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Its name, such as `/dev/sdf`.
+    pub name: String,
+    /// The volume.
+    pub volume: String,
+    /// When it was attached.
+    pub attached: Timestamp,
+    /// The volume goes with the instance.
+    pub delete_on_termination: bool,
+}
+
+/// What the metadata service does for an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MetadataOptions {
+    /// It answers.
+    pub enabled: bool,
+    /// Only version 2.
+    pub tokens_required: bool,
+    /// Hops of an answer with a token, 1 to 64.
+    pub hop_limit: u8,
+    /// It tells the instance's tags.
+    pub tags: bool,
+}
+
+impl Default for MetadataOptions {
+    fn default() -> MetadataOptions {
+        MetadataOptions { enabled: true, tokens_required: false, hop_limit: 1, tags: false }
+    }
+}
+
+/// A machine image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// Its id.
+    pub id: String,
+    /// Whose it is.
+    pub account: String,
+    /// Its name.
+    pub name: String,
+    /// What its owner says of it.
+    pub description: String,
+    /// When it was made.
+    pub created: Timestamp,
+    /// The root's device name.
+    pub root_device: String,
+    /// The disks an instance of it gets.
+    pub devices: Vec<ImageDevice>,
+    /// Every account may launch it.
+    pub public: bool,
+    /// These accounts may.
+    pub launch: Vec<String>,
+    /// It is being made; the snapshots are not complete.
+    pub pending: bool,
+    /// Why it could not be made.
+    pub failed: Option<Reason>,
+    /// The instance it was made from.
+    pub source_instance: Option<String>,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// A disk of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageDevice {
+    /// Its name.
+    pub name: String,
+    /// The snapshot it begins with; `None`: it is empty.
+    pub snapshot: Option<String>,
+    /// Its size in GiB.
+    pub gib: u64,
+    /// The volume type.
+    pub kind: String,
+    /// The volume goes with the instance.
+    pub delete_on_termination: bool,
+}
+
+/// How a volume stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VolumeState {
+    /// The host is to make it.
+    Creating,
+    /// It is there.
+    Ready,
+    /// The host is to remove it.
+    Deleting,
+    /// The host could not make it.
+    Error,
+}
+
+/// A volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// Its id.
+    pub id: String,
+    /// Whose it is.
+    pub account: String,
+    /// Its size in GiB.
+    pub gib: u64,
+    /// The volume type.
+    pub kind: String,
+    /// I/O operations a second, where the type has them.
+    pub iops: Option<u64>,
+    /// MiB a second, where the type has it.
+    pub throughput: Option<u64>,
+    /// The zone's name.
+    pub zone: String,
+    /// The snapshot it was made of.
+    pub snapshot: Option<String>,
+    /// Where its bytes came from.
+    pub source: Source,
+    /// When it was made.
+    pub created: Timestamp,
+    /// How it stands.
+    pub state: VolumeState,
+    /// Encrypted, as asked.
+    pub encrypted: bool,
+    /// The instance that has it.
+    pub instance: Option<String>,
+    /// What made it idempotent.
+    pub client_token: Option<String>,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// A snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Its id.
+    pub id: String,
+    /// Whose it is.
+    pub account: String,
+    /// The volume it was taken of; EC2's `vol-ffffffff` where there was none.
+    pub volume: String,
+    /// The volume's size in GiB.
+    pub gib: u64,
+    /// When it was begun.
+    pub started: Timestamp,
+    /// What its owner says of it.
+    pub description: String,
+    /// What a volume of it begins with.
+    pub source: Source,
+    /// It is complete.
+    pub complete: bool,
+    /// Why it could not be made.
+    pub failed: Option<String>,
+    /// It is to go.
+    pub deleting: bool,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Its id.
+    pub id: String,
+    /// Whose it is.
+    pub account: String,
+    /// What its owner says of it.
+    pub description: String,
+    /// Its subnet.
+    pub subnet: String,
+    /// Its network.
+    pub vpc: String,
+    /// The zone's name.
+    pub zone: String,
+    /// Its hardware address.
+    pub mac: String,
+    /// Its primary address.
+    pub ip: Ipv4Addr,
+    /// Its security groups.
+    pub groups: Vec<String>,
+    /// Packets must be its own.
+    pub source_dest_check: bool,
+    /// The attachment's id, the instance, the device index.
+    pub attachment: Option<Attachment>,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// How an interface is attached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// Its id.
+    pub id: String,
+    /// The instance.
+    pub instance: String,
+    /// The interface's number.
+    pub device_index: u32,
+    /// When.
+    pub attached: Timestamp,
+    /// The interface goes with the instance.
+    pub delete_on_termination: bool,
+}
+
+/// A network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vpc {
+    /// Its id.
+    pub id: String,
+    /// Whose it is.
+    pub account: String,
+    /// Its addresses.
+    pub cidr: ipnet::Ipv4Net,
+    /// The account's default network.
+    pub default: bool,
+    /// The ids of what comes with it: DHCP options, main route table and its association, network ACL, internet gateway.
+    pub parts: VpcParts,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// What comes with a network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VpcParts {
+    /// `dopt-…`
+    pub dhcp_options: String,
+    /// `rtb-…`
+    pub route_table: String,
+    /// `rtbassoc-…`
+    pub route_table_association: String,
+    /// `acl-…`
+    pub network_acl: String,
+    /// `igw-…`
+    pub internet_gateway: String,
+    /// `vpc-cidr-assoc-…`
+    pub cidr_association: String,
+}
+
+/// A subnet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Subnet {
+    /// Its id.
+    pub id: String,
+    /// Whose it is.
+    pub account: String,
+    /// Its network.
+    pub vpc: String,
+    /// Its addresses.
+    pub cidr: ipnet::Ipv4Net,
+    /// The zone's name.
+    pub zone: String,
+    /// The zone's default.
+    pub default: bool,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// A security group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Group {
+    /// Its id.
+    pub id: String,
+    /// Whose it is.
+    pub account: String,
+    /// Its name, one of a kind in its network.
+    pub name: String,
+    /// What its owner says of it.
+    pub description: String,
+    /// Its network.
+    pub vpc: String,
+    /// Its rules, by their ids.
+    pub rules: BTreeMap<String, Rule>,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// A rule of a security group: one peer, one protocol, one range of ports.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    /// Outbound.
+    pub egress: bool,
+    /// `tcp`, `udp`, `icmp`, `icmpv6`, a number, or `-1`: all.
+    pub protocol: String,
+    /// The first port, or the ICMP type; -1: all.
+    pub from: i64,
+    /// The last port, or the ICMP code; -1: all.
+    pub to: i64,
+    /// With whom.
+    pub peer: Peer,
+    /// What its owner says of it.
+    pub description: Option<String>,
+}
+
+/// Whom a rule is about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Peer {
+    /// IPv4 addresses.
+    Ipv4(ipnet::Ipv4Net),
+    /// IPv6 addresses.
+    Ipv6(ipnet::Ipv6Net),
+    /// The members of a group.
+    Group(String),
+    /// A prefix list.
+    PrefixList(String),
+}
+
+/// A key pair.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyPair {
+    /// `ACCOUNT/NAME`: names are an account's own.
+    pub id: String,
+    /// EC2's id of it, `key-…`.
+    pub key_id: String,
+    /// Its name.
+    pub name: String,
+    /// `rsa` or `ed25519`.
+    pub kind: String,
+    /// As EC2 computes it.
+    pub fingerprint: String,
+    /// The public key, in OpenSSH's line.
+    pub public: String,
+    /// When it was made or imported.
+    pub created: Timestamp,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// An address of a subnet that is in use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Address {
+    /// `SUBNET/ADDRESS`.
+    pub id: String,
+    /// The interface that has it.
+    pub interface: String,
+}
+
+/// A name that only one may have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Name {
+    /// What it is the name of, and the name: `group/VPC/NAME`.
+    pub id: String,
+    /// Who has it.
+    pub of: String,
+}
+
+/// What a client token stood for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Token {
+    /// `ACTION/ACCOUNT/TOKEN`.
+    pub id: String,
+    /// A digest of the request's parameters: the same token with others is an error.
+    pub request: String,
+    /// The ids that came of it.
+    pub made: Vec<String>,
+    /// When; a day later it is forgotten.
+    pub at: Timestamp,
+}

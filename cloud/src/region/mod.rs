@@ -1,0 +1,149 @@
+//! A region: one store, one host, and the verbs of EC2 on them.
+//!
+//! ```text
+//!   verbs ── check everything, then write what is to be ──► store (one transaction: work.rs)
+//!   reconcile ── what is to be against what the host has ──► host, and what came of it ──► store
+//! ```
+//!
+//! | file | nouns |
+//! |---|---|
+//! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
+//! | images.rs, volumes.rs, keys.rs | images and snapshots; volumes; key pairs |
+//! | network.rs, groups.rs, tags.rs | what each account begins with, addresses; security groups; tags |
+
+mod groups;
+mod images;
+mod instances;
+mod keys;
+mod launch;
+pub mod metadata;
+mod network;
+mod reconcile;
+mod tags;
+mod volumes;
+mod work;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use jiff::Timestamp;
+
+use crate::fault::{Fault, Result};
+use crate::host::Host;
+use crate::model::Record;
+use crate::store::Store;
+use crate::types::Table;
+
+pub use groups::RuleAsk;
+pub use images::NewImage;
+pub use instances::{Attribute, Change};
+pub use keys::{Algorithm, NewKey};
+pub use launch::{DeviceAsk, Launch};
+pub use reconcile::Reconciler;
+pub use volumes::NewVolume;
+pub use work::Work;
+
+/// How a region is set up.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Its name, such as `home-1`.
+    pub name: String,
+    /// The letters of its zones.
+    pub zones: Vec<char>,
+    /// The instance types.
+    pub types: Table,
+    /// The account that owns the images of the host's templates.
+    pub owner: String,
+}
+
+/// One region.
+pub struct Region {
+    settings: Settings,
+    store: Arc<dyn Store>,
+    host: Arc<dyn Host>,
+    /// Where the next free address of a subnet is looked for.
+    hints: Mutex<HashMap<String, u32>>,
+}
+
+impl Region {
+    /// A region on its store and its host.
+    pub fn new(settings: Settings, store: Arc<dyn Store>, host: Arc<dyn Host>) -> Region {
+        Region { settings, store, host, hints: Mutex::default() }
+    }
+
+    /// How it is set up.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// What runs its machines.
+    pub fn host(&self) -> &Arc<dyn Host> {
+        &self.host
+    }
+
+    /// Its store.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// The names of its zones.
+    pub fn zones(&self) -> Vec<String> {
+        self.settings.zones.iter().map(|letter| format!("{}{letter}", self.settings.name)).collect()
+    }
+
+    /// The record of this id, if it is the account's.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn get<T: Record>(&self, id: &str) -> Result<Option<T>> {
+        work::get(&*self.store, id)
+    }
+
+    /// All records of a kind, in the order of their ids.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn all<T: Record>(&self) -> Result<Vec<T>> {
+        work::all(&*self.store, "")
+    }
+
+    /// All records of a kind whose ids begin so.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn all_of<T: Record>(&self, prefix: &str) -> Result<Vec<T>> {
+        work::all(&*self.store, prefix)
+    }
+
+    fn transact<R>(&self, job: impl FnMut(&mut Work<'_>) -> Result<R>) -> Result<R> {
+        Work::on(&*self.store, job)
+    }
+}
+
+/// Now, to the millisecond, which is what EC2 tells.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
+}
+
+/// What a client token stood for: `None` when it is new.
+///
+/// # Errors
+/// `IdempotentParameterMismatch`: it stood for another request.
+fn recall(work: &mut Work<'_>, token: Option<&str>, request: &str) -> Result<Option<Vec<String>>> {
+    let Some(token) = token else { return Ok(None) };
+    match work.get::<crate::model::Token>(token)? {
+        Some(known) if known.request == request => Ok(Some(known.made)),
+        Some(_) => Err(Fault::new(
+            "IdempotentParameterMismatch",
+            "The client token has been used with different parameters; use a new one",
+        )),
+        None => Ok(None),
+    }
+}
+
+/// Remembers what a client token stands for.
+fn remember(work: &mut Work<'_>, token: Option<&str>, request: &str, made: Vec<String>) -> Result<()> {
+    let Some(token) = token else { return Ok(()) };
+    work.put(&crate::model::Token { id: token.into(), request: request.into(), made, at: now() })
+}

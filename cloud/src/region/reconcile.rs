@@ -1,0 +1,562 @@
+//! Brings the host to what is to be, and records what came of it.
+//!
+//! ```text
+//!   store's changes ─┐
+//!   host's events   ─┼─► ids to look at ─► workers ─► step(id): read, ask the host, write
+//!   start, retries  ─┘
+//! ```
+//! A step looks at what is, not at what happened: it may be done twice, late, or anew after a crash. No two workers have
+//! the same id.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::fault::{Fault, Result};
+use crate::host::{self, End, HostError, Machine, Status};
+use crate::model::{
+    Group, Image, Instance, InstanceState, Interface, Peer, Reason, Record, Snapshot, Volume, VolumeState,
+};
+use crate::store::StoreError;
+
+use super::instances::PATIENCE;
+use super::{Region, now, work};
+
+/// Steps at a time.
+const WORKERS: usize = 16;
+/// When a step that failed is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+/// How long a terminated instance is remembered.
+const REMEMBERED: jiff::SignedDuration = jiff::SignedDuration::from_hours(1);
+/// How long a client token is.
+const TOKENS: jiff::SignedDuration = jiff::SignedDuration::from_hours(24);
+/// Changes read at a time.
+const PAGE: usize = 1000;
+
+/// Ids to look at.
+#[derive(Default)]
+struct Queue {
+    waiting: Vec<String>,
+    known: HashSet<String>,
+    busy: HashSet<String>,
+    /// Asked for again while they were looked at.
+    again: HashSet<String>,
+    later: BTreeMap<Instant, Vec<String>>,
+}
+
+impl Queue {
+    fn push(&mut self, key: String) {
+        if self.busy.contains(&key) {
+            self.again.insert(key);
+        } else if self.known.insert(key.clone()) {
+            self.waiting.push(key);
+        }
+    }
+}
+
+struct Shared {
+    region: Arc<Region>,
+    queue: Mutex<Queue>,
+    more: Condvar,
+    stop: AtomicBool,
+}
+
+/// The threads that reconcile a region; they end when this is dropped, each after its step.
+pub struct Reconciler {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Reconciler {
+    /// Starts them, with everything there is to look at.
+    ///
+    /// # Errors
+    /// The store's; threads cannot be started.
+    pub fn start(region: Arc<Region>) -> Result<Reconciler> {
+        let shared = Arc::new(Shared {
+            region,
+            queue: Mutex::default(),
+            more: Condvar::new(),
+            stop: AtomicBool::new(false),
+        });
+        let seen = shared.region.store.revision()?;
+        shared.push_all()?;
+        let mut reconciler = Reconciler { shared, threads: Vec::new() };
+        for _ in 0..WORKERS {
+            reconciler.spawn("worker", |shared| shared.work())?;
+        }
+        reconciler.spawn("changes", move |shared| shared.follow(seen))?;
+        reconciler.spawn("host", |shared| shared.listen())?;
+        Ok(reconciler)
+    }
+
+    fn spawn(&mut self, name: &str, job: impl FnOnce(&Shared) + Send + 'static) -> Result<()> {
+        let shared = self.shared.clone();
+        let thread = std::thread::Builder::new().name(format!("reconcile-{name}"));
+        self.threads.push(thread.spawn(move || job(&shared)).map_err(Fault::internal)?);
+        Ok(())
+    }
+
+    /// Waits until there is nothing to look at within the next seconds, for `limit` at most; whether there is not.
+    pub fn quiet(&self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        loop {
+            let seen = self.shared.region.store.revision().unwrap_or(0);
+            // What was written a moment ago is on its way to the queue.
+            std::thread::sleep(Duration::from_millis(20));
+            let queue = self.shared.lock();
+            let soon = Instant::now() + RETRY;
+            let idle = queue.waiting.is_empty()
+                && queue.busy.is_empty()
+                && queue.later.keys().next().is_none_or(|due| *due > soon);
+            drop(queue);
+            if idle && self.shared.region.store.revision().unwrap_or(0) == seen {
+                return true;
+            }
+            if Instant::now() > until {
+                return false;
+            }
+        }
+    }
+}
+
+impl Drop for Reconciler {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.more.notify_all();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn push(&self, key: String) {
+        self.lock().push(key);
+        self.more.notify_one();
+    }
+
+    /// Everything there is.
+    fn push_all(&self) -> Result<()> {
+        for instance in self.region.all::<Instance>()? {
+            self.push(work::key::<Instance>(&instance.id));
+        }
+        for volume in self.region.all::<Volume>()? {
+            self.push(work::key::<Volume>(&volume.id));
+        }
+        for snapshot in self.region.all::<Snapshot>()? {
+            self.push(work::key::<Snapshot>(&snapshot.id));
+        }
+        for image in self.region.all::<Image>()? {
+            self.push(work::key::<Image>(&image.id));
+        }
+        Ok(())
+    }
+
+    /// Follows the store.
+    fn follow(&self, mut seen: u64) {
+        while !self.stopping() {
+            let revision = match self.region.store.wait(seen, Duration::from_millis(500)) {
+                Ok(revision) => revision,
+                Err(error) => {
+                    tracing::error!(%error, "the store cannot be followed");
+                    std::thread::sleep(RETRY);
+                    continue;
+                }
+            };
+            if revision == seen {
+                continue;
+            }
+            match self.region.store.changes("", seen, PAGE) {
+                Ok(changes) => {
+                    for change in &changes {
+                        if change.value.is_some() {
+                            self.changed(&change.key);
+                        }
+                    }
+                    seen = match changes.last() {
+                        Some(last) if changes.len() >= PAGE => last.revision,
+                        _ => revision,
+                    };
+                }
+                Err(StoreError::Compacted { .. }) => {
+                    // Too much has happened: everything is looked at.
+                    let _ = self.push_all();
+                    seen = revision;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the store cannot be read");
+                    std::thread::sleep(RETRY);
+                }
+            }
+        }
+    }
+
+    fn changed(&self, key: &str) {
+        let kind = key.split_once('/').map_or("", |(kind, _)| kind);
+        if [Instance::KIND, Volume::KIND, Snapshot::KIND, Image::KIND].contains(&kind) {
+            self.push(key.to_owned());
+        }
+    }
+
+    /// Follows the host: what ended is looked at.
+    fn listen(&self) {
+        let mut seen = 0;
+        let mut ended = HashMap::new();
+        while !self.stopping() {
+            let events = self.region.host.wait(seen, Duration::from_millis(500));
+            if events == seen {
+                continue;
+            }
+            seen = events;
+            match self.region.host.machines() {
+                Ok(machines) => {
+                    for status in machines.iter().filter(|status| status.end.is_some()) {
+                        if ended.insert(status.id.clone(), status.run) != Some(status.run) {
+                            self.push(work::key::<Instance>(&status.id));
+                        }
+                    }
+                }
+                Err(error) => tracing::error!(%error, "the host cannot tell its machines"),
+            }
+        }
+    }
+
+    /// A worker.
+    fn work(&self) {
+        while let Some(key) = self.next() {
+            let result = self.region.step(&key);
+            let mut queue = self.lock();
+            queue.busy.remove(&key);
+            match result {
+                Ok(None) => {}
+                Ok(Some(wait)) => queue.later.entry(Instant::now() + wait).or_default().push(key.clone()),
+                Err(error) => {
+                    tracing::warn!(%key, %error, "to be tried again");
+                    queue.later.entry(Instant::now() + RETRY).or_default().push(key.clone());
+                }
+            }
+            if queue.again.remove(&key) {
+                queue.push(key);
+            }
+            self.more.notify_one();
+        }
+    }
+
+    fn next(&self) -> Option<String> {
+        let mut queue = self.lock();
+        loop {
+            if self.stopping() {
+                return None;
+            }
+            let now = Instant::now();
+            while let Some(entry) = queue.later.first_entry().filter(|entry| *entry.key() <= now) {
+                for key in entry.remove() {
+                    queue.push(key);
+                }
+            }
+            if let Some(key) = queue.waiting.pop() {
+                queue.known.remove(&key);
+                queue.busy.insert(key.clone());
+                return Some(key);
+            }
+            let due = queue.later.keys().next().map(|due| due.saturating_duration_since(now));
+            let wait =
+                due.unwrap_or(Duration::from_secs(1)).clamp(Duration::from_millis(1), Duration::from_secs(1));
+            queue = self.more.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Region {
+    /// Looks at one record. Returns when it is to be looked at again without a change.
+    fn step(&self, key: &str) -> Result<Option<Duration>> {
+        match key.split_once('/') {
+            Some((Instance::KIND, id)) => self.step_instance(id),
+            Some((Volume::KIND, id)) => self.step_volume(id),
+            Some((Snapshot::KIND, id)) => self.step_snapshot(id),
+            Some((Image::KIND, id)) => self.step_image(id),
+            _ => Ok(None),
+        }
+    }
+
+    fn status(&self, id: &str) -> Result<Option<Status>> {
+        let machines = self.host.machines().map_err(Fault::internal)?;
+        Ok(machines.into_iter().find(|status| status.id == id))
+    }
+
+    fn step_instance(&self, id: &str) -> Result<Option<Duration>> {
+        let Some(instance) = self.get::<Instance>(id)? else { return Ok(None) };
+        match instance.state {
+            InstanceState::Pending => self.bring_up(&instance),
+            InstanceState::Running => self.watch(&instance),
+            InstanceState::Stopping => {
+                self.take_down(&instance)?;
+                self.settle(id, instance.state, |_, instance| {
+                    instance.state = InstanceState::Stopped;
+                    Ok(())
+                })?;
+                Ok(None)
+            }
+            InstanceState::ShuttingDown => {
+                self.take_down(&instance)?;
+                self.host.forget(id).map_err(Fault::internal)?;
+                self.settle(id, instance.state, |work, instance| self.bury(work, instance))?;
+                Ok(None)
+            }
+            InstanceState::Stopped => Ok(None),
+            InstanceState::Terminated => {
+                let at = instance.terminated.unwrap_or(instance.launched);
+                let left = REMEMBERED - now().duration_since(at);
+                if left.is_positive() {
+                    return Ok(Some(Duration::try_from(left).unwrap_or(RETRY)));
+                }
+                self.transact(|work| {
+                    work.delete::<Instance>(id);
+                    Ok(())
+                })?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// From pending to running, or to where an instance goes that cannot run.
+    fn bring_up(&self, instance: &Instance) -> Result<Option<Duration>> {
+        for device in &instance.devices {
+            let Some(volume) = self.get::<Volume>(&device.volume)? else { continue };
+            match volume.state {
+                VolumeState::Creating => {
+                    // Its own step is under way, and tells when it is done by changing it: we come again then or soon.
+                    return Ok(Some(Duration::from_millis(20)));
+                }
+                VolumeState::Error => {
+                    let why = format!("the volume {} could not be made", volume.id);
+                    self.fail(instance, "Server.InternalError", &why)?;
+                    return Ok(None);
+                }
+                _ => {}
+            }
+        }
+        let machine = self.machine(instance)?;
+        match self.host.start(&machine) {
+            Ok(()) => {
+                self.settle(&instance.id, InstanceState::Pending, |_, instance| {
+                    instance.state = InstanceState::Running;
+                    Ok(())
+                })?;
+            }
+            Err(HostError::NoRoom(why)) => {
+                self.fail(instance, "Server.InsufficientInstanceCapacity", &why)?
+            }
+            Err(HostError::Missing(what)) => {
+                self.fail(instance, "Server.InternalError", &format!("the host has no {what}"))?;
+            }
+            Err(HostError::Failed(why)) => self.fail(instance, "Server.InternalError", &why)?,
+        }
+        Ok(None)
+    }
+
+    /// An instance that was launched goes; one that was started stays stopped.
+    fn fail(&self, instance: &Instance, code: &str, why: &str) -> Result<()> {
+        tracing::warn!(instance = instance.id, why, "it does not run");
+        self.settle(&instance.id, InstanceState::Pending, |_, instance| {
+            instance.state =
+                if instance.run <= 1 { InstanceState::ShuttingDown } else { InstanceState::Stopped };
+            instance.reason = Some(Reason { code: code.into(), message: format!("{code}: {why}") });
+            instance.transition = code.into();
+            Ok(())
+        })
+    }
+
+    /// A running instance: has it ended, is it to reboot?
+    fn watch(&self, instance: &Instance) -> Result<Option<Duration>> {
+        let end = match self.status(&instance.id)? {
+            Some(status) if status.run == instance.run => status.end,
+            _ => Some(End::Failed("the host has lost it".into())),
+        };
+        let Some(end) = end else {
+            if instance.reboots.0 > instance.reboots.1 {
+                // What ended meanwhile is seen with the next event.
+                if let Err(error) = self.host.reboot(&instance.id) {
+                    tracing::warn!(instance = instance.id, %error, "not rebooted");
+                }
+                let done = instance.reboots.0;
+                self.settle(&instance.id, InstanceState::Running, |_, instance| {
+                    instance.reboots.1 = instance.reboots.1.max(done);
+                    Ok(())
+                })?;
+            }
+            return Ok(None);
+        };
+        let (code, why) = match end {
+            End::PowerOff => ("Client.InstanceInitiatedShutdown", "Instance initiated shutdown".into()),
+            End::Stopped => ("Server.InternalError", "it was ended on the host".into()),
+            End::Failed(why) => ("Server.InternalError", why),
+        };
+        self.settle(&instance.id, InstanceState::Running, |_, instance| {
+            let ends = code.starts_with("Client") && instance.shutdown_terminates;
+            instance.state = if ends { InstanceState::ShuttingDown } else { InstanceState::Stopping };
+            instance.reason = Some(Reason { code: code.into(), message: format!("{code}: {why}") });
+            instance.transition = code.into();
+            Ok(())
+        })?;
+        Ok(None)
+    }
+
+    fn take_down(&self, instance: &Instance) -> Result<()> {
+        let ends = instance.state == InstanceState::ShuttingDown;
+        let patience = match instance.force {
+            true => Duration::ZERO,
+            false if ends => PATIENCE / 3,
+            false => PATIENCE,
+        };
+        self.host.stop(&instance.id, patience).map_err(Fault::internal)
+    }
+
+    fn step_volume(&self, id: &str) -> Result<Option<Duration>> {
+        let Some(volume) = self.get::<Volume>(id)? else { return Ok(None) };
+        match volume.state {
+            VolumeState::Creating => {
+                let made = self.host.create_volume(id, volume.gib << 30, &volume.source);
+                if let Err(error) = &made {
+                    tracing::warn!(volume = id, %error, "the volume cannot be made");
+                }
+                self.transact(|work| {
+                    let Some(mut volume) = work.get::<Volume>(id)? else { return Ok(()) };
+                    if volume.state == VolumeState::Creating {
+                        volume.state = if made.is_ok() { VolumeState::Ready } else { VolumeState::Error };
+                        work.put(&volume)?;
+                    }
+                    Ok(())
+                })?;
+                Ok(None)
+            }
+            VolumeState::Deleting => {
+                self.host.delete_volume(id).map_err(Fault::internal)?;
+                self.transact(|work| {
+                    work.delete::<Volume>(id);
+                    Ok(())
+                })?;
+                Ok(None)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn step_snapshot(&self, id: &str) -> Result<Option<Duration>> {
+        let Some(snapshot) = self.get::<Snapshot>(id)? else { return Ok(None) };
+        if snapshot.deleting {
+            // A template stays: it is the image store's.
+            if matches!(snapshot.source, host::Source::Snapshot(_)) {
+                self.host.delete_snapshot(id).map_err(Fault::internal)?;
+            }
+            self.transact(|work| {
+                work.delete::<Snapshot>(id);
+                Ok(())
+            })?;
+            return Ok(None);
+        }
+        if snapshot.complete || snapshot.failed.is_some() {
+            return Ok(None);
+        }
+        let taken = self.host.create_snapshot(id, &snapshot.volume);
+        self.transact(|work| {
+            let Some(mut snapshot) = work.get::<Snapshot>(id)? else { return Ok(()) };
+            snapshot.complete = taken.is_ok();
+            snapshot.failed = taken.as_ref().err().map(ToString::to_string);
+            work.put(&snapshot)
+        })?;
+        Ok(None)
+    }
+
+    /// An image that is being made is there when its snapshots are.
+    fn step_image(&self, id: &str) -> Result<Option<Duration>> {
+        let Some(image) = self.get::<Image>(id)? else { return Ok(None) };
+        if !image.pending {
+            return Ok(None);
+        }
+        let mut failed = None;
+        for device in &image.devices {
+            let Some(snapshot) = &device.snapshot else { continue };
+            match self.get::<Snapshot>(snapshot)? {
+                Some(snapshot) if snapshot.complete => {}
+                Some(snapshot) if snapshot.failed.is_none() => return Ok(Some(Duration::from_millis(50))),
+                other => failed = other.and_then(|s| s.failed).or(Some("a snapshot of it is gone".into())),
+            }
+        }
+        self.transact(|work| {
+            let Some(mut image) = work.get::<Image>(id)? else { return Ok(()) };
+            image.pending = false;
+            image.failed =
+                failed.clone().map(|message| Reason { code: "Server.InternalError".into(), message });
+            work.put(&image)
+        })?;
+        Ok(None)
+    }
+
+    /// The machine as the host is told of it.
+    fn machine(&self, instance: &Instance) -> Result<Machine> {
+        let kind = self.settings.types.get(&instance.instance_type).map_err(Fault::internal)?;
+        let mut interfaces = Vec::new();
+        let mut groups = Vec::new();
+        for id in &instance.interfaces {
+            let Some(interface) = self.get::<Interface>(id)? else { continue };
+            let mut open_tcp = Vec::new();
+            for id in &interface.groups {
+                let Some(group) = self.get::<Group>(id)? else { continue };
+                for rule in group.rules.values().filter(|rule| !rule.egress) {
+                    let everyone = matches!(rule.peer, Peer::Ipv4(net) if net.prefix_len() == 0);
+                    if everyone && matches!(rule.protocol.as_str(), "tcp" | "-1") {
+                        let port = |n: i64, all| u16::try_from(n).unwrap_or(all);
+                        open_tcp.push((port(rule.from, 0), port(rule.to, u16::MAX)));
+                    }
+                }
+                groups.push(group);
+            }
+            interfaces.push(host::Interface {
+                id: interface.id.clone(),
+                mac: interface.mac.clone(),
+                ip: interface.ip,
+                open_tcp,
+            });
+        }
+        let key = self.public_key(instance)?;
+        let metadata = super::metadata::describe(self, instance, &interfaces, &groups, key.as_ref());
+        Ok(Machine {
+            id: instance.id.clone(),
+            run: instance.run,
+            uuid: instance.uuid.clone(),
+            vcpus: kind.vcpus,
+            memory_mib: kind.memory_mib,
+            volumes: instance.devices.iter().map(|device| device.volume.clone()).collect(),
+            interfaces,
+            metadata,
+        })
+    }
+
+    /// Forgets client tokens that nobody will use again.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn forget_tokens(&self) -> Result<()> {
+        for token in self.all::<crate::model::Token>()? {
+            if now().duration_since(token.at) > TOKENS {
+                self.transact(|work| {
+                    work.delete::<crate::model::Token>(&token.id);
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(())
+    }
+}

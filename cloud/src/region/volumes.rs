@@ -1,0 +1,402 @@
+//! Volumes and snapshots.
+
+use crate::fault::{Fault, Result};
+use crate::host::Source;
+use crate::id;
+use crate::model::{Device, Image, Instance, InstanceState, Snapshot, Tags, Volume, VolumeState};
+
+use super::{Region, Work, now, recall, remember, tags};
+
+/// A volume's type, size and speed, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub gib: u64,
+    pub kind: String,
+    pub iops: Option<u64>,
+    pub throughput: Option<u64>,
+}
+
+/// Type, least and most GiB, IOPS (least, most, default), throughput (least, most, default).
+type Kind = (&'static str, (u64, u64), Option<(u64, u64, u64)>, Option<(u64, u64, u64)>);
+
+/// As EC2 documents them.
+const KINDS: &[Kind] = &[
+    ("gp3", (1, 65_536), Some((3_000, 80_000, 3_000)), Some((125, 2_000, 125))),
+    ("gp2", (1, 16_384), None, None),
+    ("io1", (4, 16_384), Some((100, 64_000, 0)), None),
+    ("io2", (4, 65_536), Some((100, 256_000, 0)), None),
+    ("st1", (125, 16_384), None, None),
+    ("sc1", (125, 16_384), None, None),
+    ("standard", (1, 1_024), None, None),
+];
+
+impl Shape {
+    pub(super) fn new(
+        kind: Option<&str>,
+        gib: u64,
+        iops: Option<u64>,
+        throughput: Option<u64>,
+    ) -> Result<Shape> {
+        let name = kind.unwrap_or("gp2");
+        let known = || KINDS.iter().map(|kind| kind.0).collect::<Vec<_>>().join(", ");
+        let kind = KINDS.iter().find(|kind| kind.0 == name);
+        let (_, (least, most), speeds, flows) =
+            kind.ok_or_else(|| Fault::value("volumeType", name, &format!("There are: {}.", known())))?;
+        if !(*least..=*most).contains(&gib) {
+            let why = format!("A volume of the type {name} has {least} to {most} GiB.");
+            return Err(Fault::value("size", &gib.to_string(), &why));
+        }
+        let iops = match (speeds, iops, name) {
+            (None, None, "gp2") => Some((gib * 3).clamp(100, 16_000)),
+            (None, None, _) => None,
+            (None, Some(_), _) => {
+                return Err(Fault::combination(format!(
+                    "The parameter iops is not supported for {name} volumes."
+                )));
+            }
+            (Some((_, _, 0)), None, _) => {
+                return Err(Fault::new(
+                    "MissingParameter",
+                    format!("The parameter iops must be specified for {name} volumes."),
+                ));
+            }
+            (Some((least, most, default)), given, _) => {
+                let iops = given.unwrap_or(*default);
+                if !(*least..=*most).contains(&iops) {
+                    let why = format!("A volume of the type {name} has {least} to {most} IOPS.");
+                    return Err(Fault::value("iops", &iops.to_string(), &why));
+                }
+                Some(iops)
+            }
+        };
+        let throughput = match (flows, throughput) {
+            (None, None) => None,
+            (None, Some(_)) => {
+                let why = format!("The parameter throughput is not supported for {name} volumes.");
+                return Err(Fault::combination(why));
+            }
+            (Some((least, most, default)), given) => {
+                let flow = given.unwrap_or(*default);
+                if !(*least..=*most).contains(&flow) {
+                    let why = format!("A volume of the type {name} has {least} to {most} MiB/s.");
+                    return Err(Fault::value("throughput", &flow.to_string(), &why));
+                }
+                Some(flow)
+            }
+        };
+        Ok(Shape { gib, kind: name.into(), iops, throughput })
+    }
+}
+
+/// A snapshot that the account may read.
+pub(super) fn readable_snapshot(work: &mut Work<'_>, account: &str, id: &str) -> Result<Snapshot> {
+    id::check(id, "snap", "InvalidSnapshotID")?;
+    let missing = || Fault::not_found("InvalidSnapshot", "snapshot", id);
+    let of_account = |s: &Snapshot| s.account == account && !s.deleting;
+    let snapshot = work.get::<Snapshot>(id)?.filter(of_account).ok_or_else(missing)?;
+    match snapshot.complete {
+        true => Ok(snapshot),
+        false => Err(Fault::new(
+            "IncorrectState",
+            format!("The snapshot '{id}' is not completed; wait until it is"),
+        )),
+    }
+}
+
+/// What CreateVolume asks for.
+#[derive(Debug, Clone, Default)]
+pub struct NewVolume {
+    /// The zone's name.
+    pub zone: String,
+    /// The size in GiB; by default the snapshot's.
+    pub gib: Option<u64>,
+    /// The snapshot to begin with.
+    pub snapshot: Option<String>,
+    /// The volume type.
+    pub kind: Option<String>,
+    /// I/O operations a second.
+    pub iops: Option<u64>,
+    /// MiB a second.
+    pub throughput: Option<u64>,
+    /// Encrypted.
+    pub encrypted: bool,
+    /// Its tags.
+    pub tags: Tags,
+    /// What makes the call idempotent.
+    pub client_token: Option<String>,
+    /// A digest of the request.
+    pub request: String,
+}
+
+impl Region {
+    /// Makes a volume. It is `creating` when this returns.
+    ///
+    /// # Errors
+    /// Whatever of the request cannot be.
+    pub fn create_volume(&self, account: &str, new: &NewVolume) -> Result<Volume> {
+        tags::check(&new.tags)?;
+        if !self.zones().contains(&new.zone) {
+            let why = format!("The zone '{}' does not exist.", new.zone);
+            return Err(Fault::new("InvalidZone.NotFound", why));
+        }
+        let token = new.client_token.as_ref().map(|token| format!("CreateVolume/{account}/{token}"));
+        self.transact(|work| {
+            let made = recall(work, token.as_deref(), &new.request)?;
+            if let Some(volume) = made.and_then(|made| made.first().cloned()) {
+                return work
+                    .get::<Volume>(&volume)?
+                    .ok_or_else(|| Fault::not_found("InvalidVolume", "volume", &volume));
+            }
+            let (source, least) = match &new.snapshot {
+                Some(id) => {
+                    let snapshot = readable_snapshot(work, account, id)?;
+                    (snapshot.source, snapshot.gib)
+                }
+                None => (Source::Empty, 0),
+            };
+            let given = new.gib.or((least > 0).then_some(least));
+            let gib = given.ok_or_else(|| {
+                Fault::new("MissingParameter", "The request must contain the parameter size or snapshotId")
+            })?;
+            if gib < least {
+                let why = format!("It is smaller than the snapshot, which has {least} GiB.");
+                return Err(Fault::value("size", &gib.to_string(), &why));
+            }
+            let shape = Shape::new(new.kind.as_deref(), gib, new.iops, new.throughput)?;
+            let volume = Volume {
+                id: id::new("vol"),
+                account: account.into(),
+                gib,
+                kind: shape.kind,
+                iops: shape.iops,
+                throughput: shape.throughput,
+                zone: new.zone.clone(),
+                snapshot: new.snapshot.clone(),
+                source,
+                created: now(),
+                state: VolumeState::Creating,
+                encrypted: new.encrypted,
+                instance: None,
+                client_token: new.client_token.clone(),
+                tags: new.tags.clone(),
+            };
+            work.put(&volume)?;
+            remember(work, token.as_deref(), &new.request, vec![volume.id.clone()])?;
+            Ok(volume)
+        })
+    }
+
+    /// Deletes a volume that no instance has.
+    ///
+    /// # Errors
+    /// `VolumeInUse`, `IncorrectState`, `InvalidVolume.*`.
+    pub fn delete_volume(&self, account: &str, id: &str) -> Result<()> {
+        self.transact(|work| {
+            let mut volume: Volume = tags::own(work, account, id)?;
+            if let Some(instance) = &volume.instance {
+                let why = format!("Volume {id} is currently attached to {instance}");
+                return Err(Fault::new("VolumeInUse", why));
+            }
+            match volume.state {
+                VolumeState::Creating => {
+                    let why = format!("The volume '{id}' is 'creating'; wait until it is 'available'");
+                    Err(Fault::new("IncorrectState", why))
+                }
+                VolumeState::Deleting => Err(Fault::not_found("InvalidVolume", "volume", id)),
+                _ => {
+                    volume.state = VolumeState::Deleting;
+                    work.put(&volume)
+                }
+            }
+        })
+    }
+
+    /// Attaches a volume to a stopped instance.
+    ///
+    /// # Errors
+    /// `VolumeInUse`, `IncorrectState`, `InvalidVolume.ZoneMismatch`, `InvalidParameterValue`, ids that are not there.
+    pub fn attach_volume(&self, account: &str, id: &str, instance: &str, device: &str) -> Result<Device> {
+        self.transact(|work| {
+            let mut volume: Volume = tags::own(work, account, id)?;
+            let mut instance: Instance = tags::own(work, account, instance)?;
+            if let Some(other) = &volume.instance {
+                let why = format!("{id} is already attached to an instance: {other}");
+                return Err(Fault::new("VolumeInUse", why));
+            }
+            if volume.state != VolumeState::Ready {
+                let why = format!("The volume '{id}' is not 'available'");
+                return Err(Fault::new("IncorrectState", why));
+            }
+            if volume.zone != instance.zone {
+                let why = format!("The volume '{id}' is in {}, the instance in {}", volume.zone, instance.zone);
+                return Err(Fault::new("InvalidVolume.ZoneMismatch", why));
+            }
+            if !device.starts_with("/dev/") && !device.starts_with("xvd") && !device.starts_with("sd") {
+                return Err(Fault::value("device", device, "It is no valid EBS device name, such as /dev/sdf."));
+            }
+            if instance.devices.iter().any(|have| have.name == device) {
+                let why = format!("Attachment point {device} is already in use");
+                return Err(Fault::value("device", device, &why));
+            }
+            match instance.state {
+                InstanceState::Stopped => {}
+                InstanceState::Running => {
+                    let why = "Volumes are attached to running instances in a later version of hutch; stop the instance first";
+                    return Err(Fault::new("UnsupportedOperation", why));
+                }
+                _ => {
+                    let why = format!("Instance '{}' is not 'running' or 'stopped'.", instance.id);
+                    return Err(Fault::new("IncorrectState", why));
+                }
+            }
+            let device = Device {
+                name: device.into(),
+                volume: id.into(),
+                attached: now(),
+                delete_on_termination: false,
+            };
+            instance.devices.push(device.clone());
+            volume.instance = Some(instance.id.clone());
+            work.put(&instance)?;
+            work.put(&volume)?;
+            Ok(device)
+        })
+    }
+
+    /// Detaches a volume from a stopped instance; returns what it was.
+    ///
+    /// # Errors
+    /// `IncorrectState`, `InvalidAttachment.NotFound`, ids that are not there.
+    pub fn detach_volume(
+        &self,
+        account: &str,
+        id: &str,
+        instance: Option<&str>,
+        device: Option<&str>,
+    ) -> Result<(String, Device)> {
+        self.transact(|work| {
+            let mut volume: Volume = tags::own(work, account, id)?;
+            let none = || Fault::new("IncorrectState", format!("Volume '{id}' is in the 'available' state."));
+            let holder = volume.instance.clone().ok_or_else(none)?;
+            let other = || {
+                let why = format!("The volume '{id}' is not attached to the instance as the device that was named");
+                Fault::new("InvalidAttachment.NotFound", why)
+            };
+            let mut holder: Instance = tags::own(work, account, &holder)?;
+            if instance.is_some_and(|instance| instance != holder.id) {
+                return Err(other());
+            }
+            let at = holder.devices.iter().position(|have| have.volume == id).ok_or_else(other)?;
+            if holder.devices.get(at).is_some_and(|have| device.is_some_and(|device| device != have.name)) {
+                return Err(other());
+            }
+            match holder.state {
+                InstanceState::Stopped => {}
+                InstanceState::Running if at == 0 => {
+                    let why = format!("Unable to detach root volume '{id}' from instance '{}'", holder.id);
+                    return Err(Fault::new("OperationNotPermitted", why));
+                }
+                InstanceState::Running => {
+                    let why = "Volumes are detached from running instances in a later version of hutch; stop the instance first";
+                    return Err(Fault::new("UnsupportedOperation", why));
+                }
+                _ => {
+                    let why = format!("Instance '{}' is not 'running' or 'stopped'.", holder.id);
+                    return Err(Fault::new("IncorrectState", why));
+                }
+            }
+            let was = holder.devices.remove(at);
+            volume.instance = None;
+            work.put(&holder)?;
+            work.put(&volume)?;
+            Ok((holder.id, was))
+        })
+    }
+
+    /// Takes a snapshot of a volume. It is `pending` when this returns.
+    ///
+    /// # Errors
+    /// `IncorrectState`, `InvalidVolume.*`.
+    pub fn create_snapshot(
+        &self,
+        account: &str,
+        volume: &str,
+        description: &str,
+        tags: &Tags,
+    ) -> Result<Snapshot> {
+        tags::check(tags)?;
+        self.transact(|work| {
+            let volume: Volume = tags::own(work, account, volume)?;
+            let snapshot = snapshot_of(&volume, description, tags.clone())?;
+            work.put(&snapshot)?;
+            Ok(snapshot)
+        })
+    }
+
+    /// Deletes a snapshot that no image needs.
+    ///
+    /// # Errors
+    /// `InvalidSnapshot.InUse`, `InvalidSnapshot.*`.
+    pub fn delete_snapshot(&self, account: &str, id: &str) -> Result<()> {
+        self.transact(|work| {
+            let mut snapshot: Snapshot = tags::own(work, account, id)?;
+            if snapshot.deleting {
+                return Err(Fault::not_found("InvalidSnapshot", "snapshot", id));
+            }
+            let uses =
+                |image: &Image| image.devices.iter().any(|device| device.snapshot.as_deref() == Some(id));
+            if let Some(image) = work.all::<Image>("")?.iter().find(|image| uses(image)) {
+                let why = format!("The snapshot {id} is currently in use by {}", image.id);
+                return Err(Fault::new("InvalidSnapshot.InUse", why));
+            }
+            snapshot.deleting = true;
+            work.put(&snapshot)
+        })
+    }
+}
+
+/// A snapshot of a volume, begun.
+pub(super) fn snapshot_of(volume: &Volume, description: &str, tags: Tags) -> Result<Snapshot> {
+    if volume.state != VolumeState::Ready {
+        let why = format!("The volume '{}' is not 'available' or 'in-use'", volume.id);
+        return Err(Fault::new("IncorrectState", why));
+    }
+    let id = id::new("snap");
+    Ok(Snapshot {
+        source: Source::Snapshot(id.clone()),
+        id,
+        account: volume.account.clone(),
+        volume: volume.id.clone(),
+        gib: volume.gib,
+        started: now(),
+        description: description.into(),
+        complete: false,
+        failed: None,
+        deleting: false,
+        tags,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_speeds_are_ec2s() {
+        assert_eq!(Shape::new(None, 8, None, None).unwrap().iops, Some(100));
+        let gp3 = Shape::new(Some("gp3"), 1, None, None).unwrap();
+        assert_eq!((gp3.iops, gp3.throughput), (Some(3000), Some(125)));
+        for (kind, gib, iops, throughput, code) in [
+            ("gp4", 1, None, None, "InvalidParameterValue"),
+            ("gp3", 0, None, None, "InvalidParameterValue"),
+            ("gp3", 1, Some(100), None, "InvalidParameterValue"),
+            ("gp3", 1, None, Some(9000), "InvalidParameterValue"),
+            ("gp2", 1, Some(100), None, "InvalidParameterCombination"),
+            ("io1", 4, None, None, "MissingParameter"),
+            ("st1", 1, None, None, "InvalidParameterValue"),
+        ] {
+            let fault = Shape::new(Some(kind), gib, iops, throughput).unwrap_err();
+            assert_eq!(fault.code, code, "{kind} {gib} {iops:?} {throughput:?}");
+        }
+    }
+}
