@@ -40,6 +40,16 @@ impl Table {
         toml::from_str(BUILT_IN).expect("the built-in table is well-formed")
     }
 
+    /// All of them, by their whole names.
+    pub fn all(&self) -> Vec<(String, &InstanceType)> {
+        let family = |(family, sizes): (&String, &'_ BTreeMap<String, InstanceType>)| {
+            let family = family.clone();
+            sizes.keys().map(move |size| format!("{family}.{size}")).collect::<Vec<_>>()
+        };
+        let names = self.0.iter().flat_map(family);
+        names.zip(self.0.values().flat_map(BTreeMap::values)).collect()
+    }
+
     /// What `name` stands for.
     ///
     /// # Errors

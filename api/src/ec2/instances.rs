@@ -1,0 +1,553 @@
+//! Instances.
+
+use std::collections::BTreeMap;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use hutch_cloud::model::{Group, Instance, InstanceState, Interface, MetadataOptions};
+use hutch_cloud::region::metadata::{private_name, zone_id};
+use hutch_cloud::region::{Attribute, Change, DeviceAsk, Launch};
+
+use super::{Answer, Context, Operation, chosen, done, tag_set, time};
+use crate::node;
+use crate::query::{Fault, Node, Params};
+
+pub(super) const OPERATIONS: &[(&str, Operation)] = &[
+    ("RunInstances", run),
+    ("DescribeInstances", describe),
+    ("DescribeInstanceStatus", status),
+    ("StartInstances", start),
+    ("StopInstances", stop),
+    ("RebootInstances", reboot),
+    ("TerminateInstances", terminate),
+    ("DescribeInstanceAttribute", attribute),
+    ("ModifyInstanceAttribute", modify),
+    ("ModifyInstanceMetadataOptions", modify_metadata),
+    ("GetConsoleOutput", console),
+    ("GetPasswordData", password),
+    ("MonitorInstances", |c| monitor(c, true)),
+    ("UnmonitorInstances", |c| monitor(c, false)),
+    ("DescribeInstanceCreditSpecifications", credits),
+    ("DescribeIamInstanceProfileAssociations", |_| {
+        Ok(node! { "iamInstanceProfileAssociationSet": Node::List(vec![]) })
+    }),
+];
+
+/// What an answer about instances needs beside them.
+struct Around {
+    interfaces: BTreeMap<String, Interface>,
+    groups: BTreeMap<String, Group>,
+}
+
+impl Around {
+    fn of(c: &Context<'_>, instances: &[Instance]) -> Result<Around, Fault> {
+        let mut around = Around { interfaces: BTreeMap::new(), groups: BTreeMap::new() };
+        for id in instances.iter().flat_map(|instance| &instance.interfaces) {
+            let Some(interface) = c.region.get::<Interface>(id)? else { continue };
+            for group in &interface.groups {
+                if !around.groups.contains_key(group)
+                    && let Some(found) = c.region.get::<Group>(group)?
+                {
+                    around.groups.insert(group.clone(), found);
+                }
+            }
+            around.interfaces.insert(id.clone(), interface);
+        }
+        Ok(around)
+    }
+
+    fn groups(&self, ids: &[String]) -> Node {
+        Node::list(ids, |id| {
+            node! { "groupId": id, "groupName": self.groups.get(id).map(|group| &*group.name) }
+        })
+    }
+}
+
+pub(super) fn state(state: InstanceState) -> Node {
+    node! { "code": state.code(), "name": state.name() }
+}
+
+fn metadata_options(options: &MetadataOptions, settled: bool) -> Node {
+    let switch = |on| if on { "enabled" } else { "disabled" };
+    node! {
+        "state": if settled { "applied" } else { "pending" },
+        "httpTokens": if options.tokens_required { "required" } else { "optional" },
+        "httpPutResponseHopLimit": options.hop_limit,
+        "httpEndpoint": switch(options.enabled),
+        "httpProtocolIpv6": "disabled",
+        "instanceMetadataTags": switch(options.tags),
+    }
+}
+
+/// An instance, as answers tell it.
+fn instance(c: &Context<'_>, i: &Instance, around: &Around) -> Node {
+    let interfaces: Vec<_> = i.interfaces.iter().filter_map(|id| around.interfaces.get(id)).collect();
+    let primary = interfaces.first();
+    let ip = primary.map(|interface| interface.ip);
+    let private = ip.map(|ip| private_name(c.region, ip)).unwrap_or_default();
+    let status = |i: &Instance| if i.state == InstanceState::Pending { "attaching" } else { "attached" };
+    let devices = Node::list(&i.devices, |device| {
+        node! {
+            "deviceName": &device.name,
+            "ebs": node! {
+                "volumeId": &device.volume,
+                "status": status(i),
+                "attachTime": time(device.attached),
+                "deleteOnTermination": device.delete_on_termination,
+            },
+        }
+    });
+    let kind = c.region.settings().types.get(&i.instance_type).ok();
+    node! {
+        "instanceId": &i.id,
+        "imageId": &i.image,
+        "instanceState": state(i.state),
+        "privateDnsName": &private,
+        "dnsName": "",
+        "reason": &i.transition,
+        "stateReason": i.reason.as_ref().map(|reason| node! { "code": &reason.code, "message": &reason.message }),
+        "keyName": i.key_name.as_ref(),
+        "amiLaunchIndex": i.launch_index,
+        "productCodes": Node::List(vec![]),
+        "instanceType": &i.instance_type,
+        "launchTime": time(i.launched),
+        "placement": node! {
+            "availabilityZone": &i.zone,
+            "availabilityZoneId": zone_id(c.region, &i.zone),
+            "groupName": "",
+            "tenancy": "default",
+        },
+        "monitoring": node! { "state": if i.monitoring { "enabled" } else { "disabled" } },
+        "subnetId": (!i.state.is_over()).then_some(&i.subnet),
+        "vpcId": (!i.state.is_over()).then_some(&i.vpc),
+        "privateIpAddress": ip,
+        "sourceDestCheck": i.source_dest_check,
+        "groupSet": primary.map(|primary| around.groups(&primary.groups)),
+        "architecture": "x86_64",
+        "rootDeviceType": "ebs",
+        "rootDeviceName": &i.root_device,
+        "blockDeviceMapping": devices,
+        "virtualizationType": "hvm",
+        "clientToken": &i.client_token,
+        "tagSet": tag_set(&i.tags),
+        "hypervisor": "xen",
+        "networkInterfaceSet": Node::list(&interfaces, |e| super::network::interface_of_instance(c, e, &around.groups(&e.groups))),
+        "ebsOptimized": i.ebs_optimized,
+        "enaSupport": true,
+        "cpuOptions": kind.map(|kind| node! { "coreCount": kind.vcpus, "threadsPerCore": 1u32 }),
+        "capacityReservationSpecification": node! { "capacityReservationPreference": "open" },
+        "hibernationOptions": node! { "configured": false },
+        "metadataOptions": metadata_options(&i.metadata, i.state != InstanceState::Pending),
+        "enclaveOptions": node! { "enabled": false },
+        "platformDetails": "Linux/UNIX",
+        "usageOperation": "RunInstances",
+        "usageOperationUpdateTime": time(i.launched),
+        "privateDnsNameOptions": node! {
+            "hostnameType": "ip-name",
+            "enableResourceNameDnsARecord": false,
+            "enableResourceNameDnsAAAARecord": false,
+        },
+        "maintenanceOptions": node! { "autoRecovery": "default" },
+        "currentInstanceBootMode": "legacy-bios",
+        "ownerId": &i.account,
+        "reservationId": &i.reservation,
+    }
+}
+
+fn device_asks(params: &Params) -> Result<Vec<DeviceAsk>, Fault> {
+    let size = |p: &Params, name: &str| -> Result<Option<u64>, Fault> {
+        let number = p.int(name)?;
+        number
+            .map(|n| u64::try_from(n).map_err(|_| Fault::value(name, &n.to_string(), "It is negative.")))
+            .transpose()
+    };
+    let one = |p: &&Params| {
+        Ok(DeviceAsk {
+            name: p.str("DeviceName").unwrap_or_default().into(),
+            none: p.str("NoDevice").is_some(),
+            ephemeral: p.str("VirtualName").map(str::to_owned),
+            snapshot: p.str("Ebs.SnapshotId").map(str::to_owned),
+            gib: size(p, "Ebs.VolumeSize")?,
+            kind: p.str("Ebs.VolumeType").map(str::to_owned),
+            iops: size(p, "Ebs.Iops")?,
+            throughput: size(p, "Ebs.Throughput")?,
+            delete_on_termination: p.boolean("Ebs.DeleteOnTermination")?,
+            encrypted: p.boolean("Ebs.Encrypted")?.unwrap_or(false),
+        })
+    };
+    params.list("BlockDeviceMapping").iter().map(one).collect()
+}
+
+fn shutdown(text: &str) -> Result<bool, Fault> {
+    match text {
+        "stop" => Ok(false),
+        "terminate" => Ok(true),
+        _ => Err(Fault::value("instanceInitiatedShutdownBehavior", text, "It is stop or terminate.")),
+    }
+}
+
+/// The metadata options that are asked for, over those that are.
+fn set_metadata(p: &Params, options: &mut MetadataOptions) -> Result<(), Fault> {
+    let switch = |name: &str, yes: &str, no: &str| match p.str(name) {
+        None => Ok(None),
+        Some(text) if text == yes => Ok(Some(true)),
+        Some(text) if text == no => Ok(Some(false)),
+        Some(text) => Err(Fault::value(name, text, &format!("It is {yes} or {no}."))),
+    };
+    options.tokens_required =
+        switch("HttpTokens", "required", "optional")?.unwrap_or(options.tokens_required);
+    options.enabled = switch("HttpEndpoint", "enabled", "disabled")?.unwrap_or(options.enabled);
+    options.tags = switch("InstanceMetadataTags", "enabled", "disabled")?.unwrap_or(options.tags);
+    if let Some(hops) = p.int("HttpPutResponseHopLimit")? {
+        let bad =
+            || Fault::value("HttpPutResponseHopLimit", &hops.to_string(), "It is a number from 1 to 64.");
+        options.hop_limit = u8::try_from(hops).ok().filter(|n| (1..=64).contains(n)).ok_or_else(bad)?;
+    }
+    Ok(())
+}
+
+fn run(c: &Context<'_>) -> Answer {
+    let p = c.params;
+    let count = |name: &str| -> Result<u32, Fault> {
+        let n = p.int(name)?.ok_or_else(|| Fault::missing(name))?;
+        u32::try_from(n).map_err(|_| Fault::value(name, &n.to_string(), "It is no number of instances."))
+    };
+    let (min, max) = (count("MinCount")?, count("MaxCount")?);
+    if let Some(kind) = p.str("InstanceMarketOptions.MarketType") {
+        let why = format!("hutch does not have the market type {kind} yet");
+        return Err(Fault::new("UnsupportedOperation", why));
+    }
+    if p.sub("LaunchTemplate").is_some() {
+        return Err(Fault::new("UnsupportedOperation", "hutch does not have launch templates yet"));
+    }
+    let owned = |name: &str| p.str(name).filter(|text| !text.is_empty()).map(str::to_owned);
+    let mut metadata = MetadataOptions::default();
+    if let Some(options) = p.sub("MetadataOptions") {
+        set_metadata(options, &mut metadata)?;
+    }
+    let interfaces = p.list("NetworkInterface");
+    if interfaces.len() > 1 {
+        return Err(Fault::new("UnsupportedOperation", "hutch has one network interface an instance yet"));
+    }
+    let interface = interfaces.first().copied();
+    let here = |name: &str| interface.and_then(|i| i.str(name)).map(str::to_owned);
+    if interface.is_some()
+        && (p.sub("SecurityGroupId").is_some()
+            || p.sub("SubnetId").is_some()
+            || p.sub("SecurityGroup").is_some())
+    {
+        let why = "Network interfaces and an instance-level subnet ID or security groups may not be specified on the same request";
+        return Err(Fault::combination(why));
+    }
+    if here("NetworkInterfaceId").is_some() {
+        return Err(Fault::new(
+            "UnsupportedOperation",
+            "hutch does not launch with interfaces made before yet",
+        ));
+    }
+    let ip = owned("PrivateIpAddress").or_else(|| here("PrivateIpAddress"));
+    let private_ip =
+        ip.map(|ip| ip.parse().map_err(|_| Fault::value("privateIpAddress", &ip, "It is no IPv4 address.")));
+    let launch = Launch {
+        image: p.required("ImageId")?.into(),
+        min,
+        max,
+        instance_type: p.str("InstanceType").unwrap_or("m1.small").into(),
+        key_name: owned("KeyName"),
+        groups: match interface {
+            Some(interface) => interface.strings("SecurityGroupId"),
+            None => p.strings("SecurityGroupId"),
+        },
+        group_names: p.strings("SecurityGroup"),
+        subnet: owned("SubnetId").or_else(|| here("SubnetId")),
+        zone: owned("Placement.AvailabilityZone"),
+        private_ip: private_ip.transpose()?,
+        interface_description: here("Description").unwrap_or_default(),
+        keep_interface: interface.map(|i| i.boolean("DeleteOnTermination")).transpose()?.flatten()
+            == Some(false),
+        user_data: p.blob("UserData")?,
+        devices: device_asks(p)?,
+        shutdown_terminates: shutdown(p.str("InstanceInitiatedShutdownBehavior").unwrap_or("stop"))?,
+        termination_protection: p.boolean("DisableApiTermination")?.unwrap_or(false),
+        stop_protection: p.boolean("DisableApiStop")?.unwrap_or(false),
+        ebs_optimized: p.boolean("EbsOptimized")?.unwrap_or(false),
+        monitoring: p.boolean("Monitoring.Enabled")?.unwrap_or(false),
+        metadata,
+        tags: c.tag_specifications()?,
+        client_token: owned("ClientToken"),
+        request: c.digest(),
+    };
+    if launch.client_token.as_ref().is_some_and(|token| token.len() > 64 || !token.is_ascii()) {
+        return Err(Fault::value("clientToken", "…", "It has at most 64 ASCII characters."));
+    }
+    let made = c.region.run_instances(c.account, &launch)?;
+    let around = Around::of(c, &made)?;
+    Ok(reservation(c, &made.iter().collect::<Vec<_>>(), &around))
+}
+
+fn reservation(c: &Context<'_>, instances: &[&Instance], around: &Around) -> Node {
+    let first = instances.first();
+    node! {
+        "reservationId": first.map(|i| &*i.reservation),
+        "ownerId": first.map(|i| &*i.account),
+        "groupSet": Node::List(vec![]),
+        "instancesSet": Node::list(instances, |i| instance(c, i, around)),
+    }
+}
+
+/// The account's instances that are named, or all.
+fn own(c: &Context<'_>, ids: &[String]) -> Result<Vec<Instance>, Fault> {
+    let all = match ids {
+        [] => c.region.all::<Instance>()?,
+        ids => {
+            let found: Result<Vec<_>, Fault> = ids.iter().map(|id| c.region.get::<Instance>(id)).collect();
+            found?.into_iter().flatten().collect()
+        }
+    };
+    let all = all.into_iter().filter(|instance| instance.account == c.account).collect();
+    chosen(all, ids, |i: &Instance| &i.id, ("i", "InvalidInstanceID", "instance ID"))
+}
+
+fn describe(c: &Context<'_>) -> Answer {
+    let ids = c.ids("InstanceId");
+    let filters = c.filters()?;
+    let mut instances = own(c, &ids)?;
+    let around = Around::of(c, &instances)?;
+    // A reservation's instances are told together.
+    instances.sort_by(|a, b| (&a.reservation, a.launch_index).cmp(&(&b.reservation, b.launch_index)));
+    let key = |i: &Instance| format!("{}/{:06}", i.reservation, i.launch_index);
+    let told = instances.iter().map(|i| (key(i), instance(c, i, &around)));
+    let (page, token) = c.page(told.filter(|(_, node)| filters.hold(node)).collect(), &ids)?;
+    let text = |node: &Node, name| match node.get(name) {
+        Some(Node::Text(text)) => text.clone(),
+        _ => String::new(),
+    };
+    let mut reservations: Vec<(String, String, Vec<Node>)> = Vec::new();
+    for node in page {
+        let (id, owner) = (text(&node, "reservationId"), text(&node, "ownerId"));
+        match reservations.last_mut().filter(|(last, _, _)| *last == id) {
+            Some((_, _, nodes)) => nodes.push(node),
+            None => reservations.push((id, owner, vec![node])),
+        }
+    }
+    let reservations = Node::list(reservations, |(id, owner, nodes)| {
+        node! { "reservationId": id, "ownerId": owner, "groupSet": Node::List(vec![]), "instancesSet": Node::List(nodes) }
+    });
+    Ok(Node::empty().with("reservationSet", reservations).with("nextToken", token))
+}
+
+fn status(c: &Context<'_>) -> Answer {
+    let ids = c.ids("InstanceId");
+    let all = c.params.boolean("IncludeAllInstances")?.unwrap_or(false);
+    let instances = own(c, &ids)?.into_iter().filter(|i| all || i.state == InstanceState::Running);
+    let told = instances.map(|i| {
+        let runs = i.state == InstanceState::Running;
+        let check = || {
+            let (whole, part) = if runs { ("ok", "passed") } else { ("not-applicable", "") };
+            let details = runs.then(|| Node::List(vec![node! { "name": "reachability", "status": part }]));
+            node! { "status": whole, "details": details }
+        };
+        let node = node! {
+            "instanceId": &i.id,
+            "availabilityZone": &i.zone,
+            "availabilityZoneId": zone_id(c.region, &i.zone),
+            "instanceState": state(i.state),
+            "systemStatus": check(),
+            "instanceStatus": check(),
+        };
+        (i.id, node)
+    });
+    c.describe("instanceStatusSet", told.collect(), &ids)
+}
+
+fn required_ids(c: &Context<'_>) -> Result<Vec<String>, Fault> {
+    match c.ids("InstanceId") {
+        ids if ids.is_empty() => Err(Fault::missing("InstanceId")),
+        ids => Ok(ids),
+    }
+}
+
+fn changes(changes: Vec<Change>) -> Node {
+    let one = |change: Change| {
+        node! {
+            "instanceId": change.id,
+            "currentState": state(change.after),
+            "previousState": state(change.before),
+        }
+    };
+    node! { "instancesSet": Node::list(changes, one) }
+}
+
+fn start(c: &Context<'_>) -> Answer {
+    Ok(changes(c.region.start_instances(c.account, &required_ids(c)?)?))
+}
+
+fn stop(c: &Context<'_>) -> Answer {
+    if c.params.boolean("Hibernate")? == Some(true) {
+        return Err(Fault::new("UnsupportedHibernationConfiguration", "hutch does not have hibernation yet"));
+    }
+    let force = c.params.boolean("Force")?.unwrap_or(false);
+    Ok(changes(c.region.stop_instances(c.account, &required_ids(c)?, force)?))
+}
+
+fn reboot(c: &Context<'_>) -> Answer {
+    c.region.reboot_instances(c.account, &required_ids(c)?)?;
+    Ok(done())
+}
+
+fn terminate(c: &Context<'_>) -> Answer {
+    Ok(changes(c.region.terminate_instances(c.account, &required_ids(c)?)?))
+}
+
+fn monitor(c: &Context<'_>, on: bool) -> Answer {
+    let ids = required_ids(c)?;
+    c.region.monitor_instances(c.account, &ids, on)?;
+    let state = if on { "enabled" } else { "disabled" };
+    let one = |id: &String| node! { "instanceId": id, "monitoring": node! { "state": state } };
+    Ok(node! { "instancesSet": Node::list(&ids, one) })
+}
+
+/// The account's instance of an id.
+fn the(c: &Context<'_>) -> Result<Instance, Fault> {
+    let id = c.params.required("InstanceId")?.to_owned();
+    let missing = || Fault::not_found("InvalidInstanceID", "instance ID", &id);
+    own(c, std::slice::from_ref(&id))?.into_iter().next().ok_or_else(missing)
+}
+
+fn attribute(c: &Context<'_>) -> Answer {
+    let i = the(c)?;
+    let name = c.params.required("Attribute")?;
+    let value = |value: Node| node! { "value": value };
+    let truth = |on: bool| value(Node::Text(on.to_string()));
+    let answer = Node::empty().with("instanceId", &i.id);
+    Ok(match name {
+        "instanceType" => answer.with("instanceType", value(Node::Text(i.instance_type))),
+        "userData" => {
+            let data = i.user_data.map(|data| value(Node::Text(BASE64_STANDARD.encode(data))));
+            answer.with("userData", data.unwrap_or(Node::empty()))
+        }
+        "disableApiTermination" => answer.with("disableApiTermination", truth(i.termination_protection)),
+        "disableApiStop" => answer.with("disableApiStop", truth(i.stop_protection)),
+        "instanceInitiatedShutdownBehavior" => {
+            let text = if i.shutdown_terminates { "terminate" } else { "stop" };
+            answer.with("instanceInitiatedShutdownBehavior", value(Node::Text(text.into())))
+        }
+        "rootDeviceName" => answer.with("rootDeviceName", value(Node::Text(i.root_device))),
+        "sourceDestCheck" => answer.with("sourceDestCheck", truth(i.source_dest_check)),
+        "ebsOptimized" => answer.with("ebsOptimized", truth(i.ebs_optimized)),
+        "enaSupport" => answer.with("enaSupport", truth(true)),
+        "sriovNetSupport" | "kernel" | "ramdisk" => answer,
+        "productCodes" => answer.with("productCodes", Node::List(vec![])),
+        "enclaveOptions" => answer.with("enclaveOptions", node! { "enabled": false }),
+        "groupSet" => {
+            let around = Around::of(c, std::slice::from_ref(&i))?;
+            let primary = i.interfaces.first().and_then(|id| around.interfaces.get(id));
+            answer.with("groupSet", around.groups(primary.map_or(&[], |e| &e.groups)))
+        }
+        "blockDeviceMapping" => answer.with(
+            "blockDeviceMapping",
+            Node::list(&i.devices, |device| {
+                node! {
+                    "deviceName": &device.name,
+                    "ebs": node! {
+                        "volumeId": &device.volume, "status": "attached", "attachTime": time(device.attached),
+                        "deleteOnTermination": device.delete_on_termination,
+                    },
+                }
+            }),
+        ),
+        _ => return Err(Fault::value("attribute", name, "It is no attribute of an instance.")),
+    })
+}
+
+fn modify(c: &Context<'_>) -> Answer {
+    let p = c.params;
+    let id = p.required("InstanceId")?;
+    let truth = |name: &str| -> Result<Option<bool>, Fault> { p.boolean(&format!("{name}.Value")) };
+    // The older form names the attribute and gives the value apart.
+    let older = |name: &str| p.str("Attribute").filter(|have| *have == name).and(p.str("Value"));
+    let text = |upper: &str, lower: &str| {
+        p.str(&format!("{upper}.Value")).or_else(|| p.str(upper)).or_else(|| older(lower)).map(str::to_owned)
+    };
+    let switch = |upper: &str, lower: &str| match (truth(upper)?, older(lower)) {
+        (Some(on), _) => Ok(Some(on)),
+        (None, Some("true")) => Ok(Some(true)),
+        (None, Some("false")) => Ok(Some(false)),
+        (None, Some(other)) => Err(Fault::value(lower, other, "It is neither true nor false.")),
+        (None, None) => Ok(None),
+    };
+    let mut set = Vec::new();
+    set.extend(text("InstanceType", "instanceType").map(Attribute::InstanceType));
+    let data = match p.sub("UserData") {
+        Some(data) if data.str("Value").is_some() => data.blob("Value")?,
+        Some(_) => p.blob("UserData")?,
+        None => older("userData").map(|_| p.blob("Value")).transpose()?.flatten(),
+    };
+    set.extend(data.map(|data| Attribute::UserData((!data.is_empty()).then_some(data))));
+    set.extend(switch("EbsOptimized", "ebsOptimized")?.map(Attribute::EbsOptimized));
+    set.extend(
+        switch("DisableApiTermination", "disableApiTermination")?.map(Attribute::TerminationProtection),
+    );
+    set.extend(switch("DisableApiStop", "disableApiStop")?.map(Attribute::StopProtection));
+    set.extend(switch("SourceDestCheck", "sourceDestCheck")?.map(Attribute::SourceDestCheck));
+    if let Some(text) = text("InstanceInitiatedShutdownBehavior", "instanceInitiatedShutdownBehavior") {
+        set.push(Attribute::ShutdownTerminates(shutdown(&text)?));
+    }
+    let groups = p.strings("GroupId");
+    if !groups.is_empty() {
+        set.push(Attribute::Groups(groups));
+    }
+    let mut answers = Vec::new();
+    for mapping in p.list("BlockDeviceMapping") {
+        if let Some(answer) = mapping.boolean("Ebs.DeleteOnTermination")? {
+            answers.push((mapping.required("DeviceName")?.to_owned(), answer));
+        }
+    }
+    if !answers.is_empty() {
+        set.push(Attribute::DeleteOnTermination(answers));
+    }
+    match set.as_slice() {
+        [] => Err(Fault::new("InvalidParameterCombination", "No attributes specified.")),
+        [attribute] => {
+            c.region.modify_instance(c.account, id, attribute)?;
+            Ok(done())
+        }
+        _ => Err(Fault::combination("Fields for multiple attribute types specified")),
+    }
+}
+
+fn modify_metadata(c: &Context<'_>) -> Answer {
+    let id = c.params.required("InstanceId")?;
+    // What is wrong with it is said before anything is set.
+    set_metadata(c.params, &mut MetadataOptions::default())?;
+    let options = c.region.modify_metadata_options(c.account, id, |options| {
+        let _ = set_metadata(c.params, options);
+    })?;
+    Ok(node! { "instanceId": id, "instanceMetadataOptions": metadata_options(&options, false) })
+}
+
+fn console(c: &Context<'_>) -> Answer {
+    let i = the(c)?;
+    let output = c.region.host().console(&i.id).map_err(Fault::internal)?;
+    let output = output.get(output.len().saturating_sub(64 << 10)..).unwrap_or_default();
+    Ok(node! {
+        "instanceId": &i.id,
+        "timestamp": time(jiff::Timestamp::now()),
+        "output": BASE64_STANDARD.encode(output),
+    })
+}
+
+fn password(c: &Context<'_>) -> Answer {
+    let i = the(c)?;
+    Ok(node! { "instanceId": &i.id, "timestamp": time(i.launched), "passwordData": "" })
+}
+
+fn credits(c: &Context<'_>) -> Answer {
+    let ids = c.ids("InstanceId");
+    let burstable = |i: &Instance| i.instance_type.starts_with('t') && !i.state.is_over();
+    let told = own(c, &ids)?.into_iter().filter(burstable).map(|i| {
+        let credits = if i.instance_type.starts_with("t2") { "standard" } else { "unlimited" };
+        (i.id.clone(), node! { "instanceId": &i.id, "cpuCredits": credits })
+    });
+    c.describe("instanceCreditSpecificationSet", told.collect(), &ids)
+}

@@ -1,0 +1,237 @@
+//! EC2's operations: a call's parameters become a verb of `cloud`, and what that gives becomes an answer.
+//!
+//! ```text
+//!   Call ─► OPERATIONS (by name) ─► instances, images, volumes, groups, keys, network, places, tags ─► Node
+//!                                        └── filters: what the answer would say decides
+//! ```
+
+mod filters;
+mod groups;
+mod images;
+mod instances;
+mod keys;
+mod network;
+mod places;
+mod tags;
+mod volumes;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use base64::Engine;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use hutch_cloud::region::Region;
+use jiff::Timestamp;
+
+use crate::node;
+use crate::query::{Call, Fault, Node, Params};
+use filters::Filters;
+
+/// What an operation gives.
+type Answer = Result<Node, Fault>;
+type Operation = fn(&Context<'_>) -> Answer;
+
+/// What an operation is told.
+struct Context<'a> {
+    region: &'a Region,
+    regions: &'a Regions,
+    account: &'a str,
+    action: &'a str,
+    params: &'a Params,
+}
+
+/// The regions of an endpoint, by name.
+pub type Regions = BTreeMap<String, Arc<Region>>;
+
+/// The operations that are served, by name.
+static OPERATIONS: &[&[(&str, Operation)]] = &[
+    instances::OPERATIONS,
+    images::OPERATIONS,
+    volumes::OPERATIONS,
+    groups::OPERATIONS,
+    keys::OPERATIONS,
+    network::OPERATIONS,
+    places::OPERATIONS,
+    tags::OPERATIONS,
+];
+
+/// Operations of EC2 that hutch is to have, and has not yet: said so, where a wrong name is said to be wrong.
+const LATER: &[&str] = &[
+    "AllocateAddress",
+    "ReleaseAddress",
+    "AssociateAddress",
+    "DisassociateAddress",
+    "CreateSnapshots",
+    "CopySnapshot",
+    "DescribeSnapshotAttribute",
+    "ModifySnapshotAttribute",
+    "ResetSnapshotAttribute",
+    "CopyImage",
+    "RegisterImage",
+    "ModifyVolume",
+    "RequestSpotInstances",
+    "CancelSpotInstanceRequests",
+    "PurchaseReservedInstancesOffering",
+    "CreateLaunchTemplate",
+    "CreateLaunchTemplateVersion",
+    "DeleteLaunchTemplate",
+    "DeleteLaunchTemplateVersions",
+    "ModifyLaunchTemplate",
+    "GetLaunchTemplateData",
+    "GetConsoleScreenshot",
+    "GetInstanceUefiData",
+    "CreateVpc",
+    "DeleteVpc",
+    "CreateSubnet",
+    "DeleteSubnet",
+    "CreateNetworkInterface",
+    "DeleteNetworkInterface",
+    "AttachNetworkInterface",
+    "DetachNetworkInterface",
+];
+
+/// Serves a call of EC2 or STS.
+///
+/// # Errors
+/// What the client is told.
+pub fn serve(regions: &Regions, call: &Call) -> Answer {
+    match call.service.as_str() {
+        "sts" if call.action == "GetCallerIdentity" => Ok(caller(call)),
+        "ec2" => ec2(regions, call),
+        service => Err(invalid_action(&format!("{service}:{}", call.action))),
+    }
+}
+
+fn invalid_action(action: &str) -> Fault {
+    Fault::new("InvalidAction", format!("The action {action} is not valid for this web service."))
+}
+
+fn caller(call: &Call) -> Node {
+    let account = &call.identity.account;
+    node! { "Arn": format!("arn:aws:iam::{account}:root"), "UserId": account, "Account": account }
+}
+
+fn ec2(regions: &Regions, call: &Call) -> Answer {
+    let operation = OPERATIONS.iter().flat_map(|part| part.iter()).find(|(name, _)| *name == call.action);
+    let Some((action, operation)) = operation else {
+        return Err(match LATER.contains(&call.action.as_str()) {
+            true => Fault::new("UnsupportedOperation", format!("hutch does not have {} yet", call.action)),
+            false => invalid_action(&call.action),
+        });
+    };
+    let region = regions.get(&call.region).ok_or_else(|| {
+        let known = regions.keys().cloned().collect::<Vec<_>>().join(", ");
+        Fault::new("AuthFailure", format!("There is no region {}; there are: {known}", call.region))
+    })?;
+    if call.params.boolean("DryRun")? == Some(true) {
+        return Err(Fault::new("DryRunOperation", "Request would have succeeded, but DryRun flag is set."));
+    }
+    let account = &call.identity.account;
+    operation(&Context { region, regions, account, action, params: &call.params })
+}
+
+/// A time as EC2 writes it.
+fn time(at: Timestamp) -> String {
+    at.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string()
+}
+
+/// `<return>true</return>`: what operations answer that have nothing to tell.
+fn done() -> Node {
+    node! { "return": true }
+}
+
+/// A resource's tags.
+fn tag_set(tags: &BTreeMap<String, String>) -> Node {
+    Node::list(tags, |(key, value)| node! { "key": key, "value": value })
+}
+
+impl Context<'_> {
+    fn filters(&self) -> Result<Filters, Fault> {
+        Filters::new(self.action, self.params)
+    }
+
+    /// The ids that are asked for at a name.
+    fn ids(&self, name: &str) -> Vec<String> {
+        self.params.strings(name)
+    }
+
+    /// The tags that are asked for, by type of resource.
+    fn tag_specifications(&self) -> Result<BTreeMap<String, BTreeMap<String, String>>, Fault> {
+        let mut all: BTreeMap<String, BTreeMap<String, String>> = BTreeMap::new();
+        for specification in self.params.list("TagSpecification") {
+            let kind = specification.required("ResourceType")?;
+            all.entry(kind.into()).or_default().extend(tags::read(specification)?);
+        }
+        Ok(all)
+    }
+
+    /// A digest of the request but for what may differ when it is sent again.
+    fn digest(&self) -> String {
+        use sha2::Digest;
+        let mut names: Vec<_> = self.params.names().filter(|(name, _)| *name != "ClientToken").collect();
+        names.sort_by_key(|(name, _)| *name);
+        format!("{:x}", sha2::Sha256::digest(format!("{names:?}")))
+    }
+
+    /// One page of things that are told: those of `found` after the token, up to MaxResults; the next token.
+    ///
+    /// `found` is in the order of its keys. A token is the key of the last one told, so that it holds whatever comes and goes.
+    fn page(&self, found: Vec<(String, Node)>, ids: &[String]) -> Result<(Vec<Node>, Option<String>), Fault> {
+        let most = match self.params.int("MaxResults")? {
+            Some(_) if !ids.is_empty() => {
+                let why = "The parameter MaxResults cannot be used with ids";
+                return Err(Fault::combination(why));
+            }
+            Some(n) if n < 5 => {
+                let why = "Expecting a value of at least 5";
+                return Err(Fault::value("maxResults", &n.to_string(), why));
+            }
+            Some(n) => usize::try_from(n).unwrap_or(usize::MAX).min(1000),
+            None => usize::MAX,
+        };
+        let after = match self.params.str("NextToken").filter(|token| !token.is_empty()) {
+            Some(token) => {
+                let decoded =
+                    BASE64_URL_SAFE_NO_PAD.decode(token).ok().and_then(|b| String::from_utf8(b).ok());
+                let bad = || Fault::value("nextToken", token, "It is none of ours.");
+                decoded.ok_or_else(bad)?
+            }
+            None => String::new(),
+        };
+        let mut rest = found.into_iter().filter(|(key, _)| *key > after);
+        let page: Vec<_> = rest.by_ref().take(most).collect();
+        let more = rest.next().is_some();
+        let token = page.last().filter(|_| more).map(|(key, _)| BASE64_URL_SAFE_NO_PAD.encode(key));
+        Ok((page.into_iter().map(|(_, node)| node).collect(), token))
+    }
+
+    /// The answer of a Describe operation: those things that the ids name and the filters let through, page by page.
+    fn describe(&self, set: &'static str, things: Vec<(String, Node)>, ids: &[String]) -> Answer {
+        let filters = self.filters()?;
+        let found = things.into_iter().filter(|(_, node)| filters.hold(node)).collect();
+        let (page, token) = self.page(found, ids)?;
+        Ok(Node::empty().with(set, Node::List(page)).with("nextToken", token))
+    }
+}
+
+/// Those of `all` that `ids` name, or all of them; an id that nothing has is an error.
+///
+/// # Errors
+/// `ERROR.Malformed`, `ERROR.NotFound`.
+fn chosen<T>(
+    all: Vec<T>,
+    ids: &[String],
+    id: impl Fn(&T) -> &str,
+    (prefix, error, what): (&str, &'static str, &str),
+) -> Result<Vec<T>, Fault> {
+    for wanted in ids {
+        hutch_cloud::id::check(wanted, prefix, error)?;
+        if !all.iter().any(|thing| id(thing) == wanted) {
+            return Err(Fault::not_found(error, what, wanted));
+        }
+    }
+    Ok(all
+        .into_iter()
+        .filter(|thing| ids.is_empty() || ids.iter().any(|wanted| wanted == id(thing)))
+        .collect())
+}

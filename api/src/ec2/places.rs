@@ -1,0 +1,179 @@
+//! Where things can run, and on what: regions, zones, instance types; what an account may.
+
+use hutch_cloud::region::metadata::zone_id;
+use hutch_cloud::types::InstanceType;
+
+use super::{Answer, Context, Operation};
+use crate::node;
+use crate::query::{Fault, Node};
+
+pub(super) const OPERATIONS: &[(&str, Operation)] = &[
+    ("DescribeRegions", regions),
+    ("DescribeAvailabilityZones", zones),
+    ("DescribeInstanceTypes", types),
+    ("DescribeInstanceTypeOfferings", offerings),
+    ("DescribeAccountAttributes", account_attributes),
+    ("DescribeSpotInstanceRequests", |c| c.describe("spotInstanceRequestSet", vec![], &[])),
+    ("DescribeSpotPriceHistory", |c| c.describe("spotPriceHistorySet", vec![], &[])),
+    ("DescribeReservedInstances", |c| c.describe("reservedInstancesSet", vec![], &[])),
+    ("DescribeReservedInstancesOfferings", |c| c.describe("reservedInstancesOfferingsSet", vec![], &[])),
+    ("DescribeLaunchTemplates", launch_templates),
+    ("DescribeLaunchTemplateVersions", |c| c.describe("launchTemplateVersionSet", vec![], &[])),
+    ("GetInstanceMetadataDefaults", |_| Ok(node! { "accountLevel": Node::empty() })),
+];
+
+fn regions(c: &Context<'_>) -> Answer {
+    let names = c.ids("RegionName");
+    for name in &names {
+        if !c.regions.contains_key(name) {
+            return Err(Fault::new("InvalidParameterValue", format!("Invalid region name: {name}")));
+        }
+    }
+    let told = c.regions.keys().filter(|name| names.is_empty() || names.contains(name)).map(|name| {
+        let node = node! {
+            "regionName": name,
+            "regionEndpoint": format!("ec2.{name}.amazonaws.com"),
+            "optInStatus": "opt-in-not-required",
+        };
+        (name.clone(), node)
+    });
+    c.describe("regionInfo", told.collect(), &[])
+}
+
+fn zones(c: &Context<'_>) -> Answer {
+    let (names, ids) = (c.ids("ZoneName"), c.ids("ZoneId"));
+    let all = c.region.zones();
+    for name in &names {
+        if !all.contains(name) {
+            return Err(Fault::new("InvalidParameterValue", format!("Invalid availability zone: [{name}]")));
+        }
+    }
+    let region = &c.region.settings().name;
+    let wanted = |zone: &String| {
+        let id = zone_id(c.region, zone);
+        names.is_empty() && ids.is_empty() || names.contains(zone) || ids.contains(&id)
+    };
+    let told = all.iter().filter(|zone| wanted(zone)).map(|zone| {
+        let node = node! {
+            "zoneName": zone,
+            "zoneId": zone_id(c.region, zone),
+            "zoneState": "available",
+            "zoneType": "availability-zone",
+            "regionName": region,
+            "groupName": region,
+            "networkBorderGroup": region,
+            "optInStatus": "opt-in-not-required",
+            "messageSet": Node::List(vec![]),
+        };
+        (zone.clone(), node)
+    });
+    c.describe("availabilityZoneInfo", told.collect(), &[])
+}
+
+fn told(name: &str, kind: &InstanceType) -> Node {
+    let list = |items: &[&'static str]| Node::list(items, |item| Node::Text((*item).into()));
+    let burstable = name.starts_with('t');
+    node! {
+        "instanceType": name,
+        "currentGeneration": true,
+        "freeTierEligible": false,
+        "supportedUsageClasses": list(&["on-demand"]),
+        "supportedRootDeviceTypes": list(&["ebs"]),
+        "supportedVirtualizationTypes": list(&["hvm"]),
+        "bareMetal": false,
+        "hypervisor": "nitro",
+        "processorInfo": node! { "supportedArchitectures": list(&["x86_64"]) },
+        "vCpuInfo": node! {
+            "defaultVCpus": kind.vcpus, "defaultCores": kind.vcpus, "defaultThreadsPerCore": 1u32,
+        },
+        "memoryInfo": node! { "sizeInMiB": kind.memory_mib },
+        "instanceStorageSupported": false,
+        "ebsInfo": node! { "ebsOptimizedSupport": "default", "encryptionSupport": "unsupported", "nvmeSupport": "unsupported" },
+        "networkInfo": node! {
+            "networkPerformance": "Up to the host's",
+            "maximumNetworkInterfaces": 1u32,
+            "maximumNetworkCards": 1u32,
+            "defaultNetworkCardIndex": 0u32,
+            "ipv4AddressesPerInterface": 1u32,
+            "ipv6AddressesPerInterface": 0u32,
+            "ipv6Supported": false,
+            "enaSupport": "unsupported",
+            "efaSupported": false,
+        },
+        "placementGroupInfo": node! { "supportedStrategies": Node::List(vec![]) },
+        "hibernationSupported": false,
+        "burstablePerformanceSupported": burstable,
+        "dedicatedHostsSupported": false,
+        "autoRecoverySupported": false,
+        "supportedBootModes": list(&["legacy-bios"]),
+    }
+}
+
+fn types(c: &Context<'_>) -> Answer {
+    let names = c.ids("InstanceType");
+    let table = &c.region.settings().types;
+    let unknown: Vec<_> = names.iter().filter(|name| table.get(name).is_err()).cloned().collect();
+    if !unknown.is_empty() {
+        let why = format!("The following supplied instance types do not exist: [{}]", unknown.join(", "));
+        return Err(Fault::new("InvalidInstanceType", why));
+    }
+    let wanted = table.all().into_iter().filter(|(name, _)| names.is_empty() || names.contains(name));
+    let mut all: Vec<_> = wanted.map(|(name, kind)| (name.clone(), told(&name, kind))).collect();
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    c.describe("instanceTypeSet", all, &names)
+}
+
+fn offerings(c: &Context<'_>) -> Answer {
+    let by = c.params.str("LocationType").unwrap_or("region");
+    let places = match by {
+        "region" => vec![c.region.settings().name.clone()],
+        "availability-zone" => c.region.zones(),
+        "availability-zone-id" => c.region.zones().iter().map(|zone| zone_id(c.region, zone)).collect(),
+        _ => {
+            return Err(Fault::value(
+                "locationType",
+                by,
+                "It is region, availability-zone or availability-zone-id.",
+            ));
+        }
+    };
+    let mut all = Vec::new();
+    for (name, _) in c.region.settings().types.all() {
+        for place in &places {
+            let node = node! { "instanceType": &name, "locationType": by, "location": place };
+            all.push((format!("{name}/{place}"), node));
+        }
+    }
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    c.describe("instanceTypeOfferingSet", all, &[])
+}
+
+fn account_attributes(c: &Context<'_>) -> Answer {
+    let names = c.ids("AttributeName");
+    let all = [
+        ("supported-platforms", "VPC".to_owned()),
+        ("default-vpc", c.region.default_vpc(c.account)),
+        ("max-instances", "10000".into()),
+        ("vpc-max-security-groups-per-interface", "5".into()),
+        ("max-elastic-ips", "5".into()),
+        ("vpc-max-elastic-ips", "5".into()),
+    ];
+    let wanted = all.into_iter().filter(|(name, _)| names.is_empty() || names.iter().any(|n| n == name));
+    let set = Node::list(wanted, |(name, value)| {
+        let values = Node::List(vec![node! { "attributeValue": value }]);
+        node! { "attributeName": name, "attributeValueSet": values }
+    });
+    Ok(node! { "accountAttributeSet": set })
+}
+
+fn launch_templates(c: &Context<'_>) -> Answer {
+    if let Some(id) = c.ids("LaunchTemplateId").first() {
+        let why = format!("The specified launch template, with template ID {id}, does not exist.");
+        return Err(Fault::new("InvalidLaunchTemplateId.NotFound", why));
+    }
+    if let Some(name) = c.ids("LaunchTemplateName").first() {
+        let why = format!("The specified launch template, with template name {name}, does not exist.");
+        return Err(Fault::new("InvalidLaunchTemplateName.NotFoundException", why));
+    }
+    c.describe("launchTemplates", vec![], &[])
+}
