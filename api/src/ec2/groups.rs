@@ -209,12 +209,9 @@ fn peers(c: &Context<'_>, permission: &Params) -> Result<Vec<(Peer, Option<Strin
     for range in permission.list("Ipv6Ranges") {
         peers.push((cidr6(range.required("CidrIpv6")?)?, description(range)));
     }
-    for list in permission.list("PrefixListIds") {
-        let id = list.required("PrefixListId")?;
-        return Err(Fault::new(
-            "InvalidPrefixListID.NotFound",
-            format!("The prefix list ID '{id}' does not exist"),
-        ));
+    if let Some(list) = permission.list("PrefixListIds").first() {
+        let why = format!("The prefix list ID '{}' does not exist", list.required("PrefixListId")?);
+        return Err(Fault::new("InvalidPrefixListID.NotFound", why));
     }
     for group in permission.list("Groups") {
         let id = c.region.group_id(c.account, group.str("GroupId"), group.str("GroupName"))?;
@@ -407,7 +404,7 @@ mod tests {
             ("256", None, None, Err(())),
         ] {
             let got = ports(protocol, from, to).map_err(drop);
-            assert_eq!(got.as_ref().map(|(p, f, t)| (p.as_str(), *f, *t)).map_err(|()| ()), is, "{protocol}");
+            assert_eq!(got.as_ref().map(|(p, f, t)| (p.as_str(), *f, *t)).map_err(|e| *e), is, "{protocol}");
         }
         assert_eq!(cidr4("10.1.2.3/8"), cidr4("10.0.0.0/8"));
         assert!(cidr4("10.0.0.0").is_err() && cidr4("10.0.0.0/33").is_err() && cidr6("::/129").is_err());

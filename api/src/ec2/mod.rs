@@ -90,6 +90,12 @@ const LATER: &[&str] = &[
     "DetachNetworkInterface",
 ];
 
+/// Whether an operation of this name is served.
+pub fn is_served(action: &str) -> bool {
+    action == "GetCallerIdentity"
+        || OPERATIONS.iter().flat_map(|part| part.iter()).any(|(name, _)| *name == action)
+}
+
 /// Serves a call of EC2 or STS.
 ///
 /// # Errors

@@ -1,6 +1,12 @@
 //! The EC2 Query protocol: forms in, XML out, each call signed.
+//!
+//! ```text
+//!   server ─► sigv4: who is it? ─► params: the form as a tree ─► Backend::call ─► xml
+//! ```
 
 pub mod params;
+pub mod server;
+pub mod sigv4;
 pub mod xml;
 
 pub use params::Params;
@@ -52,6 +58,14 @@ pub trait Backend: Send + Sync + 'static {
     /// Whether the account may call that now.
     fn admit(&self, _account: &str, _region: &str, _action: &str) -> bool {
         true
+    }
+
+    /// Counts a call that was answered: the action (empty where it was not even read), the error's code.
+    fn note(&self, _action: &str, _code: Option<&str>, _took: std::time::Duration) {}
+
+    /// What is counted, in Prometheus' text format.
+    fn metrics(&self) -> String {
+        String::new()
     }
 
     /// Does the call.

@@ -23,7 +23,8 @@ fn malformed(why: &str) -> Fault {
     Fault::new("MalformedQueryString", format!("The query string is malformed: {why}"))
 }
 
-fn decode(text: &str) -> Result<String, Fault> {
+/// Undoes a form's `%XX` and `+`.
+pub(super) fn decode(text: &str) -> Result<String, Fault> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {

@@ -1,0 +1,238 @@
+//! The daemon: `hutchd`, a region or several on this machine, behind EC2's own protocol.
+//!
+//! ```text
+//!   main.rs      what it may be told; start and end        keys.rs    access keys
+//!   service.rs   calls: who may how often, what is counted
+//! ```
+#![forbid(unsafe_code)]
+
+mod keys;
+mod service;
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use hutch_api::ec2::Regions;
+use hutch_api::query::server::{Listener, serve};
+use hutch_cloud::host::{Host, Simulated};
+use hutch_cloud::region::{Reconciler, Region, Settings};
+use hutch_cloud::store::{Sqlite, Store};
+use hutch_cloud::types::Table;
+use tokio::signal::unix::{SignalKind, signal};
+
+use keys::{Key, Keys};
+use service::{Rate, Service};
+
+/// How often templates that were imported meanwhile are looked for.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// EC2 on this machine: serves the EC2 Query API to the aws CLI, boto3, Terraform and Ansible.
+#[derive(Parser)]
+#[command(name = "hutchd", version)]
+struct Args {
+    /// Where clients come: ADDRESS:PORT, or unix:PATH; may be given more than once. Port 0 takes a free one.
+    #[arg(long, default_values = ["127.0.0.1:8773"])]
+    listen: Vec<Place>,
+    /// The directory of all that is kept, or `memory`: nothing is.
+    #[arg(long, default_value = "/var/lib/hutch")]
+    state: PathBuf,
+    /// The regions, each with a store of its own below the state.
+    #[arg(long, value_delimiter = ',', default_value = "home-1")]
+    regions: Vec<RegionName>,
+    /// The letters of each region's zones: `a`, or `abc`.
+    #[arg(long, default_value = "a")]
+    zones: String,
+    /// What runs the instances. The simulated host keeps what would run, and starts nothing.
+    #[arg(long)]
+    host: HostKind,
+    /// How long starting and stopping takes on the simulated host, in milliseconds.
+    #[arg(long, default_value_t = 0)]
+    delay: u64,
+    /// An access key beside those that are kept.
+    #[arg(long, value_name = "ID:SECRET[:ACCOUNT]")]
+    root_key: Option<Key>,
+    /// How many calls of one kind an account may make at once, and a second after that; 0 is any number.
+    #[arg(long, value_name = "BURST:PER-SECOND", default_value = "100:20")]
+    rate: Rate,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum HostKind {
+    /// No KVM, no root.
+    Simulated,
+}
+
+/// Where clients come.
+#[derive(Debug, Clone)]
+enum Place {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Place, String> {
+        match text.strip_prefix("unix:") {
+            Some(path) => Ok(Place::Unix(path.into())),
+            None => text.parse().map(Place::Tcp).map_err(|_| "it is ADDRESS:PORT or unix:PATH".into()),
+        }
+    }
+}
+
+/// A region's name: it is a directory's, too.
+#[derive(Debug, Clone)]
+struct RegionName(String);
+
+impl FromStr for RegionName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<RegionName, String> {
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        let fits = (1..=32).contains(&text.len()) && text.bytes().all(plain);
+        match fits && text.starts_with(|c: char| c.is_ascii_lowercase()) && !text.ends_with('-') {
+            true => Ok(RegionName(text.into())),
+            false => Err("a region's name is like home-1: letters, digits and dashes".into()),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("HUTCH_LOG");
+    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hutchd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    let state = (args.state.as_os_str() != "memory").then_some(args.state.as_path());
+    let letters: Vec<char> = args.zones.chars().collect();
+    if letters.is_empty() || letters.iter().any(|letter| !letter.is_ascii_lowercase()) {
+        bail!("--zones {}: zones are letters, such as abc", args.zones);
+    }
+    // Held until the end: two daemons on one state would undo each other's work.
+    let _lock = state.map(lock).transpose()?;
+    let keys = Keys::open(state, args.root_key.clone())?;
+    let mut regions = Regions::new();
+    let mut reconcilers = Vec::new();
+    for RegionName(name) in &args.regions {
+        let dir = state.map(|state| state.join(name));
+        let settings = Settings {
+            name: name.clone(),
+            zones: letters.clone(),
+            types: Table::built_in(),
+            owner: keys.owner().into(),
+        };
+        let region = open(settings, dir.as_deref(), args).with_context(|| format!("the region {name}"))?;
+        reconcilers.push(Reconciler::start(region.clone())?);
+        regions.insert(name.clone(), region);
+    }
+    let service = Arc::new(Service::new(regions, keys, args.rate));
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(attend(args, service))?;
+    // Calls are over; each reconciler ends its step.
+    drop(reconcilers);
+    Ok(())
+}
+
+/// A region on its store and its host.
+fn open(settings: Settings, dir: Option<&Path>, args: &Args) -> anyhow::Result<Arc<Region>> {
+    let HostKind::Simulated = args.host;
+    let delay = Duration::from_millis(args.delay);
+    let (store, host): (Arc<dyn Store>, Arc<dyn Host>) = match dir {
+        Some(dir) => {
+            fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+            (
+                Arc::new(Sqlite::open(&dir.join("store.db"))?),
+                Arc::new(Simulated::open(dir.join("host"), delay)?),
+            )
+        }
+        None => (Arc::new(Sqlite::memory()?), Arc::new(Simulated::memory(delay))),
+    };
+    let region = Arc::new(Region::new(settings, store, host));
+    region.adopt_templates()?;
+    Ok(region)
+}
+
+fn lock(state: &Path) -> anyhow::Result<File> {
+    fs::create_dir_all(state)
+        .with_context(|| format!("cannot make {}; name another directory with --state", state.display()))?;
+    let path = state.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(_) => bail!(
+            "another hutchd has {}; stop it first, or name another directory with --state",
+            state.display()
+        ),
+    }
+}
+
+/// Serves until a signal comes.
+async fn attend(args: &Args, service: Arc<Service>) -> anyhow::Result<()> {
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut servers = tokio::task::JoinSet::new();
+    let mut sockets = Vec::new();
+    for place in &args.listen {
+        let listener = match place {
+            Place::Tcp(address) => {
+                let listener = tokio::net::TcpListener::bind(address).await;
+                let listener = listener.with_context(|| format!("cannot listen on {address}"))?;
+                println!("hutchd: listening on http://{}", listener.local_addr()?);
+                Listener::Tcp(listener)
+            }
+            Place::Unix(path) => {
+                // Nobody else has the state's lock: a socket that is there is left over.
+                let _ = fs::remove_file(path);
+                let listener = tokio::net::UnixListener::bind(path);
+                let listener =
+                    listener.with_context(|| format!("cannot make the socket {}", path.display()))?;
+                println!("hutchd: listening on unix:{}", path.display());
+                sockets.push(path.clone());
+                Listener::Unix(listener)
+            }
+        };
+        let mut stopped = stopped.clone();
+        let service = service.clone();
+        servers.spawn(serve(listener, service, async move {
+            let _ = stopped.wait_for(|stop| *stop).await;
+        }));
+    }
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut look = tokio::time::interval(LOOK);
+    loop {
+        tokio::select! {
+            _ = term.recv() => break,
+            _ = int.recv() => break,
+            _ = look.tick() => {
+                let service = service.clone();
+                tokio::task::spawn_blocking(move || service.look_after());
+            }
+            ended = servers.join_next() => {
+                ended.context("there is nowhere to listen")???;
+                bail!("a listener ended by itself");
+            }
+        }
+    }
+    tracing::info!("ending: calls that run are finished");
+    let _ = stop.send(true);
+    while servers.join_next().await.is_some() {}
+    for socket in sockets {
+        let _ = fs::remove_file(socket);
+    }
+    Ok(())
+}
