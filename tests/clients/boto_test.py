@@ -3,12 +3,15 @@
 import base64
 import concurrent.futures
 import datetime
+import json
+import pathlib
 import random
+import time
 import unittest
 
 import botocore.exceptions
 
-from daemon import Case, Daemon, KEY, SECRET
+from daemon import Case, Daemon
 
 
 class Instances(Case):
@@ -239,7 +242,7 @@ class Killed(unittest.TestCase):
         for _ in range(40):
             ec2 = daemon.client(read_timeout=20)
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                kill = pool.submit(lambda pause: (__import__("time").sleep(pause), daemon.kill()), dice.random() / 5)
+                kill = pool.submit(lambda: (time.sleep(dice.random() / 5), daemon.kill()))
                 while not kill.done():
                     alive = [i for i, state in wanted.items() if state != "terminated"]
                     try:
@@ -267,14 +270,14 @@ class Killed(unittest.TestCase):
                         pass
             daemon.start()
         ec2 = daemon.client()
-        until = __import__("time").monotonic() + 120
+        until = time.monotonic() + 120
         while True:
             told = {i["InstanceId"]: i["State"]["Name"] for r in ec2.describe_instances()["Reservations"]
                     for i in r["Instances"]}
             if not set(told.values()) & {"pending", "stopping", "shutting-down"}:
                 break
-            self.assertLess(__import__("time").monotonic(), until, told)
-            __import__("time").sleep(0.1)
+            self.assertLess(time.monotonic(), until, told)
+            time.sleep(0.1)
         for instance in wanted:
             self.assertIn(instance, told, "what was answered is kept")
             if wanted[instance] == "terminated":
@@ -286,8 +289,6 @@ class Killed(unittest.TestCase):
         addresses = [i["PrivateIpAddress"] for i in ec2.describe_network_interfaces()["NetworkInterfaces"]]
         self.assertEqual(len(set(addresses)), len(alive), "an address each")
         # The host agrees: what runs there is what is said to run, each started once a run.
-        import json
-        import pathlib
         machines = pathlib.Path(daemon.state.name, "home-1/host/machines")
         for path in machines.iterdir():
             kept = json.loads(path.read_text())

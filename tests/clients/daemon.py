@@ -38,11 +38,14 @@ class Daemon:
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+        self.log.close()
 
     def stop(self):
         self.process.terminate()
         code = self.process.wait(timeout=60)
         self.process.stdout.close()
+        self.log.close()
+        self.state.cleanup()
         return code
 
 
@@ -60,8 +63,6 @@ class Case(unittest.TestCase):
     def tearDownClass(cls):
         cls.ec2.close()
         assert cls.daemon.stop() == 0
-        cls.daemon.log.close()
-        cls.daemon.state.cleanup()
 
     def fails(self, code, call, *args, **kwargs):
         with self.assertRaises(botocore.exceptions.ClientError) as caught:

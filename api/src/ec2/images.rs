@@ -59,7 +59,7 @@ fn told(c: &Context<'_>, image: &Image) -> Node {
         "sourceInstanceId": image.source_instance.as_ref().filter(|_| own),
         "stateReason": image.failed.as_ref().map(|r| node! { "code": &r.code, "message": &r.message }),
         // Tags are their owner's own.
-        "tagSet": if own { tag_set(&image.tags) } else { Node::List(vec![]) },
+        "tagSet": tag_set(&image.tags).filter(|_| own),
     }
 }
 

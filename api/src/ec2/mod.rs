@@ -146,9 +146,9 @@ fn done() -> Node {
     node! { "return": true }
 }
 
-/// A resource's tags.
-fn tag_set(tags: &BTreeMap<String, String>) -> Node {
-    Node::list(tags, |(key, value)| node! { "key": key, "value": value })
+/// A resource's tags; like EC2, nothing where there are none.
+fn tag_set(tags: &BTreeMap<String, String>) -> Option<Node> {
+    (!tags.is_empty()).then(|| Node::list(tags, |(key, value)| node! { "key": key, "value": value }))
 }
 
 impl Context<'_> {

@@ -16,7 +16,7 @@ use crate::table::{Better, Table};
 use crate::volume;
 
 /// How long each load lasts, in milliseconds.
-const TIME: &str = "1000";
+const TIME: &str = "3000";
 /// Bytes of the disk: more than the probe uses.
 const SIZE: u64 = REGION + (16 << 20);
 
