@@ -1,5 +1,5 @@
 # The commands people type. `make test` is everything CI runs.
-.PHONY: demo bench deny test fmt lint unit stories stories-full lab lab-down
+.PHONY: demo bench deny test fmt lint unit clients stories stories-full lab lab-down
 # Builds all it needs, makes an AMI, launches it, and shows the main job.
 demo:
 	tests/demo
@@ -8,7 +8,7 @@ demo:
 bench:
 	tests/bench/run
 
-test: fmt lint unit stories
+test: fmt lint unit clients stories
 
 fmt:
 	cargo fmt --all --check
@@ -19,6 +19,10 @@ lint:
 # Fast, without root; a /dev/kvm is used where it opens.
 unit:
 	cargo test --workspace --exclude hutch-tests --locked
+
+# boto3 and the aws CLI against hutchd on the simulated host.
+clients:
+	tests/clients/run
 
 # Real guests: directly where KVM can, else in the lab.
 stories:

@@ -240,9 +240,9 @@ class Killed(unittest.TestCase):
         image = ec2.describe_images()["Images"][0]["ImageId"]
         wanted = {}
         for _ in range(40):
-            ec2 = daemon.client(read_timeout=20)
+            ec2, pause = daemon.client(read_timeout=20), dice.random() / 5
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                kill = pool.submit(lambda: (time.sleep(dice.random() / 5), daemon.kill()))
+                kill = pool.submit(lambda: (time.sleep(pause), daemon.kill()))
                 while not kill.done():
                     alive = [i for i, state in wanted.items() if state != "terminated"]
                     try:

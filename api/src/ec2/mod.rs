@@ -90,10 +90,9 @@ const LATER: &[&str] = &[
     "DetachNetworkInterface",
 ];
 
-/// Whether an operation of this name is served.
-pub fn is_served(action: &str) -> bool {
-    action == "GetCallerIdentity"
-        || OPERATIONS.iter().flat_map(|part| part.iter()).any(|(name, _)| *name == action)
+/// The names of EC2's operations that are served.
+pub fn served() -> impl Iterator<Item = &'static str> {
+    OPERATIONS.iter().flat_map(|part| part.iter()).map(|(name, _)| *name)
 }
 
 /// Serves a call of EC2 or STS.

@@ -7,6 +7,7 @@
 pub mod params;
 pub mod server;
 pub mod sigv4;
+pub mod table;
 pub mod xml;
 
 pub use params::Params;
