@@ -33,6 +33,9 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     }),
 ];
 
+/// Instances read at a time.
+const BATCH: usize = 1000;
+
 /// What an answer about instances needs beside them.
 struct Around {
     interfaces: BTreeMap<String, Interface>,
@@ -311,23 +314,40 @@ fn own(c: &Context<'_>, ids: &[String]) -> Result<Vec<Instance>, Fault> {
 fn describe(c: &Context<'_>) -> Answer {
     let ids = c.ids("InstanceId");
     let filters = c.filters()?;
-    let mut instances = own(c, &ids)?;
-    let around = Around::of(c, &instances)?;
-    // A reservation's instances are told together.
-    instances.sort_by(|a, b| (&a.reservation, a.launch_index).cmp(&(&b.reservation, b.launch_index)));
-    let key = |i: &Instance| format!("{}/{:06}", i.reservation, i.launch_index);
-    let told = instances.iter().map(|i| (key(i), instance(c, i, &around)));
-    let (page, token) = c.page(told.filter(|(_, node)| filters.hold(node)).collect(), &ids)?;
-    let text = |node: &Node, name| match node.get(name) {
-        Some(Node::Text(text)) => text.clone(),
-        _ => String::new(),
+    let (most, after) = c.page_asked(&ids)?;
+    let mut found: Vec<(Instance, Node)> = Vec::new();
+    let mut look = |instances: Vec<Instance>| -> Result<bool, Fault> {
+        let around = Around::of(c, &instances)?;
+        let told = instances.into_iter().map(|i| (instance(c, &i, &around), i)).map(|(node, i)| (i, node));
+        found.extend(told.filter(|(_, node)| filters.hold(node)));
+        Ok(found.len() > most)
     };
+    if ids.is_empty() {
+        // No more is read than is told: there may be many.
+        let mut behind = after;
+        loop {
+            let page = c.region.page::<Instance>(&behind, BATCH)?;
+            let Some(last) = page.last().map(|instance| instance.id.clone()) else { break };
+            behind = last;
+            let whole = page.len() == BATCH;
+            if look(page.into_iter().filter(|instance| instance.account == c.account).collect())? || !whole {
+                break;
+            }
+        }
+    } else {
+        look(own(c, &ids)?)?;
+    }
+    let more = found.len() > most;
+    found.truncate(most);
+    let token = found.last().filter(|_| more).map(|(last, _)| super::token(&last.id));
+    // A reservation's instances are told together, as far as they are on one page.
     let mut reservations: Vec<(String, String, Vec<Node>)> = Vec::new();
-    for node in page {
-        let (id, owner) = (text(&node, "reservationId"), text(&node, "ownerId"));
-        match reservations.last_mut().filter(|(last, _, _)| *last == id) {
+    let mut at = BTreeMap::new();
+    for (i, node) in found {
+        let index = *at.entry(i.reservation.clone()).or_insert(reservations.len());
+        match reservations.get_mut(index) {
             Some((_, _, nodes)) => nodes.push(node),
-            None => reservations.push((id, owner, vec![node])),
+            None => reservations.push((i.reservation, i.account, vec![node])),
         }
     }
     let reservations = Node::list(reservations, |(id, owner, nodes)| {

@@ -135,6 +135,11 @@ fn ec2(regions: &Regions, call: &Call) -> Answer {
     operation(&Context { region, regions, account, action, params: &call.params })
 }
 
+/// The token that a page ends with whose last thing has this key.
+fn token(key: &str) -> String {
+    BASE64_URL_SAFE_NO_PAD.encode(key)
+}
+
 /// A time as EC2 writes it.
 fn time(at: Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string()
@@ -178,35 +183,36 @@ impl Context<'_> {
         format!("{:x}", sha2::Sha256::digest(format!("{names:?}")))
     }
 
-    /// One page of things that are told: those of `found` after the token, up to MaxResults; the next token.
-    ///
-    /// `found` is in the order of its keys. A token is the key of the last one told, so that it holds whatever comes and goes.
-    fn page(&self, found: Vec<(String, Node)>, ids: &[String]) -> Result<(Vec<Node>, Option<String>), Fault> {
+    /// How many things a page may tell, and the key behind which it begins.
+    fn page_asked(&self, ids: &[String]) -> Result<(usize, String), Fault> {
         let most = match self.params.int("MaxResults")? {
             Some(_) if !ids.is_empty() => {
-                let why = "The parameter MaxResults cannot be used with ids";
-                return Err(Fault::combination(why));
+                return Err(Fault::combination("The parameter MaxResults cannot be used with ids"));
             }
             Some(n) if n < 5 => {
-                let why = "Expecting a value of at least 5";
-                return Err(Fault::value("maxResults", &n.to_string(), why));
+                return Err(Fault::value("maxResults", &n.to_string(), "Expecting a value of at least 5"));
             }
             Some(n) => usize::try_from(n).unwrap_or(usize::MAX).min(1000),
             None => usize::MAX,
         };
-        let after = match self.params.str("NextToken").filter(|token| !token.is_empty()) {
-            Some(token) => {
-                let decoded =
-                    BASE64_URL_SAFE_NO_PAD.decode(token).ok().and_then(|b| String::from_utf8(b).ok());
-                let bad = || Fault::value("nextToken", token, "It is none of ours.");
-                decoded.ok_or_else(bad)?
-            }
-            None => String::new(),
+        let Some(token) = self.params.str("NextToken").filter(|token| !token.is_empty()) else {
+            return Ok((most, String::new()));
         };
+        let decoded =
+            BASE64_URL_SAFE_NO_PAD.decode(token).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+        let bad = || Fault::value("nextToken", token, "It is none of ours.");
+        Ok((most, decoded.ok_or_else(bad)?))
+    }
+
+    /// One page of things that are told: those of `found` after the token, up to MaxResults; the next token.
+    ///
+    /// `found` is in the order of its keys. A token is the key of the last one told, so that it holds whatever comes and goes.
+    fn page(&self, found: Vec<(String, Node)>, ids: &[String]) -> Result<(Vec<Node>, Option<String>), Fault> {
+        let (most, after) = self.page_asked(ids)?;
         let mut rest = found.into_iter().filter(|(key, _)| *key > after);
         let page: Vec<_> = rest.by_ref().take(most).collect();
         let more = rest.next().is_some();
-        let token = page.last().filter(|_| more).map(|(key, _)| BASE64_URL_SAFE_NO_PAD.encode(key));
+        let token = page.last().filter(|_| more).map(|(key, _)| token(key));
         Ok((page.into_iter().map(|(_, node)| node).collect(), token))
     }
 

@@ -107,6 +107,14 @@ impl Region {
         work::all(&*self.store, "")
     }
 
+    /// Up to `limit` records of a kind behind the one of the id `after`, in the order of their ids.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn page<T: Record>(&self, after: &str, limit: usize) -> Result<Vec<T>> {
+        work::page(&*self.store, after, limit)
+    }
+
     /// All records of a kind whose ids begin so.
     ///
     /// # Errors

@@ -122,6 +122,15 @@ pub fn all<T: Record>(store: &dyn Store, prefix: &str) -> Result<Vec<T>> {
     }
 }
 
+/// Up to `limit` records of a kind behind the one of the id `after`, in the order of their ids.
+///
+/// # Errors
+/// The store's.
+pub fn page<T: Record>(store: &dyn Store, after: &str, limit: usize) -> Result<Vec<T>> {
+    let page = store.range(&key::<T>(""), Some(&key::<T>(after)), limit)?;
+    page.iter().map(|entry| decode(&entry.key, &entry.value)).collect()
+}
+
 /// The record of this id.
 ///
 /// # Errors
