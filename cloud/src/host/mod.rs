@@ -185,6 +185,14 @@ pub trait Host: Send + Sync {
     /// It cannot be forgotten now.
     fn forget(&self, id: &str) -> Result<()>;
 
+    /// The latest run of one machine; `None` when it was never started, or is forgotten.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    fn machine(&self, id: &str) -> Result<Option<Status>> {
+        Ok(self.machines()?.into_iter().find(|status| status.id == id))
+    }
+
     /// The latest run of every machine that was started and not forgotten.
     ///
     /// # Errors

@@ -23,6 +23,12 @@ struct Kept {
     reboots: u64,
 }
 
+impl Kept {
+    fn status(&self) -> Status {
+        Status { id: self.machine.id.clone(), run: self.machine.run, end: self.end.clone() }
+    }
+}
+
 /// Everything there is.
 #[derive(Default)]
 struct State {
@@ -229,13 +235,12 @@ impl Host for Simulated {
         Ok(())
     }
 
+    fn machine(&self, id: &str) -> Result<Option<Status>> {
+        Ok(self.lock().machines.get(id).map(Kept::status))
+    }
+
     fn machines(&self) -> Result<Vec<Status>> {
-        let status = |kept: &Kept| Status {
-            id: kept.machine.id.clone(),
-            run: kept.machine.run,
-            end: kept.end.clone(),
-        };
-        Ok(self.lock().machines.values().map(status).collect())
+        Ok(self.lock().machines.values().map(Kept::status).collect())
     }
 
     fn console(&self, id: &str) -> Result<Vec<u8>> {

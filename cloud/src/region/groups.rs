@@ -101,7 +101,7 @@ impl Region {
     /// # Errors
     /// `DependencyViolation`, `CannotDelete`, `InvalidGroup.NotFound`.
     pub fn delete_group(&self, account: &str, id: &str) -> Result<()> {
-        self.transact(|work| {
+        self.transact_alone(|work| {
             let group = own(work, account, id)?;
             if group.name == "default" {
                 let why =

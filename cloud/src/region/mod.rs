@@ -24,7 +24,7 @@ mod volumes;
 mod work;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use jiff::Timestamp;
 
@@ -63,12 +63,15 @@ pub struct Region {
     host: Arc<dyn Host>,
     /// Where the next free address of a subnet is looked for.
     hints: Mutex<HashMap<String, u32>>,
+    /// Held by verbs that are right only if nothing new comes meanwhile, and shared by the others: a check that nobody uses
+    /// a thing is no record that could hold still.
+    turn: RwLock<()>,
 }
 
 impl Region {
     /// A region on its store and its host.
     pub fn new(settings: Settings, store: Arc<dyn Store>, host: Arc<dyn Host>) -> Region {
-        Region { settings, store, host, hints: Mutex::default() }
+        Region { settings, store, host, hints: Mutex::default(), turn: RwLock::new(()) }
     }
 
     /// How it is set up.
@@ -124,6 +127,13 @@ impl Region {
     }
 
     fn transact<R>(&self, job: impl FnMut(&mut Work<'_>) -> Result<R>) -> Result<R> {
+        let _turn = self.turn.read().unwrap_or_else(PoisonError::into_inner);
+        Work::on(&*self.store, job)
+    }
+
+    /// Likewise, while no other verb is done: for those that look through all records of a kind.
+    fn transact_alone<R>(&self, job: impl FnMut(&mut Work<'_>) -> Result<R>) -> Result<R> {
+        let _turn = self.turn.write().unwrap_or_else(PoisonError::into_inner);
         Work::on(&*self.store, job)
     }
 }

@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::fault::{Fault, Result};
-use crate::host::{self, End, HostError, Machine, Status};
+use crate::host::{self, End, HostError, Machine};
 use crate::model::{
     Group, Image, Instance, InstanceState, Interface, Peer, Reason, Record, Snapshot, Volume, VolumeState,
 };
@@ -221,11 +221,14 @@ impl Shared {
             seen = events;
             match self.region.host.machines() {
                 Ok(machines) => {
-                    for status in machines.iter().filter(|status| status.end.is_some()) {
-                        if ended.insert(status.id.clone(), status.run) != Some(status.run) {
-                            self.push(work::key::<Instance>(&status.id));
+                    let over = machines.into_iter().filter(|status| status.end.is_some());
+                    let over: HashMap<String, u64> = over.map(|status| (status.id, status.run)).collect();
+                    for (id, run) in &over {
+                        if ended.get(id) != Some(run) {
+                            self.push(work::key::<Instance>(id));
                         }
                     }
+                    ended = over;
                 }
                 Err(error) => tracing::error!(%error, "the host cannot tell its machines"),
             }
@@ -288,11 +291,6 @@ impl Region {
             Some((Image::KIND, id)) => self.step_image(id),
             _ => Ok(None),
         }
-    }
-
-    fn status(&self, id: &str) -> Result<Option<Status>> {
-        let machines = self.host.machines().map_err(Fault::internal)?;
-        Ok(machines.into_iter().find(|status| status.id == id))
     }
 
     fn step_instance(&self, id: &str) -> Result<Option<Duration>> {
@@ -380,7 +378,7 @@ impl Region {
 
     /// A running instance: has it ended, is it to reboot?
     fn watch(&self, instance: &Instance) -> Result<Option<Duration>> {
-        let end = match self.status(&instance.id)? {
+        let end = match self.host.machine(&instance.id).map_err(Fault::internal)? {
             Some(status) if status.run == instance.run => status.end,
             _ => Some(End::Failed("the host has lost it".into())),
         };

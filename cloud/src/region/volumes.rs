@@ -338,7 +338,7 @@ impl Region {
     /// # Errors
     /// `InvalidSnapshot.InUse`, `InvalidSnapshot.*`.
     pub fn delete_snapshot(&self, account: &str, id: &str) -> Result<()> {
-        self.transact(|work| {
+        self.transact_alone(|work| {
             let mut snapshot: Snapshot = tags::own(work, account, id)?;
             if snapshot.deleting {
                 return Err(Fault::not_found("InvalidSnapshot", "snapshot", id));
