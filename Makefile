@@ -1,5 +1,5 @@
 # The commands people type. `make test` is everything CI runs.
-.PHONY: demo bench deny test fmt lint unit clients stories stories-full lab lab-down
+.PHONY: demo bench bench-cloud deny test fmt lint unit clients stories stories-full lab lab-down
 # Builds all it needs, makes an AMI, launches it, and shows the main job.
 demo:
 	tests/demo
@@ -7,6 +7,10 @@ demo:
 # hutch beside QEMU: a table, and target/bench/latest.json.
 bench:
 	tests/bench/run
+
+# hutchd with 10,000 simulated instances, and 64 clients at once.
+bench-cloud:
+	tests/clients/run bench
 
 test: fmt lint unit clients stories
 

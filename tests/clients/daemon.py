@@ -13,13 +13,13 @@ KEY, SECRET, REGION = "AKIDTEST", "secret-of-a-test", "home-1"
 
 
 class Daemon:
-    def __init__(self, *options, state=None):
-        self.state = state or tempfile.TemporaryDirectory()
-        self.options = options
+    def __init__(self, *options, zones="ab"):
+        self.state = tempfile.TemporaryDirectory()
+        self.options = ["--zones", zones, *options]
         self.start()
 
     def start(self):
-        command = [os.environ["HUTCHD"], "--host", "simulated", "--listen", "127.0.0.1:0", "--zones", "ab"]
+        command = [os.environ["HUTCHD"], "--host", "simulated", "--listen", "127.0.0.1:0"]
         command += ["--state", self.state.name, "--root-key", f"{KEY}:{SECRET}", *self.options]
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)

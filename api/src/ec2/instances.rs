@@ -209,6 +209,24 @@ fn set_metadata(p: &Params, options: &mut MetadataOptions) -> Result<(), Fault> 
     Ok(())
 }
 
+/// What would mean something to whoever asks for it is refused, not overlooked.
+fn refuse_what_is_to_come(p: &Params) -> Result<(), Fault> {
+    let named =
+        ["LaunchTemplate", "KernelId", "RamdiskId", "IamInstanceProfile", "Ipv6AddressCount", "Ipv6Address"];
+    let truth = ["HibernationOptions.Configured", "EnclaveOptions.Enabled"];
+    let named = named.into_iter().find(|name| p.sub(name).is_some());
+    let on = truth.into_iter().find(|name| matches!(p.str(name), Some("true" | "1")));
+    let tenancy =
+        p.str("Placement.Tenancy").filter(|tenancy| *tenancy != "default").map(|_| "Placement.Tenancy");
+    let group = p.str("Placement.GroupName").filter(|name| !name.is_empty()).map(|_| "Placement.GroupName");
+    match named.or(on).or(tenancy).or(group) {
+        Some(name) => {
+            Err(Fault::new("UnsupportedOperation", format!("hutch does not have {name} yet; leave it out")))
+        }
+        None => Ok(()),
+    }
+}
+
 fn run(c: &Context<'_>) -> Answer {
     let p = c.params;
     let count = |name: &str| -> Result<u32, Fault> {
@@ -220,9 +238,7 @@ fn run(c: &Context<'_>) -> Answer {
         let why = format!("hutch does not have the market type {kind} yet");
         return Err(Fault::new("UnsupportedOperation", why));
     }
-    if p.sub("LaunchTemplate").is_some() {
-        return Err(Fault::new("UnsupportedOperation", "hutch does not have launch templates yet"));
-    }
+    refuse_what_is_to_come(p)?;
     let owned = |name: &str| p.str(name).filter(|text| !text.is_empty()).map(str::to_owned);
     let mut metadata = MetadataOptions::default();
     if let Some(options) = p.sub("MetadataOptions") {
