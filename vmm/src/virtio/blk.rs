@@ -175,6 +175,11 @@ impl Core {
         through: bool,
         control: &Control,
     ) {
+        let index = active.index;
+        let held = || {
+            notify.used(index);
+            control.wait(&[], Some(RETRY)) == Wake::Stop
+        };
         while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
             let _ = active.kick.read();
             let served = super::drain(&mut active, memory, notify, |chain| {
@@ -184,7 +189,7 @@ impl Core {
                 let into = writable.take(data).ok_or(ChainError::Short)?;
                 let mut bytes = [0; HEADER];
                 header.read(&mut bytes);
-                let status = self.request(bytes, &readable, &into, through, control);
+                let status = self.request(bytes, &readable, &into, through, &held);
                 writable.write(&[status]);
                 Ok(if status == S_OK { into.len() as u32 + 1 } else { 1 })
             });
@@ -195,14 +200,15 @@ impl Core {
     }
 
     /// Carries one request out and returns its status. A write that finds no room on the host is held and tried again
-    /// until there is room or the device is stopped: the guest sees a slow disk, not a broken one.
+    /// until there is room or `held`, which waits a while, says that the device is stopped: the guest sees a slow disk, not a
+    /// broken one.
     fn request(
         &self,
         header: [u8; HEADER],
         from: &Buffers<'_>,
         into: &Buffers<'_>,
         through: bool,
-        control: &Control,
+        held: &dyn Fn() -> bool,
     ) -> u8 {
         self.counts.requests.fetch_add(1, Relaxed);
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;
@@ -224,7 +230,7 @@ impl Core {
                             self.id
                         );
                     }
-                    if control.wait(&[], Some(RETRY)) == Wake::Stop {
+                    if held() {
                         return S_IOERR;
                     }
                 }

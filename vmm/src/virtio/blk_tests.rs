@@ -112,7 +112,21 @@ fn reads_and_writes_go_to_their_sectors() {
     assert!(bytes[4096..4096 + 300 * 512].iter().all(|b| *b == 9));
     assert_eq!(bytes[4095], pattern(4096)[4095]);
     assert_eq!(disk.flushes.load(Relaxed), 0);
-    assert!(driver.told.used.load(Relaxed) >= 2, "the driver was told");
+    driver.told.wait(2);
+}
+
+#[test]
+fn of_many_answers_the_driver_is_told_together() {
+    let (mut driver, mut blk, _) = device(|_| ());
+    ask(&mut driver, T_IN, 0, &[], 512);
+    driver.told.wait(1);
+    blk.pause();
+    driver.offer_again(0, 64);
+    blk.resume();
+    (0..64).for_each(|_| assert!(driver.wait_used(0).is_some()));
+    driver.told.wait(2);
+    let told = driver.told.used.load(Relaxed) - 1;
+    assert!(told <= 32, "told {told} times of 64 answers");
 }
 
 #[test]

@@ -18,6 +18,7 @@ pub mod worker;
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
@@ -85,8 +86,14 @@ pub trait VirtioDevice: Send {
     fn resume(&mut self) {}
 }
 
+/// Answers that a driver is told of at once, at most, and how long the first of them waits for the others: an interrupt
+/// each makes a guest with many requests under way handle them one by one. With the last of the queue it is told anyway.
+const TOGETHER: u32 = 16;
+const PATIENCE: Duration = Duration::from_millis(1);
+
 /// Answers every available chain by `answer`, which returns the number of bytes it wrote, and tells the driver where it
-/// wants to know. Returns when the queue is empty and the driver will ring for the next one.
+/// wants to know. Returns when the queue is empty and the driver will ring for the next one. An answer that waits for
+/// something tells the driver itself before: it may wait for those that came earlier.
 ///
 /// # Errors
 /// What is wrong with a chain or with the rings themselves.
@@ -99,13 +106,25 @@ fn drain(
     let queue = &mut active.queue;
     loop {
         queue.disable_notification(memory)?;
+        let mut untold = 0;
+        let mut since = Instant::now();
         while let Some(chain) = queue.iter(memory)?.next() {
             let head = chain.head_index();
             let written = answer(chain)?;
             queue.add_used(memory, head, written)?;
-            if queue.needs_notification(memory)? {
-                notify.used(active.index);
+            if untold == 0 {
+                since = Instant::now();
             }
+            untold += 1;
+            if untold >= TOGETHER || since.elapsed() >= PATIENCE {
+                untold = 0;
+                if queue.needs_notification(memory)? {
+                    notify.used(active.index);
+                }
+            }
+        }
+        if untold > 0 && queue.needs_notification(memory)? {
+            notify.used(active.index);
         }
         if !queue.enable_notification(memory)? {
             return Ok(());

@@ -20,6 +20,17 @@ pub(crate) struct Told {
     broken: Mutex<Vec<String>>,
 }
 
+impl Told {
+    /// Waits until the driver was told so often: the rings are filled a moment before.
+    pub(crate) fn wait(&self, times: u64) {
+        let until = Instant::now() + LIMIT;
+        while self.used.load(Ordering::SeqCst) < times {
+            assert!(Instant::now() < until, "the driver was not told");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+}
+
 impl Notify for Told {
     fn used(&self, _: u16) {
         self.used.fetch_add(1, Ordering::SeqCst);
@@ -104,6 +115,11 @@ impl Driver {
         self.put(0u16, avail + 4 + slot * 2);
         self.put(next, avail + 2);
         self.rings[usize::from(queue)].kick.write(1).unwrap();
+    }
+
+    /// Makes the last request's chain available again, so many times.
+    pub(crate) fn offer_again(&mut self, queue: u16, times: u16) {
+        (0..times).for_each(|_| self.offer(queue));
     }
 
     /// One request: `readable`, then room for `writable` bytes, in pieces of odd sizes. `None` when nothing comes back.
