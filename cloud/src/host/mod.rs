@@ -5,6 +5,7 @@
 //!                         └── local       disks, taps and hutch-vmm on this machine
 //! ```
 
+pub mod local;
 mod simulated;
 
 use std::net::Ipv4Addr;

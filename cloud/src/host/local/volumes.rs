@@ -1,0 +1,325 @@
+//! Volumes and snapshots as files.
+//!
+//! ```text
+//!   volumes/vol-….qcow2    what was written to the volume
+//!   volumes/vol-….base     a hard link to the raw disk that it lies on, so that it outlives the template or the snapshot
+//!   volumes/vol-….json     the record, written last and removed first: with it there is a volume, without it there is none
+//!   snapshots/snap-….raw   a snapshot: the bytes of the volume, with holes
+//! ```
+//! The format of a file is in its name, which we gave it; its header names no base. A file is written under another
+//! name, made durable and renamed. What a crash left half done is removed when the directories are opened.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Qcow2Disk, RawDisk, SECTOR, qcow2};
+use hutch_imagestore::store::{Store, StoreError};
+use serde::{Deserialize, Serialize};
+
+use super::super::{HostError, Result, Source, Template};
+
+/// Names that end so are of files that are being written.
+const NEW: &str = "new";
+/// A snapshot is read in steps of this many bytes.
+const STEP: u64 = 1 << 20;
+/// Zeros of this many bytes become a hole of the snapshot.
+const HOLE: usize = 64 << 10;
+
+/// What is kept of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Record {
+    /// In bytes, a multiple of 512.
+    size: u64,
+    source: Source,
+    /// Whether it lies on its own `.base`.
+    based: bool,
+}
+
+/// The files of a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Files {
+    /// What was written to it: qcow2.
+    pub top: PathBuf,
+    /// What it lies on: raw, only read.
+    pub base: Option<PathBuf>,
+}
+
+/// The volumes and snapshots of a host, and the templates that volumes are made of.
+pub struct Volumes {
+    volumes: PathBuf,
+    snapshots: PathBuf,
+    templates: Store,
+}
+
+impl Volumes {
+    /// Opens `dir/volumes` and `dir/snapshots`, makes them where they are not there, and removes what a crash left.
+    ///
+    /// # Errors
+    /// A directory cannot be made, read or cleaned.
+    pub fn open(dir: &Path, templates: Store) -> Result<Volumes> {
+        let all = Volumes { volumes: dir.join("volumes"), snapshots: dir.join("snapshots"), templates };
+        for dir in [&all.volumes, &all.snapshots] {
+            fs::create_dir_all(dir).map_err(|e| failed(dir, e))?;
+        }
+        sweep(&all.snapshots, |_| false)?;
+        let recorded: BTreeSet<PathBuf> =
+            files(&all.volumes)?.into_iter().filter(|path| has_extension(path, "json")).collect();
+        sweep(&all.volumes, |path| !recorded.contains(&path.with_extension("json")))?;
+        Ok(all)
+    }
+
+    /// The templates, the oldest first.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn templates(&self) -> Result<Vec<Template>> {
+        let images = self.templates.list().map_err(|e| HostError::Failed(chain(&e)))?;
+        let template = |record: hutch_imagestore::store::Record| Template {
+            name: record.name,
+            digest: record.source_sha256,
+            size: record.virtual_size,
+        };
+        Ok(images.into_iter().map(|image| template(image.record)).collect())
+    }
+
+    /// See [`Host::create_volume`](super::super::Host::create_volume). Takes the same time whatever the size.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`] source, [`HostError::NoRoom`]. The templates have to be on the file system of the volumes.
+    pub fn create(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {
+        let record_path = path(&self.volumes, id, "json")?;
+        if record_path.exists() {
+            return Ok(());
+        }
+        let base = self.base_of(source)?;
+        let least = match &base {
+            Some(path) => fs::metadata(path).map_err(|e| failed(path, e))?.len(),
+            None => 0,
+        };
+        let size = bytes.max(least).checked_next_multiple_of(SECTOR);
+        let size =
+            size.ok_or_else(|| HostError::Failed(format!("the volume {id} cannot have {bytes} bytes")))?;
+
+        // Without a record whatever lies there is a crash's, and is replaced.
+        let link = path(&self.volumes, id, "base")?;
+        remove(&link)?;
+        if let Some(base) = &base {
+            fs::hard_link(base, &link).map_err(|e| cannot_link(base, &link, e))?;
+        }
+        write(&path(&self.volumes, id, "qcow2")?, |file| {
+            qcow2::create(file, size).map_err(|e| disk_failed(id, &e))
+        })?;
+        let record = Record { size, source: source.clone(), based: base.is_some() };
+        let text = serde_json::to_vec(&record).map_err(|e| failed(&record_path, e.into()))?;
+        write(&record_path, |file| file.write_all_at(&text, 0).map_err(|e| failed(&record_path, e)))
+    }
+
+    /// Removes a volume, if it is there. Nobody may have it.
+    ///
+    /// # Errors
+    /// A file cannot be removed.
+    pub fn delete(&self, id: &str) -> Result<()> {
+        remove(&path(&self.volumes, id, "json")?)?;
+        sync_dir(&self.volumes)?;
+        remove(&path(&self.volumes, id, "qcow2")?)?;
+        remove(&path(&self.volumes, id, "base")?)
+    }
+
+    /// The files of a volume.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`].
+    pub fn files(&self, id: &str) -> Result<Files> {
+        let record_path = path(&self.volumes, id, "json")?;
+        let text = match fs::read(&record_path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(HostError::Missing(format!("volume {id}")));
+            }
+            text => text.map_err(|e| failed(&record_path, e))?,
+        };
+        let record: Record = serde_json::from_slice(&text).map_err(|e| failed(&record_path, e.into()))?;
+        let base = record.based.then(|| path(&self.volumes, id, "base")).transpose()?;
+        Ok(Files { top: path(&self.volumes, id, "qcow2")?, base })
+    }
+
+    /// Keeps what a volume's files hold as a snapshot. A machine that has the volume is to be paused meanwhile; what its
+    /// guest has not flushed may then be missing, as after loss of power. Every byte is copied: the time that takes grows
+    /// with the volume.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`] volume, [`HostError::NoRoom`]; there is no snapshot then.
+    pub fn create_snapshot(&self, id: &str, volume: &str) -> Result<()> {
+        let snapshot = path(&self.snapshots, id, "raw")?;
+        if snapshot.exists() {
+            return Ok(());
+        }
+        let disk = read_only(&self.files(volume)?).map_err(|e| match e {
+            Unopened::File(path, e) => failed(&path, e),
+            Unopened::Disk(e) => disk_failed(volume, &e),
+        })?;
+        write(&snapshot, |file| copy(&disk, file).map_err(|e| disk_failed(volume, &e)))
+    }
+
+    /// Removes a snapshot, if it is there.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn delete_snapshot(&self, id: &str) -> Result<()> {
+        remove(&path(&self.snapshots, id, "raw")?)?;
+        sync_dir(&self.snapshots)
+    }
+
+    /// The raw disk that a volume of this source lies on.
+    fn base_of(&self, source: &Source) -> Result<Option<PathBuf>> {
+        match source {
+            Source::Empty => Ok(None),
+            Source::Template(name) => match self.templates.get(name) {
+                Ok(image) => Ok(Some(image.disk())),
+                Err(StoreError::NotFound { .. }) => Err(HostError::Missing(format!("template {name}"))),
+                Err(e) => Err(HostError::Failed(chain(&e))),
+            },
+            Source::Snapshot(id) => {
+                let snapshot = path(&self.snapshots, id, "raw")?;
+                let missing = || HostError::Missing(format!("snapshot {id}"));
+                snapshot.exists().then_some(Some(snapshot)).ok_or_else(missing)
+            }
+        }
+    }
+}
+
+enum Unopened {
+    File(PathBuf, io::Error),
+    Disk(DiskError),
+}
+
+/// The volume, to be read here and now, without a lock: a paused machine may have it.
+fn read_only(files: &Files) -> std::result::Result<Qcow2Disk, Unopened> {
+    let open = |path: &Path| File::open(path).map_err(|e| Unopened::File(path.to_owned(), e));
+    let base = match &files.base {
+        Some(path) => {
+            Some(Arc::new(RawDisk::open(open(path)?, true).map_err(Unopened::Disk)?) as Arc<dyn Disk>)
+        }
+        None => None,
+    };
+    Qcow2Disk::on(Arc::new(open(&files.top)?), base, true).map_err(Unopened::Disk)
+}
+
+/// Copies what is not zero.
+fn copy(from: &dyn Disk, to: &File) -> std::result::Result<(), DiskError> {
+    let write_failed = |e| DiskError::io("write the snapshot", e);
+    to.set_len(from.size()).map_err(write_failed)?;
+    let mut buffer = vec![0; STEP as usize];
+    let mut at = 0;
+    while at < from.size() {
+        let count = STEP.min(from.size() - at);
+        let part = buffer.get_mut(..count as usize).unwrap_or_default();
+        from.read_at(at, part)?;
+        for (index, piece) in part.chunks(HOLE).enumerate() {
+            if piece.iter().any(|&b| b != 0) {
+                to.write_all_at(piece, at + (index * HOLE) as u64).map_err(write_failed)?;
+            }
+        }
+        at += count;
+    }
+    Ok(())
+}
+
+/// `dir/id.extension`.
+fn path(dir: &Path, id: &str, extension: &str) -> Result<PathBuf> {
+    let plain = id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    if id.is_empty() || !plain {
+        return Err(HostError::Failed(format!("{id:?} is no id; one has letters, digits and -")));
+    }
+    Ok(dir.join(format!("{id}.{extension}")))
+}
+
+/// Makes a file that is whole and durable once it has its name.
+fn write(path: &Path, fill: impl FnOnce(&File) -> Result<()>) -> Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(NEW);
+    let new = PathBuf::from(name);
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&new);
+    let file = file.map_err(|e| failed(&new, e))?;
+    let done = fill(&file)
+        .and_then(|()| file.sync_all().and_then(|()| fs::rename(&new, path)).map_err(|e| failed(path, e)));
+    if done.is_err() {
+        // It takes room that is needed; at the next start it would be removed too.
+        let _ = fs::remove_file(&new);
+    }
+    done?;
+    path.parent().map_or(Ok(()), sync_dir)
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed(path, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Makes the names in a directory durable.
+fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| failed(dir, e))
+}
+
+fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(dir).map_err(|e| failed(dir, e))?;
+    entries.map(|entry| entry.map(|entry| entry.path()).map_err(|e| failed(dir, e))).collect()
+}
+
+fn has_extension(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|e| e == extension)
+}
+
+/// Removes what is half written, and what `orphan` says.
+fn sweep(dir: &Path, orphan: impl Fn(&Path) -> bool) -> Result<()> {
+    for path in files(dir)? {
+        if has_extension(&path, NEW) || orphan(&path) {
+            tracing::info!(path = %path.display(), "removing what was half done");
+            remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(&format!(": {cause}"));
+        next = cause.source();
+    }
+    text
+}
+
+fn failed(path: &Path, error: io::Error) -> HostError {
+    let text = format!("{}: {error}", path.display());
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => HostError::NoRoom(text),
+        _ => HostError::Failed(text),
+    }
+}
+
+fn cannot_link(base: &Path, link: &Path, error: io::Error) -> HostError {
+    if error.kind() == io::ErrorKind::CrossesDevices {
+        let (base, link) = (base.display(), link.display());
+        return HostError::Failed(format!("{base} and {link} are on two file systems; keep both on one"));
+    }
+    failed(link, error)
+}
+
+fn disk_failed(volume: &str, error: &DiskError) -> HostError {
+    let text = format!("the volume {volume}: {}", chain(error));
+    match error.kind {
+        DiskErrorKind::NoSpace => HostError::NoRoom(text),
+        _ => HostError::Failed(text),
+    }
+}
+
+#[cfg(test)]
+mod tests;

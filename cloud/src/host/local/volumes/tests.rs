@@ -1,0 +1,156 @@
+use std::os::unix::fs::MetadataExt;
+
+use hutch_blockdev::open_layers;
+use hutch_imagestore::store::{Architecture, Format, Origin};
+
+use super::*;
+
+const MIB: u64 = 1 << 20;
+
+/// A directory with one template, `micro`: 4 MiB that begin with `template`.
+fn home() -> tempfile::TempDir {
+    let home = tempfile::tempdir().unwrap();
+    let pending = Store::open(home.path()).unwrap().begin("micro").unwrap();
+    pending.disk().set_len(4 * MIB).unwrap();
+    pending.disk().write_all_at(b"template", 0).unwrap();
+    let origin = Origin { format: Format::Raw, sha256: "0".repeat(64), architecture: Architecture::X86_64 };
+    pending.commit(origin).unwrap();
+    home
+}
+
+fn open(home: &tempfile::TempDir) -> Volumes {
+    Volumes::open(home.path(), Store::open(home.path()).unwrap()).unwrap()
+}
+
+fn disk(volumes: &Volumes, id: &str) -> Arc<dyn Disk> {
+    let files = volumes.files(id).unwrap();
+    let top = File::options().read(true).write(true).open(&files.top).unwrap();
+    let mut layers = vec![(top, hutch_blockdev::Format::Qcow2)];
+    layers.extend(files.base.map(|path| (File::open(path).unwrap(), hutch_blockdev::Format::Raw)));
+    open_layers(layers, false).unwrap()
+}
+
+fn start_of(disk: &dyn Disk) -> String {
+    let mut sector = [0; SECTOR as usize];
+    disk.read_at(0, &mut sector).unwrap();
+    String::from_utf8_lossy(&sector).trim_end_matches('\0').to_owned()
+}
+
+fn put(disk: &dyn Disk, text: &[u8]) {
+    let mut sector = [0; SECTOR as usize];
+    sector[..text.len()].copy_from_slice(text);
+    disk.write_at(0, &sector).unwrap();
+    disk.flush().unwrap();
+}
+
+fn names(home: &tempfile::TempDir, dir: &str) -> Vec<String> {
+    let mut names: Vec<_> = files(&home.path().join(dir))
+        .unwrap()
+        .iter()
+        .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_volume_of_a_template_is_made_once_and_keeps_what_was_written() {
+    let home = home();
+    let volumes = open(&home);
+    let source = Source::Template("micro".into());
+    volumes.create("vol-a", 8 * MIB, &source).unwrap();
+    let a = disk(&volumes, "vol-a");
+    assert_eq!((a.size(), start_of(&*a)), (8 * MIB, "template".into()));
+    put(&*a, b"written");
+    drop(a);
+    volumes.create("vol-a", 8 * MIB, &source).unwrap();
+    drop(volumes);
+    assert_eq!(start_of(&*disk(&open(&home), "vol-a")), "written");
+    // At least its source's size.
+    open(&home).create("vol-b", MIB, &source).unwrap();
+    assert_eq!(disk(&open(&home), "vol-b").size(), 4 * MIB);
+}
+
+#[test]
+fn what_is_not_there_is_missing_and_leaves_nothing() {
+    let home = home();
+    let volumes = open(&home);
+    for source in [Source::Template("none".into()), Source::Snapshot("snap-none".into())] {
+        let made = volumes.create("vol-a", MIB, &source);
+        assert!(matches!(made, Err(HostError::Missing(_))), "{made:?}");
+    }
+    assert!(matches!(volumes.files("vol-a"), Err(HostError::Missing(_))));
+    assert!(matches!(volumes.create_snapshot("snap-a", "vol-a"), Err(HostError::Missing(_))));
+    assert!(volumes.create("../vol", MIB, &Source::Empty).is_err());
+    volumes.delete("vol-a").unwrap();
+    volumes.delete_snapshot("snap-a").unwrap();
+    assert_eq!((names(&home, "volumes"), names(&home, "snapshots")), (vec![], vec![]));
+}
+
+#[test]
+fn a_snapshot_holds_what_the_volume_held_with_holes() {
+    let home = home();
+    let volumes = open(&home);
+    volumes.create("vol-a", 64 * MIB, &Source::Template("micro".into())).unwrap();
+    let a = disk(&volumes, "vol-a");
+    put(&*a, b"before");
+    // The volume is open for writing here, as a paused machine has it.
+    volumes.create_snapshot("snap-a", "vol-a").unwrap();
+    put(&*a, b"after");
+    volumes.create_snapshot("snap-a", "vol-a").unwrap();
+    let size = fs::metadata(home.path().join("snapshots/snap-a.raw")).unwrap();
+    assert_eq!(size.len(), 64 * MIB);
+    assert!(size.blocks() * 512 <= MIB, "{} blocks", size.blocks());
+    volumes.create("vol-b", 0, &Source::Snapshot("snap-a".into())).unwrap();
+    assert_eq!(start_of(&*disk(&volumes, "vol-b")), "before");
+}
+
+#[test]
+fn a_volume_outlives_what_it_was_made_of() {
+    let home = home();
+    let volumes = open(&home);
+    volumes.create("vol-a", 0, &Source::Template("micro".into())).unwrap();
+    volumes.create_snapshot("snap-a", "vol-a").unwrap();
+    volumes.create("vol-b", 0, &Source::Snapshot("snap-a".into())).unwrap();
+    volumes.delete_snapshot("snap-a").unwrap();
+    Store::open(home.path()).unwrap().remove("micro").unwrap();
+    let volumes = open(&home);
+    for id in ["vol-a", "vol-b"] {
+        assert_eq!(start_of(&*disk(&volumes, id)), "template");
+        volumes.delete(id).unwrap();
+    }
+    assert_eq!(names(&home, "volumes"), Vec::<String>::new());
+}
+
+/// Every state that a crash in the middle of making or deleting a volume can leave is one where it was never made.
+#[test]
+fn a_crash_at_any_step_leaves_a_volume_or_none() {
+    let steps: [&[&str]; 5] = [
+        &["vol-a.base"],
+        &["vol-a.base", "vol-a.qcow2.new"],
+        &["vol-a.base", "vol-a.qcow2"],
+        &["vol-a.base", "vol-a.qcow2", "vol-a.json.new"],
+        &["vol-a.qcow2"],
+    ];
+    for left in steps {
+        let home = home();
+        let volumes = open(&home);
+        volumes.create("vol-kept", MIB, &Source::Empty).unwrap();
+        for name in left {
+            fs::write(home.path().join("volumes").join(name), "half").unwrap();
+        }
+        // Asked again by the same process (an error in between), and by the next one.
+        let source = Source::Template("micro".into());
+        assert!(volumes.files("vol-a").is_err(), "{left:?}");
+        volumes.create("vol-a", 0, &source).unwrap();
+        assert_eq!(start_of(&*disk(&volumes, "vol-a")), "template", "{left:?}");
+        volumes.delete("vol-a").unwrap();
+        for name in left {
+            fs::write(home.path().join("volumes").join(name), "half").unwrap();
+        }
+        let volumes = open(&home);
+        assert_eq!(names(&home, "volumes"), ["vol-kept.json", "vol-kept.qcow2"], "{left:?}");
+        volumes.create("vol-a", 0, &source).unwrap();
+        assert_eq!(start_of(&*disk(&volumes, "vol-a")), "template", "{left:?}");
+    }
+}
