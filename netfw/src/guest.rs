@@ -52,6 +52,17 @@ pub enum NetError {
         #[source]
         source: io::Error,
     },
+    /// The address that was asked for.
+    #[error("{ip} with {mac} cannot be given: another guest has the address or the MAC; end that one first")]
+    Taken {
+        /// The address.
+        ip: Ipv4Addr,
+        /// The hardware address.
+        mac: MacAddr,
+    },
+    /// There is nothing to adopt.
+    #[error("no guest with the address {0} is up; start it")]
+    Gone(Ipv4Addr),
     /// All addresses are taken.
     #[error("all addresses of {SUBNET} are taken; stop a guest")]
     Full,
@@ -122,6 +133,8 @@ pub struct GuestNet {
     metadata: Option<TcpListener>,
     server: Option<Server>,
     router: Option<Router>,
+    /// Whether the drop undoes it.
+    undone: bool,
 }
 
 impl GuestNet {
@@ -132,18 +145,93 @@ impl GuestNet {
     /// See [`NetError`]; nothing is left behind.
     pub fn up(state: &Path, queues: usize, mtu: u16, dns: Vec<Ipv4Addr>) -> Result<GuestNet, NetError> {
         let lock = lock(state)?;
-        let mut records = clean(state)?;
+        let records = clean(state)?;
         let taken: Vec<Ipv4Addr> = records.iter().map(|r| r.ip).collect();
         let first = u32::from(SUBNET.network()) + RESERVED;
         let free = (first..u32::from(SUBNET.broadcast())).map(Ipv4Addr::from).find(|ip| !taken.contains(ip));
         let ip = free.ok_or(NetError::Full)?;
         let [a, b, c, d] = ip.octets();
-        let tap: TapName = format!("hu{a:02x}{b:02x}{c:02x}{d:02x}").parse().map_err(|_| NetError::Full)?;
         let mac = MacAddr::new([0x02, 0x68, a, b, c, d]).ok_or(NetError::Full)?;
+        GuestNet::begin(state, lock, records, (ip, mac), queues, mtu, dns)
+    }
+
+    /// As [`GuestNet::up`], with the address and the MAC that somebody else chose for it.
+    ///
+    /// # Errors
+    /// [`NetError::Taken`], or [`NetError::Firewall`] for an address that is not of [`SUBNET`]; nothing is left behind.
+    pub fn up_as(
+        state: &Path,
+        ip: Ipv4Addr,
+        mac: MacAddr,
+        queues: usize,
+        mtu: u16,
+        dns: Vec<Ipv4Addr>,
+    ) -> Result<GuestNet, NetError> {
+        let lock = lock(state)?;
+        let records = clean(state)?;
+        let own = mac.to_string();
+        // The tap is named by the address: what follows would overwrite the other's record.
+        if records.iter().any(|record| record.ip == ip || record.mac == own) {
+            return Err(NetError::Taken { ip, mac });
+        }
+        GuestNet::begin(state, lock, records, (ip, mac), queues, mtu, dns)
+    }
+
+    /// Serves a guest that an earlier process brought up and left, or was killed: its rules are put in anew, its tap,
+    /// which its machine holds, stays as it is.
+    ///
+    /// # Errors
+    /// [`NetError::Gone`], and those of the services, which leave the guest as it was.
+    pub fn adopt(state: &Path, ip: Ipv4Addr, mtu: u16, dns: Vec<Ipv4Addr>) -> Result<GuestNet, NetError> {
+        let _lock = lock(state)?;
+        let records = clean(state)?;
+        let guest = records.iter().filter_map(Record::guest).find(|guest| guest.ip4 == ip);
+        let mut net = GuestNet::unserved(state, guest.ok_or(NetError::Gone(ip))?);
+        // Until all of it is served, an error must not take the network from a machine that runs.
+        net.undone = false;
+        put_rules(&records, default_uplink())?;
+        net.serve(mtu, dns)?;
+        net.undone = true;
+        Ok(net)
+    }
+
+    /// Ends what is served here and leaves the rest as it is, to be adopted.
+    pub fn leave(mut self) {
+        self.undone = false;
+    }
+
+    /// A guest of which nothing is up or served.
+    fn unserved(state: &Path, guest: Guest) -> GuestNet {
+        GuestNet {
+            ip: guest.ip4,
+            ip6: guest.ip6,
+            mac: guest.mac,
+            guest,
+            state: state.to_owned(),
+            taps: Vec::new(),
+            metadata: None,
+            server: None,
+            router: None,
+            undone: true,
+        }
+    }
+
+    /// Records the guest and brings it up.
+    fn begin(
+        state: &Path,
+        lock: Flock<File>,
+        mut records: Vec<Record>,
+        (ip, mac): (Ipv4Addr, MacAddr),
+        queues: usize,
+        mtu: u16,
+        dns: Vec<Ipv4Addr>,
+    ) -> Result<GuestNet, NetError> {
+        let [a, b, c, d] = ip.octets();
+        let tap: TapName = format!("hu{a:02x}{b:02x}{c:02x}{d:02x}").parse().map_err(|_| NetError::Full)?;
         let ip6 = tap::has_ipv6().then(|| ra::address(PREFIX6, mac));
         let guest = Guest { tap: tap.clone(), mac, ip4: ip, ip6 };
 
-        let uplink = tap::default_link().and_then(|name| name.parse::<Uplink>().ok());
+        let uplink = default_uplink();
         let text = |path: &Path| fs::read_to_string(path).unwrap_or_default();
         let was_off =
             records.first().map_or(text(Path::new(FORWARDING)).trim() == "0", |r| r.forwarding_was_off);
@@ -156,17 +244,7 @@ impl GuestNet {
         };
         // Recorded first, so that whatever happens next can be undone by someone else.
         write_record(state, &record)?;
-        let mut net = GuestNet {
-            ip,
-            ip6,
-            mac,
-            guest,
-            state: state.to_owned(),
-            taps: Vec::new(),
-            metadata: None,
-            server: None,
-            router: None,
-        };
+        let mut net = GuestNet::unserved(state, guest);
         records.push(record);
         let done = net.bring_up(&records, uplink, was_off, queues, mtu, dns);
         // What was begun is undone by the drop, which takes the lock too.
@@ -185,11 +263,7 @@ impl GuestNet {
         dns: Vec<Ipv4Addr>,
     ) -> Result<(), NetError> {
         let tap = self.guest.tap.clone();
-        let mut rules = Ruleset::new(SUBNET, GATEWAY, uplink.clone())?;
-        for guest in records.iter().filter_map(Record::guest) {
-            rules.add(guest)?;
-        }
-        nft::apply(&rules.render())?;
+        put_rules(records, uplink.clone())?;
         self.taps = tap::create(&tap, queues)?;
         let mut ends = vec![Ends { host: GATEWAY.into(), guest: Some(self.ip.into()) }];
         if let Some(ip6) = self.ip6 {
@@ -201,6 +275,12 @@ impl GuestNet {
             let path = PathBuf::from(FORWARDING);
             fs::write(&path, "1").map_err(|source| NetError::State { path, source })?;
         }
+        self.serve(mtu, dns)
+    }
+
+    /// Opens what is served on the tap, which is up.
+    fn serve(&mut self, mtu: u16, dns: Vec<Ipv4Addr>) -> Result<(), NetError> {
+        let tap = self.guest.tap.clone();
         let listening = metadata_listener(&tap);
         self.metadata = Some(listening.map_err(|source| NetError::Metadata { tap: tap.clone(), source })?);
         if self.ip6.is_some() {
@@ -224,6 +304,19 @@ impl GuestNet {
     }
 }
 
+/// Puts the whole firewall of these guests into the kernel.
+fn put_rules(records: &[Record], uplink: Option<Uplink>) -> Result<(), NetError> {
+    let mut rules = Ruleset::new(SUBNET, GATEWAY, uplink)?;
+    for guest in records.iter().filter_map(Record::guest) {
+        rules.add(guest)?;
+    }
+    Ok(nft::apply(&rules.render())?)
+}
+
+fn default_uplink() -> Option<Uplink> {
+    tap::default_link().and_then(|name| name.parse().ok())
+}
+
 /// The socket to which the firewall leads the guest's requests for metadata.
 fn metadata_listener(tap: &TapName) -> io::Result<TcpListener> {
     let fd = tap::bound(tap, SockType::Stream, nft::METADATA_PORT)?;
@@ -237,6 +330,9 @@ impl Drop for GuestNet {
         self.router = None;
         self.metadata = None;
         self.taps.clear();
+        if !self.undone {
+            return;
+        }
         // What cannot be undone now is undone by the next start.
         let Ok(_lock) = lock(&self.state) else { return };
         let _ = fs::remove_file(record_path(&self.state, &self.guest.tap.to_string()));
@@ -446,6 +542,49 @@ mod tests {
             let next = up(state);
             drop(next);
             assert_eq!(tables(), "");
+        });
+    }
+
+    #[test]
+    fn a_guest_has_the_address_it_is_given_and_nobody_else_has() {
+        in_namespace(|state| {
+            let (ip, mac) = (Ipv4Addr::new(172, 31, 1, 9), "0a:00:00:00:00:09".parse().unwrap());
+            let other: MacAddr = "0a:00:00:00:00:0a".parse().unwrap();
+            let net = GuestNet::up_as(state, ip, mac, 1, 1500, vec![]).unwrap();
+            assert_eq!((net.ip, net.mac), (ip, mac));
+            let text = tables();
+            assert!(text.contains("0a:00:00:00:00:09") && text.contains("172.31.1.9"), "{text}");
+            let next = Ipv4Addr::new(172, 31, 1, 10);
+            for (ip, mac) in [(ip, other), (next, mac)] {
+                let again = GuestNet::up_as(state, ip, mac, 1, 1500, vec![]);
+                assert!(matches!(again, Err(NetError::Taken { .. })));
+            }
+            let outside = GuestNet::up_as(state, Ipv4Addr::new(10, 0, 0, 9), other, 1, 1500, vec![]);
+            assert!(matches!(outside, Err(NetError::Firewall(_))));
+            assert!(tables().contains("172.31.1.9"), "who was refused took nothing along");
+            drop(net);
+            assert_eq!(tables(), "");
+        });
+    }
+
+    #[test]
+    fn a_guest_that_was_left_is_adopted_while_its_machine_holds_the_tap() {
+        in_namespace(|state| {
+            let mut net = up(state);
+            let (ip, taps) = (net.ip, net.take_taps());
+            net.leave();
+            nft::apply(nft::render_teardown()).unwrap();
+            let mut adopted = GuestNet::adopt(state, ip, 1500, vec![]).unwrap();
+            let listener = adopted.take_metadata_listener().unwrap();
+            assert!(tables().contains("172.31.0.4"), "its rules are there whoever took them away");
+            // Its port is served already: the second fails, and takes nothing from the first.
+            let second = GuestNet::adopt(state, ip, 1500, vec![]);
+            assert!(matches!(second, Err(NetError::Metadata { .. })));
+            assert!(tables().contains("172.31.0.4") && any_tap());
+            drop((taps, listener));
+            drop(adopted);
+            assert_eq!(tables(), "");
+            assert!(matches!(GuestNet::adopt(state, ip, 1500, vec![]), Err(NetError::Gone(_))));
         });
     }
 
