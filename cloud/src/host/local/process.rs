@@ -1,0 +1,193 @@
+//! A machine's process, which outlives this one: how it is recorded, found again, watched and ended.
+//!
+//! A process is known by its id, by when it started (proc(5), field 22 of `stat`) and by the boot of the host, so that
+//! another one that got the same id is never taken for it; once found it is held by a pidfd, which never means another.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
+use serde::{Deserialize, Serialize};
+
+/// What tells a process from every other that this host had or will have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pid: i32,
+    /// In clock ticks since the host's boot.
+    started: u64,
+    /// The boot's id.
+    boot: String,
+}
+
+/// A process that ran when it was started or found.
+#[derive(Debug)]
+pub struct Process {
+    identity: Identity,
+    fd: OwnedFd,
+}
+
+impl Process {
+    /// Starts a program in a process group of its own, so that a signal to this one's does not end it, and gives it
+    /// `input` to read.
+    ///
+    /// # Errors
+    /// It cannot be started, or does not take its input; it is ended then.
+    pub fn start(command: &mut Command, input: &[u8]) -> io::Result<Process> {
+        let mut child = command.process_group(0).stdin(Stdio::piped()).spawn()?;
+        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        // It is not reaped yet, so all of this is about it, even if it has ended.
+        let held = open(pid).and_then(|fd| Ok(Process { identity: identify(pid)?, fd }));
+        let given = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input));
+        held.and_then(|process| given.map(|()| process)).inspect_err(|_| {
+            // It fails only where the child has ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        })
+    }
+
+    /// The process of this identity, started by whomever; `None` when it is gone.
+    ///
+    /// # Errors
+    /// It cannot be looked for.
+    pub fn find(identity: &Identity) -> io::Result<Option<Process>> {
+        let found = open(identity.pid).and_then(|fd| Ok((identify(identity.pid)?, fd)));
+        match found {
+            // The one that has the id now is the one recorded, and so had it when the pidfd was opened.
+            Ok((now, fd)) if now == *identity => Ok(Some(Process { identity: now, fd })),
+            Ok(_) => Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(ESRCH) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What to record of it.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Waits until it has ended, for at most `limit`. Returns whether it has.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn wait(&self, limit: Duration) -> io::Result<bool> {
+        let until = Instant::now() + limit;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).map_err(io::Error::other)?;
+            match poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], Some(&left)) {
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+                Ok(0) => return Ok(false),
+                Ok(_) => {
+                    // Only a child is reaped here, and once; an adopted one is reaped by init.
+                    let _ =
+                        waitid(WaitId::PidFd(self.fd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+                    return Ok(true);
+                }
+            }
+        }
+    }
+
+    /// Ends it: asks by SIGTERM, and does not ask any more after `patience`.
+    ///
+    /// # Errors
+    /// It has not ended a second after SIGKILL, or may not be signalled.
+    pub fn end(&self, patience: Duration) -> io::Result<()> {
+        for (signal, limit) in [(Signal::TERM, patience), (Signal::KILL, Duration::from_secs(1))] {
+            match pidfd_send_signal(&self.fd, signal) {
+                Ok(()) | Err(Errno::SRCH) => {}
+                Err(e) => return Err(e.into()),
+            }
+            if self.wait(limit)? {
+                return Ok(());
+            }
+        }
+        let pid = self.identity.pid;
+        Err(io::Error::new(io::ErrorKind::TimedOut, format!("the process {pid} does not end, though killed")))
+    }
+}
+
+const ESRCH: i32 = Errno::SRCH.raw_os_error();
+
+fn open(pid: i32) -> io::Result<OwnedFd> {
+    let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::from_raw_os_error(ESRCH))?;
+    Ok(pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+fn identify(pid: i32) -> io::Result<Identity> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, field 2, may hold anything, also spaces and brackets; fields are counted from behind it.
+    let started =
+        stat.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(19)?.parse().ok());
+    let started = started.ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))?;
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+    Ok(Identity { pid, started, boot })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    fn shell(script: &str) -> Process {
+        Process::start(Command::new("/bin/sh").args(["-c", script]).stdout(Stdio::null()), b"").unwrap()
+    }
+
+    #[test]
+    fn a_process_is_found_again_until_it_ends() {
+        let process = shell("exec sleep 100");
+        let identity = process.identity().clone();
+        let text = serde_json::to_string(&identity).unwrap();
+        drop(process);
+        let found = Process::find(&serde_json::from_str(&text).unwrap()).unwrap().expect("it runs");
+        assert!(!found.wait(Duration::ZERO).unwrap());
+        found.end(LONG).unwrap();
+        assert!(Process::find(&identity).unwrap().is_none());
+    }
+
+    #[test]
+    fn another_with_the_same_id_is_not_taken_for_it() {
+        let process = shell("exec sleep 100");
+        let own = process.identity().clone();
+        for other in [
+            Identity { started: own.started - 1, ..own.clone() },
+            Identity { boot: "another".into(), ..own.clone() },
+            Identity { pid: 0, ..own.clone() },
+        ] {
+            assert!(Process::find(&other).unwrap().is_none(), "{other:?}");
+        }
+        process.end(LONG).unwrap();
+    }
+
+    #[test]
+    fn who_does_not_hear_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let ready = dir.path().join("ready");
+        let process = shell(&format!("trap '' TERM; touch {}; while :; do :; done", ready.display()));
+        while !ready.exists() {
+            assert!(!process.wait(Duration::from_millis(10)).unwrap(), "it ended by itself");
+        }
+        process.end(Duration::from_millis(300)).unwrap();
+        assert!(process.wait(Duration::ZERO).unwrap());
+    }
+
+    #[test]
+    fn it_reads_its_input_and_its_end_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let script = format!("cat > {}", out.display());
+        let process = Process::start(Command::new("/bin/sh").args(["-c", &script]), b"the plan").unwrap();
+        assert!(process.wait(LONG).unwrap());
+        assert_eq!(fs::read_to_string(out).unwrap(), "the plan");
+        assert!(Process::start(&mut Command::new("/nonexistent/vmm"), b"").is_err());
+    }
+}
