@@ -9,8 +9,10 @@
 mod keys;
 mod service;
 
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
+use std::io::IsTerminal;
 use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -107,7 +109,11 @@ impl FromStr for RegionName {
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("HUTCH_LOG");
     let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -154,7 +160,7 @@ fn open(settings: Settings, dir: Option<&Path>, args: &Args) -> anyhow::Result<A
     let delay = Duration::from_millis(args.delay);
     let (store, host): (Arc<dyn Store>, Arc<dyn Host>) = match dir {
         Some(dir) => {
-            fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+            own_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
             (
                 Arc::new(Sqlite::open(&dir.join("store.db"))?),
                 Arc::new(Simulated::open(dir.join("host"), delay)?),
@@ -167,8 +173,13 @@ fn open(settings: Settings, dir: Option<&Path>, args: &Args) -> anyhow::Result<A
     Ok(region)
 }
 
+/// Makes a directory that only we look into: user data may hold secrets.
+fn own_dir(path: &Path) -> std::io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
 fn lock(state: &Path) -> anyhow::Result<File> {
-    fs::create_dir_all(state)
+    own_dir(state)
         .with_context(|| format!("cannot make {}; name another directory with --state", state.display()))?;
     let path = state.join("lock");
     let file = File::options().create(true).truncate(false).write(true).open(&path);
