@@ -86,10 +86,10 @@ pub trait VirtioDevice: Send {
     fn resume(&mut self) {}
 }
 
-/// Answers that a driver is told of at once, at most, and how long the first of them waits for the others: an interrupt
-/// each makes a guest with many requests under way handle them one by one. With the last of the queue it is told anyway.
+/// Answers that a driver is told of at once, at most: an interrupt each makes a guest with many requests under way handle
+/// them one by one. It is told of the last in the queue, and of one that took long, at once.
 const TOGETHER: u32 = 16;
-const PATIENCE: Duration = Duration::from_millis(1);
+const LONG: Duration = Duration::from_millis(1);
 
 /// Answers every available chain by `answer`, which returns the number of bytes it wrote, and tells the driver where it
 /// wants to know. Returns when the queue is empty and the driver will ring for the next one. An answer that waits for
@@ -107,16 +107,13 @@ fn drain(
     loop {
         queue.disable_notification(memory)?;
         let mut untold = 0;
-        let mut since = Instant::now();
         while let Some(chain) = queue.iter(memory)?.next() {
             let head = chain.head_index();
+            let begun = Instant::now();
             let written = answer(chain)?;
             queue.add_used(memory, head, written)?;
-            if untold == 0 {
-                since = Instant::now();
-            }
             untold += 1;
-            if untold >= TOGETHER || since.elapsed() >= PATIENCE {
+            if untold >= TOGETHER || begun.elapsed() >= LONG {
                 untold = 0;
                 if queue.needs_notification(memory)? {
                     notify.used(active.index);
