@@ -1,7 +1,5 @@
 //! A call's parameters: a flat form, `Filter.1.Value.2=x`, as the tree that it means.
 
-use std::collections::BTreeMap;
-
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
@@ -9,14 +7,17 @@ use super::Fault;
 
 /// The deepest name.
 const DEPTH: usize = 8;
-/// The most names.
-const NAMES: usize = 20_000;
+/// The most nodes of the tree: a small form must not become a large tree.
+const NODES: usize = 20_000;
+/// The last number in a list.
+const LAST: u32 = 10_000;
 
 /// A node of the tree: a text, or what is below it by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Params {
     text: Option<String>,
-    below: BTreeMap<String, Params>,
+    /// By name, in order. A vector, as nearly all are short, and a map's node of one takes a kilobyte.
+    below: Vec<(String, Params)>,
 }
 
 fn malformed(why: &str) -> Fault {
@@ -43,45 +44,73 @@ pub(super) fn decode(text: &str) -> Result<String, Fault> {
     String::from_utf8(bytes).map_err(|_| malformed("it is not UTF-8"))
 }
 
+/// The number of a list's member: 1 to 10,000, written in one way only.
+pub(super) fn index(name: &str) -> Option<u32> {
+    let number: u32 = name.parse().ok().filter(|number| (1..=LAST).contains(number))?;
+    name.starts_with(|first| matches!(first, '1'..='9')).then_some(number)
+}
+
 impl Params {
     /// Reads a form.
     ///
     /// # Errors
     /// `MalformedQueryString`.
     pub fn parse(form: &str) -> Result<Params, Fault> {
-        let mut root = Params::default();
-        for (count, pair) in form.split('&').filter(|pair| !pair.is_empty()).enumerate() {
-            if count >= NAMES {
+        let mut pairs = Vec::new();
+        for pair in form.split('&').filter(|pair| !pair.is_empty()) {
+            if pairs.len() >= NODES {
                 return Err(malformed("it has too many parameters"));
             }
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            root.insert(&decode(name)?, decode(value)?)?;
+            pairs.push((decode(name)?, decode(value)?));
+        }
+        // In the order of the tree: each goes to the end of what is there, a value before what is below it.
+        pairs.sort_by(|(a, _), (b, _)| a.split('.').cmp(b.split('.')));
+        let (mut root, mut nodes) = (Params::default(), 0);
+        for (name, value) in pairs {
+            root.append(&name, value, &mut nodes)?;
         }
         Ok(root)
     }
 
-    fn insert(&mut self, name: &str, value: String) -> Result<(), Fault> {
-        let parts: Vec<&str> = name.split('.').collect();
-        if parts.len() > DEPTH || parts.iter().any(|part| part.is_empty()) {
-            return Err(malformed(&format!("the name {name:?} is none")));
+    fn append(&mut self, name: &str, value: String, nodes: &mut usize) -> Result<(), Fault> {
+        let short = || name.chars().take(100).collect::<String>();
+        if name.split('.').count() > DEPTH || name.split('.').any(str::is_empty) {
+            return Err(malformed(&format!("the name {:?} is none", short())));
         }
         let mut at = self;
-        for part in parts {
+        for part in name.split('.') {
             if at.text.is_some() {
-                return Err(malformed(&format!("{name} is below a parameter that has a value")));
+                return Err(malformed(&format!("{} is below a parameter that has a value", short())));
             }
-            at = at.below.entry(part.to_owned()).or_default();
+            if at.below.last().is_none_or(|(last, _)| last != part) {
+                *nodes += 1;
+                if *nodes > NODES {
+                    return Err(malformed("it has too many parameters"));
+                }
+                if at.below.is_empty() {
+                    at.below.reserve_exact(1);
+                }
+                at.below.push((part.to_owned(), Params::default()));
+            }
+            let Some((_, last)) = at.below.last_mut() else { return Ok(()) };
+            at = last;
         }
-        if at.text.is_some() || !at.below.is_empty() {
-            return Err(malformed(&format!("the parameter {name} is given more than once")));
+        if at.text.is_some() {
+            return Err(malformed(&format!("the parameter {} is given more than once", short())));
         }
         at.text = Some(value);
         Ok(())
     }
 
+    fn child(&self, name: &str) -> Option<&Params> {
+        let place = self.below.binary_search_by(|(have, _)| have.as_str().cmp(name)).ok()?;
+        self.below.get(place).map(|(_, below)| below)
+    }
+
     /// What is at a name with dots in it.
     pub fn sub(&self, name: &str) -> Option<&Params> {
-        name.split('.').try_fold(self, |at, part| at.below.get(part))
+        name.split('.').try_fold(self, Params::child)
     }
 
     /// The text at a name.
@@ -138,8 +167,8 @@ impl Params {
     /// The members of a list, by their numbers.
     pub fn list(&self, name: &str) -> Vec<&Params> {
         let Some(list) = self.sub(name) else { return Vec::new() };
-        let numbered = |(name, item): (&String, _)| Some((name.parse::<u32>().ok()?, item));
-        let mut items: Vec<_> = list.below.iter().filter_map(numbered).collect();
+        let mut items: Vec<_> =
+            list.below.iter().filter_map(|(name, item)| Some((index(name)?, item))).collect();
         items.sort_by_key(|(number, _)| *number);
         items.into_iter().map(|(_, item)| item).collect()
     }
@@ -152,5 +181,116 @@ impl Params {
     /// The names right below.
     pub fn names(&self) -> impl Iterator<Item = (&str, &Params)> {
         self.below.iter().map(|(name, below)| (name.as_str(), below))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::{btree_map, vec};
+    use proptest::prelude::*;
+
+    fn code(form: &str) -> String {
+        Params::parse(form).map_or_else(|fault| fault.code.into_owned(), |_| "fine".into())
+    }
+
+    #[test]
+    fn a_form_is_a_tree() {
+        let form = "Filter.1.Name=a&Filter.1.Value.10=z&Filter.1.Value.2=y+%2B&&Filter.3.Name=b&filter=c&Empty=&Bare";
+        let params = Params::parse(form).unwrap();
+        let filters = params.list("Filter");
+        let names: Vec<_> = filters.iter().filter_map(|filter| filter.str("Name")).collect();
+        assert_eq!(names, ["a", "b"]);
+        assert_eq!(filters[0].strings("Value"), ["y +", "z"]);
+        assert_eq!(
+            (params.str("filter"), params.str("Empty"), params.str("Bare")),
+            (Some("c"), Some(""), Some(""))
+        );
+        assert_eq!(params.str("Filter"), None);
+        assert_eq!(params.sub("Filter.2"), None);
+    }
+
+    #[test]
+    fn what_is_no_form_is_refused() {
+        for bad in [
+            "A=1&A=2",
+            "A=1&A.B=2",
+            "A=1&A-B=1&A.B=2",
+            "A.B=2&A=1",
+            "A.B=1&A.B=1",
+            ".=1",
+            "A.=1",
+            ".A=1",
+            "A..B=1",
+            "=1",
+            "A=%",
+            "A=%4",
+            "A=%zz",
+            "A=%ff",
+            "%80=1",
+            "A.A.A.A.A.A.A.A.A=1",
+        ] {
+            assert_eq!(code(bad), "MalformedQueryString", "{bad}");
+        }
+        assert_eq!(code("A.A.A.A.A.A.A.A=1"), "fine");
+    }
+
+    #[test]
+    fn a_tree_has_no_more_nodes_than_a_form_may_have_names() {
+        let wide = |names: usize| (0..names).map(|i| format!("A.{i}=&")).collect::<String>();
+        assert_eq!(code(&wide(NODES - 1)), "fine");
+        assert_eq!(code(&wide(NODES)), "MalformedQueryString");
+        let deep = |names: usize| (0..names).map(|i| format!("{i}.a.b.c.d.e.f.g=&")).collect::<String>();
+        assert_eq!(code(&deep(NODES / 8)), "fine");
+        assert_eq!(code(&deep(NODES / 8 + 1)), "MalformedQueryString");
+    }
+
+    #[test]
+    fn a_lists_members_have_numbers() {
+        assert_eq!(index("1"), Some(1));
+        assert_eq!(index("10000"), Some(10_000));
+        for none in ["", "0", "01", "+1", "-1", "1a", "\u{661}", "10001", "99999999999"] {
+            assert_eq!(index(none), None, "{none}");
+        }
+        let params = Params::parse("A.0=0&A.01=1&A.+1=2&A.2=3&A.n=4").unwrap();
+        assert_eq!(params.strings("A"), ["3"]);
+    }
+
+    fn escape(text: &str) -> String {
+        text.bytes().map(|byte| format!("%{byte:02x}")).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn any_form_is_survived(form in "[A-C.=&%+0-9\\PC]{0,60}") {
+            let _ = Params::parse(&form);
+        }
+
+        #[test]
+        fn what_is_in_a_form_is_in_the_tree(
+            given in btree_map(vec("[A-Ca-c1-3é]{1,2}", 1..4), "\\PC{0,10}", 0..20),
+            order in any::<u64>(),
+        ) {
+            // No name may be above another.
+            let above = |a: &Vec<String>, b: &Vec<String>| a != b && b.starts_with(a);
+            let given: Vec<_> = given.iter().filter(|(a, _)| !given.keys().any(|b| above(a, b))).collect();
+            let mut pairs: Vec<_> =
+                given.iter().map(|(name, text)| format!("{}={}", escape(&name.join(".")), escape(text))).collect();
+            let turn = order as usize % pairs.len().max(1);
+            pairs.rotate_left(turn);
+            let params = Params::parse(&pairs.join("&")).unwrap();
+            for (name, text) in &given {
+                prop_assert_eq!(params.str(&name.join(".")), Some(text.as_str()));
+            }
+            pairs.reverse();
+            prop_assert_eq!(Params::parse(&pairs.join("&")).unwrap(), params.clone());
+            if let Some((name, _)) = given.first() {
+                for more in [name.join("."), format!("{}.x", name.join("."))] {
+                    pairs.push(format!("{}=", escape(&more)));
+                    prop_assert!(Params::parse(&pairs.join("&")).is_err());
+                    pairs.pop();
+                }
+            }
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::LazyLock;
 
-use super::{Fault, Params};
+use super::{Fault, Params, params};
 
 /// A parameter's type.
 #[derive(Debug)]
@@ -82,9 +82,9 @@ pub fn check(action: &str, params: &Params) -> Result<(), Fault> {
     structure("", known, params, &["Action", "Version"])
 }
 
-fn structure(path: &str, known: &Members, params: &Params, more: &[&str]) -> Result<(), Fault> {
+fn structure(path: &str, known: &Members, given: &Params, more: &[&str]) -> Result<(), Fault> {
     let whole = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
-    for (name, below) in params.names().filter(|(name, _)| !more.contains(name)) {
+    for (name, below) in given.names().filter(|(name, _)| !more.contains(name)) {
         match known.get(name) {
             Some((kind, _)) => value(&whole(name), kind, below)?,
             None => {
@@ -93,35 +93,35 @@ fn structure(path: &str, known: &Members, params: &Params, more: &[&str]) -> Res
             }
         }
     }
-    let missing = known.iter().find(|(name, (_, required))| *required && params.sub(name).is_none());
+    let missing = known.iter().find(|(name, (_, required))| *required && given.sub(name).is_none());
     missing.map_or(Ok(()), |(name, _)| Err(Fault::missing(&whole(name))))
 }
 
-fn value(path: &str, kind: &Kind, params: &Params) -> Result<(), Fault> {
-    let wrong = |why: &str| Err(Fault::value(path, params.text().unwrap_or("…"), why));
+fn value(path: &str, kind: &Kind, given: &Params) -> Result<(), Fault> {
+    let wrong = |why: &str| Err(Fault::value(path, given.text().unwrap_or("…"), why));
     match kind {
         Kind::List(item) => {
             // A list without members is sent as an empty text.
-            if params.text().is_some_and(|text| !text.is_empty()) {
+            if given.text().is_some_and(|text| !text.is_empty()) {
                 return wrong("It is a list: number its members.");
             }
-            for (number, below) in params.names() {
-                if number.parse::<u32>().is_err() {
-                    return wrong("A list's members have numbers.");
+            for (number, below) in given.names() {
+                if params::index(number).is_none() {
+                    return wrong("A list's members have numbers, from 1 to 10000.");
                 }
                 value(&format!("{path}.{number}"), item, below)?;
             }
             Ok(())
         }
-        Kind::Structure(known) => match params.text() {
+        Kind::Structure(known) => match given.text() {
             Some(text) if !text.is_empty() => wrong("It is a structure: name its members."),
-            _ => structure(path, known, params, &[]),
+            _ => structure(path, known, given, &[]),
         },
         scalar => {
-            let Some(text) = params.text() else { return wrong("It is one value.") };
+            let Some(text) = given.text() else { return wrong("It is one value.") };
             let fits = match scalar {
                 Kind::Integer => text.parse::<i64>().is_ok(),
-                Kind::Float => text.parse::<f64>().is_ok(),
+                Kind::Float => text.parse().is_ok_and(f64::is_finite),
                 Kind::Boolean => matches!(text.to_ascii_lowercase().as_str(), "true" | "false" | "1" | "0"),
                 Kind::Time => text.parse::<jiff::Timestamp>().is_ok(),
                 // Base64 is looked at where it is read; all else is text.
@@ -147,6 +147,12 @@ mod tests {
         assert_eq!(code("StopInstances", "InstanceId.1=i-1&Force=perhaps"), refused("InvalidParameterValue"));
         assert_eq!(code("StopInstances", "InstanceId=i-1"), refused("InvalidParameterValue"));
         assert_eq!(code("StopInstances", "InstanceId.a=i-1"), refused("InvalidParameterValue"));
+        for number in ["0", "01", "%2B1", "10001"] {
+            assert_eq!(
+                code("StopInstances", &format!("InstanceId.{number}=i-1")),
+                refused("InvalidParameterValue")
+            );
+        }
         assert_eq!(code("StopInstances", "InstanceId.1=i-1&Nothing=1"), refused("UnknownParameter"));
         let run = "ImageId=a&MinCount=1&MaxCount=1";
         assert_eq!(code("RunInstances", &format!("{run}&BlockDeviceMapping.1.Ebs.VolumeSize=8")), Ok(()));
