@@ -96,10 +96,13 @@ impl Authorization {
             };
             (credential, headers, signature) =
                 (part("Credential")?, part("SignedHeaders")?, part("Signature")?);
+            // HTTP's own date will do where it is the only one.
+            let date = || request.header("date").map(basic);
             time = request
                 .header("x-amz-date")
-                .ok_or_else(|| incomplete("there is no X-Amz-Date header"))?
-                .to_owned();
+                .map(str::to_owned)
+                .or_else(date)
+                .ok_or_else(|| incomplete("there is neither an X-Amz-Date nor a Date header"))?;
             expires = None;
         } else if query("X-Amz-Algorithm").is_some_and(|algorithm| algorithm == ALGORITHM) {
             let part =
@@ -167,6 +170,9 @@ impl Authorization {
         if !signed("host") {
             return Err(mismatch("The host header is not signed."));
         }
+        if self.expires.is_none() && request.header("x-amz-date").is_none() && !signed("date") {
+            return Err(mismatch("The date header is not signed."));
+        }
         if let Some((name, _)) =
             request.headers.iter().find(|(name, _)| name.starts_with("x-amz-") && !signed(name))
         {
@@ -209,6 +215,12 @@ impl Authorization {
         let (method, query, signed) = (request.method, query.join("&"), self.signed_headers.join(";"));
         Some(format!("{method}\n/\n{query}\n{headers}\n{signed}\n{body}"))
     }
+}
+
+/// An HTTP date (RFC 9110, section 5.6.7) as `YYYYMMDDTHHMMSSZ`; anything else stays, and is refused if it is not that.
+fn basic(date: &str) -> String {
+    let time = jiff::fmt::rfc2822::parse(date);
+    time.map_or_else(|_| date.to_owned(), |time| time.timestamp().strftime("%Y%m%dT%H%M%SZ").to_string())
 }
 
 fn mac(key: &[u8], text: &str) -> Hmac<Sha256> {
@@ -340,6 +352,126 @@ mod tests {
             more.push(("x-amz-security-token".into(), "unsigned".into()));
             assert_eq!(code(&Request { headers: &more, ..request }, SECRET, at(0)), "SignatureDoesNotMatch");
         }
+    }
+
+    fn code(request: &Request<'_>, now: Timestamp) -> String {
+        let verified = Authorization::read(request).and_then(|said| said.verify(request, SECRET, now));
+        verified.map_or_else(|fault| fault.code.into_owned(), |()| "fine".into())
+    }
+
+    /// Presigned by botocore's signer, for an hour.
+    #[test]
+    fn a_presigned_url_holds_for_its_time() {
+        const CALL: &str =
+            "Action=DescribeInstances&Version=2016-11-15&Filter.1.Value.1=a%20b%2Fc%2B%C3%A9~&Empty=";
+        const SIGNED: &str = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIDEXAMPLE%2F20150830%2Fhome-1%2Fec2\
+            %2Faws4_request&X-Amz-Date=20150830T123600Z&X-Amz-Expires=3600&X-Amz-SignedHeaders=host";
+        const SIGNATURE: &str = "af9fd195ad1b01a1d3b396e2ef53c64775f960352bb68a41b8b45da89383fd8a";
+        let good = format!("{CALL}&{SIGNED}&X-Amz-Signature={SIGNATURE}");
+        let host = [("host".to_owned(), "example.amazonaws.com".to_owned())];
+        let told = |query: &str, headers: &[(String, String)], body: &str, offset| {
+            code(&Request { method: "GET", query, headers, body: body.as_bytes() }, at(offset))
+        };
+        assert_eq!(told(&good, &host, "", 0), "fine");
+        assert_eq!(told(&good, &host, "", 3600), "fine");
+        assert_eq!(told(&good, &host, "", 3601), "RequestExpired");
+        assert_eq!(told(&good, &host, "", -901), "RequestExpired");
+        assert_eq!(told(&good, &host, "Action=Other", 0), "SignatureDoesNotMatch");
+        assert_eq!(
+            told(&good, &[host[0].clone(), ("x-amz-other".into(), "1".into())], "", 0),
+            "SignatureDoesNotMatch"
+        );
+        // The order is nobody's, each part is somebody's.
+        assert_eq!(told(&format!("{SIGNED}&X-Amz-Signature={SIGNATURE}&{CALL}"), &host, "", 0), "fine");
+        for (from, to, why) in [
+            ("DescribeInstances", "TerminateInstances", "SignatureDoesNotMatch"),
+            ("&Empty=", "", "SignatureDoesNotMatch"),
+            ("&Empty=", "&Empty=&More=1", "SignatureDoesNotMatch"),
+            ("Expires=3600", "Expires=3601", "SignatureDoesNotMatch"),
+            ("Expires=3600", "Expires=604801", "IncompleteSignature"),
+            ("Expires=3600", "Expires=-1", "IncompleteSignature"),
+            ("X-Amz-Expires=3600", "", "IncompleteSignature"),
+            ("home-1", "home-2", "SignatureDoesNotMatch"),
+            ("ec2%2F", "sts%2F", "SignatureDoesNotMatch"),
+            ("F20150830%2F", "F20150831%2F", "SignatureDoesNotMatch"),
+            ("SignedHeaders=host", "SignedHeaders=", "IncompleteSignature"),
+            ("af9f", "af9e", "SignatureDoesNotMatch"),
+            ("X-Amz-Algorithm=AWS4", "X-Amz-Algorithm=AWS5", "MissingAuthenticationToken"),
+        ] {
+            assert!(good.contains(from), "{from}");
+            assert_eq!(told(&good.replacen(from, to, 1), &host, "", 0), why, "{from} -> {to}");
+        }
+        // A signed header, folded and trimmed.
+        let query = "Action=X&X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIDEXAMPLE%2F20150830%2Fhome-1%2Fec2%2F\
+            aws4_request&X-Amz-Date=20150830T123600Z&X-Amz-Expires=3600&X-Amz-SignedHeaders=host%3Bx-amz-other\
+            &X-Amz-Signature=82cb594de52ce005b1f3de8e1c7aa9636be64d09f6380edda3b9e9d8683648e3";
+        let other = |value: &str| [host[0].clone(), ("x-amz-other".to_owned(), value.to_owned())];
+        assert_eq!(told(query, &other("  a   b "), "", 0), "fine");
+        assert_eq!(told(query, &other("a c"), "", 0), "SignatureDoesNotMatch");
+        assert_eq!(told(query, &host, "", 0), "SignatureDoesNotMatch");
+    }
+
+    /// The signatures are computed by another program.
+    #[test]
+    fn https_own_date_will_do_if_it_is_signed() {
+        let told = |signed: &str, date: &str, signature: &str| {
+            let scope = "AKIDEXAMPLE/20150830/home-1/ec2/aws4_request";
+            let said =
+                format!("{ALGORITHM} Credential={scope}, SignedHeaders={signed}, Signature={signature}");
+            let headers =
+                [("host", "example.amazonaws.com"), ("date", date), ("authorization", said.as_str())];
+            let headers = headers.map(|(name, value)| (name.to_owned(), value.to_owned()));
+            code(&Request { method: "POST", query: "", headers: &headers, body: b"Action=X" }, at(0))
+        };
+        let (signed, unsigned) = (
+            "cdbf60b1b3c9f6927423962ddd774c39ac8620b49babfaaa56cd5ce2cf90f367",
+            "8f4682edde91cde7cd1db3224e5108102375e11ea90a9e0829bca3e83ea1ce4f",
+        );
+        assert_eq!(told("date;host", "Sun, 30 Aug 2015 12:36:00 GMT", signed), "fine");
+        assert_eq!(told("host", "Sun, 30 Aug 2015 12:36:00 GMT", unsigned), "SignatureDoesNotMatch");
+        assert_eq!(told("date;host", "Sun, 30 Aug 2015 12:36:01 GMT", signed), "SignatureDoesNotMatch");
+        assert_eq!(told("date;host", "Sun, 30 Aug 2015 11:36:00 GMT", signed), "RequestExpired");
+        assert_eq!(told("date;host", "yesterday", signed), "IncompleteSignature");
+    }
+
+    /// The signatures are right, and computed by another program; what they leave out or say is not.
+    #[test]
+    fn a_signature_has_to_cover_the_host_and_the_bodys_digest_to_be_its_own() {
+        let told = |signed: &str, digest: Option<&str>, signature: &str| {
+            let scope = "AKIDEXAMPLE/20150830/home-1/ec2/aws4_request";
+            let said =
+                format!("{ALGORITHM} Credential={scope}, SignedHeaders={signed}, Signature={signature}");
+            let headers =
+                [("host", "example.amazonaws.com"), ("x-amz-date", TIME), ("authorization", said.as_str())];
+            let digest = digest.map(|digest| ("x-amz-content-sha256", digest));
+            let headers: Vec<_> = headers
+                .into_iter()
+                .chain(digest)
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .collect();
+            code(&Request { method: "POST", query: "", headers: &headers, body: b"Action=X" }, at(0))
+        };
+        assert_eq!(
+            told("x-amz-date", None, "9a524d83cc7abccb65d2bce879aece45bf040b8ccc1cba41dcf3e8dbf4535655"),
+            "SignatureDoesNotMatch"
+        );
+        let all = "host;x-amz-content-sha256;x-amz-date";
+        assert_eq!(
+            told(
+                all,
+                Some("3b173cc483d5aca8322d8211dc94655130607dbcb351953b49907bdb997ddc01"),
+                "46c4fffb7d5fb71fc6395a373d515d13ef84e0c418fca70fda71c9b2ef088e4b"
+            ),
+            "fine"
+        );
+        assert_eq!(
+            told(
+                all,
+                Some("28ddbcb2c17c5fcbd8f1c736049c3182865e7c67de054b5eca97c61e4dcd724e"),
+                "808ec0c615dabcfcbf4a5e5707e8cdbe889384d5f478733f474d6a1d299e0108"
+            ),
+            "SignatureDoesNotMatch"
+        );
     }
 
     #[test]
