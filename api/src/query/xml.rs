@@ -111,3 +111,62 @@ macro_rules! node {
         $crate::query::Node::Map(members)
     }};
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const NAMES: [&str; 3] = ["instanceId", "tagSet", "v2"];
+
+    fn nodes() -> impl Strategy<Value = Node> {
+        let text = any::<String>().prop_map(Node::Text);
+        text.prop_recursive(4, 40, 5, |inner| {
+            let list = proptest::collection::vec(inner.clone(), 1..5).prop_map(Node::List);
+            let member = (proptest::sample::select(&NAMES[..]), inner);
+            prop_oneof![list, proptest::collection::vec(member, 1..5).prop_map(Node::Map)]
+        })
+    }
+
+    /// Whether an element, as another program reads it, holds this node.
+    fn holds(element: roxmltree::Node<'_, '_>, node: &Node) -> bool {
+        let below: Vec<_> = element.children().filter(roxmltree::Node::is_element).collect();
+        let named = |name: &str, node: &Node, have: &roxmltree::Node<'_, '_>| {
+            have.tag_name().name() == name && holds(*have, node)
+        };
+        match node {
+            Node::Text(text) => {
+                let kept = |c| match c {
+                    '\t' | '\n' | '\r' | ' '..='\u{fffd}' | '\u{10000}'.. => c,
+                    _ => '\u{fffd}',
+                };
+                below.is_empty() && element.text().unwrap_or_default().chars().eq(text.chars().map(kept))
+            }
+            Node::List(items) => {
+                items.len() == below.len()
+                    && items.iter().zip(&below).all(|(item, have)| named("item", item, have))
+            }
+            Node::Map(members) => {
+                members.len() == below.len()
+                    && members.iter().zip(&below).all(|((name, member), have)| named(name, member, have))
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn another_program_reads_what_was_written(node in nodes()) {
+            let mut out = String::new();
+            element("answer", &node, &mut out);
+            let read = roxmltree::Document::parse(&out);
+            prop_assert!(read.is_ok_and(|read| holds(read.root_element(), &node)), "{}", out);
+        }
+    }
+
+    #[test]
+    fn what_xml_has_no_way_to_hold_is_marked() {
+        let mut out = String::new();
+        Node::Text("\0a\u{1f}\r\n\t\u{fffe}<&>]]>\u{10ffff}".into()).write(&mut out);
+        assert_eq!(out, "\u{fffd}a\u{fffd}&#13;\n\t\u{fffd}&lt;&amp;&gt;]]&gt;\u{10ffff}");
+    }
+}

@@ -2,6 +2,7 @@
 
 mod client;
 mod limits;
+mod noise;
 
 use std::io::Write;
 use std::net::TcpStream;
