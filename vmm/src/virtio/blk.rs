@@ -10,7 +10,7 @@ use hutch_blockdev::{Disk, DiskError, DiskErrorKind};
 
 use super::chain::{self, Buffers, ChainError};
 use super::pci::{EVENT_IDX, INDIRECT_DESC};
-use super::worker::{Control, Wake, Worker, bell};
+use super::worker::{Control, Manners, Wake, Worker, bell};
 use super::{ActiveQueue, Memory, Notify, Start, VirtioDevice};
 
 /// Feature bits (5.2.3).
@@ -180,6 +180,7 @@ impl Core {
             notify.used(index);
             control.wait(&[], Some(RETRY)) == Wake::Stop
         };
+        let mut manners = Manners::default();
         while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
             let _ = active.kick.read();
             let served = super::drain(&mut active, memory, notify, |chain| {
@@ -193,8 +194,9 @@ impl Core {
                 writable.write(&[status]);
                 Ok(if status == S_OK { into.len() as u32 + 1 } else { 1 })
             });
-            if let Err(e) = served {
-                return notify.needs_reset(&e.to_string());
+            match served {
+                Ok(found) => manners.visited(found),
+                Err(e) => return notify.needs_reset(&e.to_string()),
             }
         }
     }

@@ -91,9 +91,13 @@ pub trait VirtioDevice: Send {
 const TOGETHER: u32 = 16;
 const LONG: Duration = Duration::from_millis(1);
 
+/// Answers of one visit to a queue, at most: who serves it has to look up now and then, whatever the driver does.
+const VISIT: u32 = 4096;
+
 /// Answers every available chain by `answer`, which returns the number of bytes it wrote, and tells the driver where it
-/// wants to know. Returns when the queue is empty and the driver will ring for the next one. An answer that waits for
-/// something tells the driver itself before: it may wait for those that came earlier.
+/// wants to know. Returns how many it answered when the queue is empty and the driver will ring for the next one, or
+/// after many, with the bell rung for the rest. An answer that waits for something tells the driver itself before: it may
+/// wait for those that came earlier.
 ///
 /// # Errors
 /// What is wrong with a chain or with the rings themselves.
@@ -102,17 +106,19 @@ fn drain(
     memory: &Memory,
     notify: &dyn Notify,
     mut answer: impl FnMut(DescriptorChain<&Memory>) -> Result<u32, chain::ChainError>,
-) -> Result<(), Broken> {
+) -> Result<u32, Broken> {
     let queue = &mut active.queue;
+    let (mut answers, mut untold) = (0, 0);
     loop {
         queue.disable_notification(memory)?;
-        let mut untold = 0;
-        while let Some(chain) = queue.iter(memory)?.next() {
+        while answers < VISIT
+            && let Some(chain) = queue.iter(memory)?.next()
+        {
             let head = chain.head_index();
             let begun = Instant::now();
             let written = answer(chain)?;
             queue.add_used(memory, head, written)?;
-            untold += 1;
+            (answers, untold) = (answers + 1, untold + 1);
             if untold >= TOGETHER || begun.elapsed() >= LONG {
                 untold = 0;
                 if queue.needs_notification(memory)? {
@@ -120,11 +126,19 @@ fn drain(
                 }
             }
         }
-        if untold > 0 && queue.needs_notification(memory)? {
-            notify.used(active.index);
+        if untold > 0 {
+            untold = 0;
+            if queue.needs_notification(memory)? {
+                notify.used(active.index);
+            }
+        }
+        if answers >= VISIT {
+            // It fails only when the counter is full, and then the bell rings already.
+            let _ = active.kick.write(1);
+            return Ok(answers);
         }
         if !queue.enable_notification(memory)? {
-            return Ok(());
+            return Ok(answers);
         }
     }
 }
@@ -136,4 +150,48 @@ enum Broken {
     Chain(#[from] chain::ChainError),
     #[error("a queue's rings are wrong: {0}")]
     Rings(#[from] virtio_queue::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::Driver;
+    use super::*;
+
+    /// A device that only keeps what it is started with.
+    #[derive(Default)]
+    struct Kept(Option<Start>);
+
+    impl VirtioDevice for Kept {
+        fn device_type(&self) -> u32 {
+            4
+        }
+        fn features(&self) -> u64 {
+            0
+        }
+        fn queue_sizes(&self) -> Vec<u16> {
+            vec![testing::SIZE]
+        }
+        fn read_config(&self, _: u64, _: &mut [u8]) {}
+        fn start(&mut self, start: Start) -> io::Result<()> {
+            self.0 = Some(start);
+            Ok(())
+        }
+        fn stop(&mut self) {}
+    }
+
+    #[test]
+    fn a_driver_that_never_stops_does_not_hold_the_device() {
+        let (mut driver, mut kept) = (Driver::new(1), Kept::default());
+        driver.start(&mut kept);
+        let mut start = kept.0.unwrap();
+        let active = &mut start.queues[0];
+        driver.offer_writable(0, 1);
+        let answers = drain(active, &start.memory, &*start.notify, |_| {
+            driver.offer_again(0, 1);
+            let _ = driver.bell(0).read();
+            Ok(0)
+        });
+        assert_eq!(answers.unwrap(), VISIT);
+        assert!(active.kick.read().is_ok(), "the bell rings for what is left");
+    }
 }

@@ -175,6 +175,10 @@ impl Driver {
         at
     }
 
+    pub(crate) fn bell(&self, queue: u16) -> &EventFd {
+        &self.rings[usize::from(queue)].kick
+    }
+
     pub(crate) fn offer_outside(&mut self, queue: u16) {
         self.descriptor(queue, 0, (u64::MAX - 100, 64), 2);
         self.offer(queue);

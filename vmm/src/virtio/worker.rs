@@ -152,6 +152,56 @@ impl Control {
     }
 }
 
+/// Whether a thread that a doorbell wakes takes the processor from the guest that rang, where the two share one.
+///
+/// If it does, a lone request is answered soonest; but of many that the guest has to make, each is then answered before
+/// the next is made, with an exit, two switches and an interrupt for each. If it does not (SCHED_BATCH, sched(7)), the
+/// guest goes on until it has nothing more to do, and all it asked for is found together. How deep the queue is shows only
+/// where the guest was let go on, so that is tried now and then.
+#[derive(Debug)]
+pub struct Manners {
+    gives_way: bool,
+    /// Visits until it is thought over.
+    left: u32,
+    /// What was found since then.
+    found: u32,
+}
+
+/// So many requests a visit are worth waiting for.
+const DEEP: u32 = 4;
+/// Visits of a trial: the first ones find less, as the scheduler owes time to a thread that slept much.
+const TRIAL: u32 = 16;
+/// Visits between two trials.
+const PAUSE: u32 = 1000;
+
+impl Default for Manners {
+    fn default() -> Manners {
+        Manners { gives_way: false, left: PAUSE, found: 0 }
+    }
+}
+
+impl Manners {
+    /// Takes note of a visit to the queue, and sets this thread's policy for the next.
+    pub fn visited(&mut self, found: u32) {
+        self.found = self.found.saturating_add(found);
+        self.left = self.left.saturating_sub(1);
+        if self.left > 0 {
+            return;
+        }
+        let gives_way = !self.gives_way || self.found >= DEEP * TRIAL;
+        *self = Manners { gives_way, left: if gives_way { TRIAL } else { PAUSE }, found: 0 };
+        give_way(gives_way);
+    }
+}
+
+fn give_way(yes: bool) {
+    // SAFETY: all zeros is a valid sched_param, and the one these policies take.
+    let param: libc::sched_param = unsafe { std::mem::zeroed() };
+    let policy = if yes { libc::SCHED_BATCH } else { libc::SCHED_OTHER };
+    // SAFETY: the pointer is valid during the call; 0 is this thread. Where it is refused all goes on as before.
+    unsafe { libc::sched_setscheduler(0, policy, &param) };
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
@@ -186,6 +236,22 @@ mod tests {
         worker.pause();
         drop(worker);
         assert_eq!(Arc::strong_count(&served), 1, "its thread is gone");
+    }
+
+    #[test]
+    fn who_finds_many_requests_gives_way_and_tries_now_and_then() {
+        // SAFETY: it takes a number and changes nothing; 0 is this thread.
+        let policy = || unsafe { libc::sched_getscheduler(0) };
+        let visits = |manners: &mut Manners, times, found| {
+            (0..times).for_each(|_| manners.visited(found));
+            policy()
+        };
+        let mut manners = Manners::default();
+        assert_eq!(visits(&mut manners, PAUSE - 1, 100), libc::SCHED_OTHER);
+        assert_eq!(visits(&mut manners, 1, 1), libc::SCHED_BATCH, "tried");
+        assert_eq!(visits(&mut manners, TRIAL * 5, DEEP), libc::SCHED_BATCH, "worth it");
+        assert_eq!(visits(&mut manners, TRIAL, DEEP - 1), libc::SCHED_OTHER);
+        assert_eq!(visits(&mut manners, PAUSE - 1, 100), libc::SCHED_OTHER, "it says nothing in this way");
     }
 
     #[test]
