@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::Ipv4Addr;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,8 +12,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use hutch_cloud::types::{InstanceType, Table};
-use hutch_netfw::GuestNet;
+use hutch_netfw::guest::{self, GuestNet, MTU, name_servers};
 use hutch_vmm::config::{End, MachineConfig, NetConfig, Report, RunAs};
+use hutch_vmm::launch::Inherit;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
@@ -23,7 +23,7 @@ use crate::attach;
 use crate::metadata;
 use crate::netns;
 use crate::source::Disks;
-use crate::vmm::{Inherit, Vmm};
+use crate::vmm::Vmm;
 
 /// Exit status: the machine could not be built or failed.
 pub const MACHINE_ERROR: u8 = 240;
@@ -33,14 +33,6 @@ const TIMEOUT: u8 = 243;
 const KILLED: u8 = 244;
 /// How much of the console is shown when a guest did not end well.
 const LAST_LINES: usize = 50;
-/// nobody and nogroup of Debian: the rights a machine runs with when hutch is started by root.
-const NOBODY: RunAs = RunAs { uid: 65534, gid: 65534 };
-
-/// The MTU of a guest's link, in bytes.
-const MTU: u16 = 1500;
-
-/// The most queues of a tap: one a virtual CPU up to here.
-const QUEUES: u32 = 8;
 
 /// Runs the machine to its end, and anew when it reboots.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
@@ -96,7 +88,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             console_log: Some(console_log),
             console_log_limit: 0,
             report: Some(report_fd),
-            run_as: nix::unistd::geteuid().is_root().then_some(NOBODY),
+            run_as: nix::unistd::geteuid().is_root().then_some(RunAs::NOBODY),
             exit_port: true,
             // An image's kernel is read off its disk at every start, so that the one upgraded in the guest boots next.
             no_reboot: args.no_reboot || disks.has_own_kernel(args),
@@ -240,8 +232,7 @@ fn network(args: &Args, vcpus: u32) -> anyhow::Result<(Option<GuestNet>, Vec<Fil
     if args.net.unwrap_or(default) == NetArg::None {
         return Ok((None, vec![]));
     }
-    let queues = vcpus.min(QUEUES) as usize;
-    let mut net = GuestNet::up(&netns::records()?, queues, MTU, name_servers())?;
+    let mut net = GuestNet::up(&guest::records_dir()?, guest::queues(vcpus), MTU, name_servers())?;
     let taps = net.take_taps();
     Ok((Some(net), taps))
 }
@@ -249,15 +240,8 @@ fn network(args: &Args, vcpus: u32) -> anyhow::Result<(Option<GuestNet>, Vec<Fil
 /// The interfaces as the machine is told of them.
 fn nets(net: Option<&GuestNet>, taps: &[File], inherit: &mut Inherit) -> anyhow::Result<Vec<NetConfig>> {
     let Some(net) = net else { return Ok(vec![]) };
-    let taps = taps.iter().map(|tap| inherit.lend(tap)).collect::<anyhow::Result<Vec<_>>>()?;
+    let taps = taps.iter().map(|tap| inherit.lend(tap)).collect::<Result<Vec<_>, _>>()?;
     Ok(vec![NetConfig { mac: net.mac.to_string(), taps, mtu: MTU }])
-}
-
-/// The host's name servers, but for those that only the host can reach.
-fn name_servers() -> Vec<Ipv4Addr> {
-    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let servers = text.lines().filter_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok());
-    servers.filter(|ip: &Ipv4Addr| !ip.is_loopback()).take(3).collect()
 }
 
 /// Prints the console until it ends and returns its last lines.

@@ -1,13 +1,14 @@
 //! `hutch control`: one request to a running machine.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::BufReader;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::ValueEnum;
+use hutch_vmm::launch::ask;
 use serde_json::{Value, json};
 
 use crate::attach;
@@ -55,7 +56,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         attach::run(reader, stream)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let (_, _, mut answer) = ask(&args.socket, &json!({ "command": name }))?;
+    let (_, _, mut answer) = ask(&args.socket, &json!({ "command": name }), LIMIT)?;
     if let Some(fields) = answer.as_object_mut() {
         fields.remove("ok");
         match fields.get("text").and_then(Value::as_str) {
@@ -69,27 +70,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 /// Both ends of a machine's console, from now on.
 pub fn console(socket: &Path) -> anyhow::Result<(BufReader<UnixStream>, UnixStream)> {
-    let (reader, stream, _) = ask(socket, &json!({ "command": "console", "follow": true }))?;
+    let (reader, stream, _) = ask(socket, &json!({ "command": "console", "follow": true }), LIMIT)?;
     // A guest may be silent for as long as it likes.
     stream.set_read_timeout(None)?;
     Ok((reader, stream))
-}
-
-/// Sends a request and waits for the answer, which is no refusal.
-fn ask(socket: &Path, request: &Value) -> anyhow::Result<(BufReader<UnixStream>, UnixStream, Value)> {
-    let what = || format!("no machine answers at {}", socket.display());
-    let mut stream = UnixStream::connect(socket).with_context(what)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    let sent = stream.write_all(format!("{request}\n").as_bytes());
-    let mut answer = String::new();
-    let mut reader = BufReader::new(stream.try_clone()?);
-    // A machine with too many clients says so and hangs up before it has read anything.
-    if reader.read_line(&mut answer).with_context(what)? == 0 {
-        sent.with_context(what)?;
-    }
-    let answer: Value = serde_json::from_str(&answer).with_context(what)?;
-    if answer["ok"] != Value::Bool(true) {
-        bail!("{}", answer["error"].as_str().unwrap_or("the machine refused"));
-    }
-    Ok((reader, stream, answer))
 }

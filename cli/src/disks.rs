@@ -9,10 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use hutch_blockdev::store::lock;
 use hutch_blockdev::{Disk, Format, open_layers, qcow2};
-use hutch_vmm::config::{DiskConfig, DiskFormat, LayerConfig};
 use nix::fcntl::OFlag;
-
-use crate::vmm::Inherit;
 
 /// What may be done with a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,17 +55,7 @@ pub fn format_of(path: &Path) -> Format {
 }
 
 /// One file of a disk, open.
-pub struct Layer {
-    file: File,
-    format: Format,
-}
-
-impl Layer {
-    /// A raw one that only this process knows.
-    pub fn raw(file: File) -> Layer {
-        Layer { file, format: Format::Raw }
-    }
-}
+pub type Layer = (File, Format);
 
 /// Opens a file of a disk, which no other machine may be writing.
 pub fn layer(path: &Path, write: bool) -> anyhow::Result<Layer> {
@@ -81,7 +68,7 @@ pub fn layer(path: &Path, write: bool) -> anyhow::Result<Layer> {
     let file = File::options().read(true).write(write).open(path);
     let file = file.with_context(|| format!("cannot open {}", what()))?;
     lock(&file, !write).with_context(what)?;
-    Ok(Layer { file, format: format_of(path) })
+    Ok((file, format_of(path)))
 }
 
 /// The layers of `arg`, the top one first.
@@ -100,7 +87,7 @@ pub fn root_layers(image: &Path, volume: Option<&Path>) -> anyhow::Result<Vec<La
         return on_top(base, image, unnamed(image)?);
     };
     if path.exists() {
-        return Ok(vec![Layer { format: Format::Qcow2, ..layer(path, true)? }, base]);
+        return Ok(vec![(layer(path, true)?.0, Format::Qcow2), base]);
     }
     let made = File::options().read(true).write(true).create_new(true).open(path);
     let made = made.with_context(|| format!("cannot make the volume {}", path.display()))?;
@@ -116,7 +103,7 @@ fn on_top(base: Layer, path: &Path, top: File) -> anyhow::Result<Vec<Layer>> {
     let size = open(&base).with_context(|| format!("the image {}", path.display()))?.size();
     qcow2::create(&top, size).context("cannot make a volume")?;
     let mut layers = base;
-    layers.insert(0, Layer { file: top, format: Format::Qcow2 });
+    layers.insert(0, (top, Format::Qcow2));
     Ok(layers)
 }
 
@@ -132,27 +119,9 @@ pub fn unnamed(for_what: &Path) -> anyhow::Result<File> {
 
 /// The disk that the layers make, to be read here and now.
 pub fn open(layers: &[Layer]) -> anyhow::Result<Arc<dyn Disk>> {
-    let clone = |layer: &Layer| Ok((layer.file.try_clone()?, layer.format));
+    let clone = |(file, format): &Layer| Ok((file.try_clone()?, *format));
     let layers = layers.iter().map(clone).collect::<std::io::Result<Vec<_>>>()?;
     Ok(open_layers(layers, true)?)
-}
-
-/// Lends the layers to the machine, as the disk with this serial.
-pub fn give(
-    layers: &[Layer],
-    serial: String,
-    read_only: bool,
-    to: &mut Inherit,
-) -> anyhow::Result<DiskConfig> {
-    let mut lend = |layer: &Layer| {
-        let format = match layer.format {
-            Format::Raw => DiskFormat::Raw,
-            Format::Qcow2 => DiskFormat::Qcow2,
-        };
-        Ok(LayerConfig { fd: to.lend(&layer.file)?, format })
-    };
-    let layers = layers.iter().map(&mut lend).collect::<anyhow::Result<Vec<_>>>()?;
-    Ok(DiskConfig { serial, layers, read_only })
 }
 
 impl DiskArg {

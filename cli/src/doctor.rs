@@ -25,7 +25,7 @@ enum Output {
 /// Probes and prints.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.repair {
-        let count = hutch_netfw::repair(&crate::netns::records()?)?;
+        let count = hutch_netfw::repair(&hutch_netfw::guest::records_dir()?)?;
         println!("network: took out what {count} machines had left");
         return Ok(ExitCode::SUCCESS);
     }

@@ -1,15 +1,11 @@
-//! Network namespaces: where a machine's network is, and where it is recorded.
+//! Network namespaces: where a machine's network is.
 
-use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, bail};
 use nix::sched::{CloneFlags, setns};
-
-/// Where networks are recorded while they are up.
-const RUN_DIR: &str = "/run/hutch";
 
 /// A namespace that this process entered; if it made it, it is deleted at the end.
 pub struct Namespace {
@@ -48,11 +44,4 @@ impl Drop for Namespace {
             let _ = Command::new("ip").args(["netns", "del", name]).status();
         }
     }
-}
-
-/// Where the networks of this process's namespace are recorded: taps of another namespace are not to be seen from here,
-/// and would be taken for dead.
-pub fn records() -> anyhow::Result<PathBuf> {
-    let namespace = fs::metadata("/proc/self/ns/net").context("cannot tell the network namespace")?.ino();
-    Ok(Path::new(RUN_DIR).join(format!("net-{namespace}")))
 }

@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail};
+use hutch_blockdev::Format;
+use hutch_vmm::launch;
 
 use crate::disks::{self, Layer};
-use crate::{image, vmm};
+use crate::image;
 
 /// Where our init is in the initrd that is put before the kernel's own.
 pub const INIT: &str = "/hutch-init";
@@ -17,9 +19,8 @@ pub const INIT: &str = "/hutch-init";
 /// The disk that `root` names, to be read only: an image, or a directory, copied into a file system of its own.
 pub fn layers(root: &Path) -> anyhow::Result<Vec<Layer>> {
     if root.is_dir() {
-        return Ok(vec![Layer::raw(
-            file_system(root).with_context(|| format!("cannot take {} as a root", root.display()))?,
-        )]);
+        let made = file_system(root).with_context(|| format!("cannot take {} as a root", root.display()))?;
+        return Ok(vec![(made, Format::Raw)]);
     }
     Ok(vec![disks::layer(&image::disk(root)?, false)?])
 }
@@ -81,7 +82,7 @@ pub fn initrd(own: Option<File>) -> anyhow::Result<File> {
         // Ours first: nothing can come behind an archive packed with lz4, whose end only the end of all tells.
         all = Box::new(all.chain(own));
     }
-    vmm::in_memory(&mut all)
+    Ok(launch::in_memory(&mut all)?)
 }
 
 /// One entry of a cpio archive in the "newc" format; name and data are each padded to 4 bytes.

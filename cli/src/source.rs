@@ -8,10 +8,10 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use hutch_blockdev::Disk;
 use hutch_imagestore::boot::BootFiles;
 use hutch_vmm::config::{BootConfig, DiskConfig};
+use hutch_vmm::launch::{self, Inherit};
 
 use crate::args::Args;
 use crate::disks::{self, Layer};
-use crate::vmm::{self, Inherit};
 use crate::{image, root, ssh};
 
 /// The machine's disks, open from the first start to the last: the image's first, then the others as they were named.
@@ -42,12 +42,12 @@ impl Disks {
     pub fn boot(&self, args: &Args, inherit: &mut Inherit) -> anyhow::Result<BootConfig> {
         let (kernel, mut initrd, own) = match &args.kernel {
             Some(kernel) => {
-                let initrd = args.initrd.as_deref().map(|path| vmm::open(path, "initrd")).transpose()?;
+                let initrd = args.initrd.as_deref().map(|path| launch::open(path, "initrd")).transpose()?;
                 (inherit.open(kernel, "kernel")?, initrd, String::new())
             }
             None => {
                 let files = self.own_boot_files(args)?;
-                let initrd = (!files.initrd.is_empty()).then(|| vmm::in_memory(&mut &files.initrd[..]));
+                let initrd = (!files.initrd.is_empty()).then(|| launch::in_memory(&mut &files.initrd[..]));
                 (inherit.bytes(&files.kernel)?, initrd.transpose()?, files.entry.cmdline)
             }
         };
@@ -68,7 +68,7 @@ impl Disks {
         };
         Ok(BootConfig {
             kernel,
-            initrd: initrd.map(|file| inherit.give(file.into())).transpose()?,
+            initrd: initrd.map(|file| inherit.give(file.into())),
             cmdline: cmdline(args, &line)?,
         })
     }
@@ -93,7 +93,7 @@ impl Disks {
     /// Lends the disks to the machine.
     pub fn give(&self, inherit: &mut Inherit) -> anyhow::Result<Vec<DiskConfig>> {
         let give = |(index, (layers, read_only)): (usize, &(Vec<Layer>, bool))| {
-            disks::give(layers, format!("vol{index:017x}"), *read_only, inherit)
+            Ok(inherit.disk(layers, format!("vol{index:017x}"), *read_only)?)
         };
         self.0.iter().enumerate().map(give).collect()
     }

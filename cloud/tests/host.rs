@@ -61,7 +61,13 @@ fn suite(open: Open<'_>, outlives: bool) {
     assert!(host.forget("i-a").is_err(), "it runs");
     host.reboot("i-a").unwrap();
     host.update(&first).unwrap();
-    let host = if outlives { open() } else { host };
+    let host = match outlives {
+        true => {
+            drop(host);
+            open()
+        }
+        false => host,
+    };
     assert_eq!(runs(&*host, "i-a"), Some((1, true)), "it outlives who asked for it");
     host.start(&first).unwrap();
 

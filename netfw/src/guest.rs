@@ -10,6 +10,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use ipnet::Ipv4Net;
@@ -23,16 +24,47 @@ use crate::nft::{self, Guest, NftError, Ruleset};
 use crate::ra::{self, GATEWAY6, PREFIX6, Router};
 use crate::tap::{self, Ends, TapError};
 
+/// The default VPC: all guests' addresses are from it.
+pub const VPC: Ipv4Net = match Ipv4Net::new(Ipv4Addr::new(172, 31, 0, 0), 16) {
+    Ok(net) => net,
+    Err(_) => panic!("a prefix of 16 bits is one"),
+};
 /// The default VPC's first subnet.
 pub const SUBNET: Ipv4Net = match Ipv4Net::new(Ipv4Addr::new(172, 31, 0, 0), 20) {
     Ok(net) => net,
     Err(_) => panic!("a prefix of 20 bits is one"),
 };
-/// The gateway of every guest: the subnet's first address, as in EC2.
-pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 1);
 /// Addresses that EC2 keeps for itself at the start of a subnet.
 const RESERVED: u32 = 4;
+/// The MTU of a guest's link, in bytes.
+pub const MTU: u16 = 1500;
+/// The most queues of a tap.
+const QUEUES: u32 = 8;
+/// Where networks are recorded.
+const RUN_DIR: &str = "/run/hutch";
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
+
+/// How many queues the tap of a machine with so many virtual CPUs has: one for each, up to 8.
+pub fn queues(vcpus: u32) -> usize {
+    vcpus.clamp(1, QUEUES) as usize
+}
+
+/// Where the networks of this process's network namespace are recorded while they are up: taps of another namespace are
+/// not to be seen from here, and would be taken for dead.
+///
+/// # Errors
+/// The namespace cannot be told.
+pub fn records_dir() -> io::Result<PathBuf> {
+    let namespace = fs::metadata("/proc/self/ns/net")?.ino();
+    Ok(Path::new(RUN_DIR).join(format!("net-{namespace}")))
+}
+
+/// The host's name servers, but for those that only the host can reach.
+pub fn name_servers() -> Vec<Ipv4Addr> {
+    let text = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let servers = text.lines().filter_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok());
+    servers.filter(|ip: &Ipv4Addr| !ip.is_loopback()).take(3).collect()
+}
 
 /// Why a guest has no network.
 #[derive(Debug, thiserror::Error)]
@@ -106,17 +138,50 @@ struct Record {
     ip: Ipv4Addr,
     #[serde(default)]
     ip6: Option<Ipv6Addr>,
+    #[serde(default = "first_subnet")]
+    subnet: Ipv4Net,
+    #[serde(default)]
+    open_tcp: Vec<(u16, u16)>,
     /// Forwarding was off before the first guest came.
     forwarding_was_off: bool,
 }
 
 impl Record {
     fn guest(&self) -> Option<Guest> {
-        Some(Guest { tap: self.tap.parse().ok()?, mac: self.mac.parse().ok()?, ip4: self.ip, ip6: self.ip6 })
+        Some(Guest {
+            tap: self.tap.parse().ok()?,
+            mac: self.mac.parse().ok()?,
+            ip4: self.ip,
+            ip6: self.ip6,
+            gateway: gateway(self.subnet),
+            open_tcp: self.open_tcp.clone(),
+        })
     }
     fn alive(&self) -> bool {
         nix::net::if_::if_nametoindex(self.tap.as_str()).is_ok()
     }
+}
+
+fn first_subnet() -> Ipv4Net {
+    SUBNET
+}
+
+/// The gateway of a subnet's guests: its first address, as in EC2.
+fn gateway(subnet: Ipv4Net) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(subnet.network()).saturating_add(1))
+}
+
+/// What somebody else chose for a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    /// Its IPv4 address, of its subnet.
+    pub ip: Ipv4Addr,
+    /// Its hardware address.
+    pub mac: MacAddr,
+    /// Its subnet, of [`VPC`]; the first address is the gateway's.
+    pub subnet: Ipv4Net,
+    /// Inbound TCP ports that are open to everyone, as ranges.
+    pub open_tcp: Vec<(u16, u16)>,
 }
 
 /// A guest's network; dropping it undoes it.
@@ -128,6 +193,7 @@ pub struct GuestNet {
     /// Its hardware address.
     pub mac: MacAddr,
     guest: Guest,
+    subnet: Ipv4Net,
     state: PathBuf,
     taps: Vec<File>,
     metadata: Option<TcpListener>,
@@ -152,29 +218,34 @@ impl GuestNet {
         let ip = free.ok_or(NetError::Full)?;
         let [a, b, c, d] = ip.octets();
         let mac = MacAddr::new([0x02, 0x68, a, b, c, d]).ok_or(NetError::Full)?;
-        GuestNet::begin(state, lock, records, (ip, mac), queues, mtu, dns)
+        let address = Address { ip, mac, subnet: SUBNET, open_tcp: Vec::new() };
+        GuestNet::begin(state, lock, records, &address, queues, mtu, dns)
     }
 
     /// As [`GuestNet::up`], with the address and the MAC that somebody else chose for it.
     ///
     /// # Errors
-    /// [`NetError::Taken`], or [`NetError::Firewall`] for an address that is not of [`SUBNET`]; nothing is left behind.
+    /// [`NetError::Taken`], or [`NetError::Firewall`] for an address that is not of [`VPC`]; nothing is left behind.
     pub fn up_as(
         state: &Path,
-        ip: Ipv4Addr,
-        mac: MacAddr,
+        address: &Address,
         queues: usize,
         mtu: u16,
         dns: Vec<Ipv4Addr>,
     ) -> Result<GuestNet, NetError> {
         let lock = lock(state)?;
         let records = clean(state)?;
+        let Address { ip, mac, subnet, .. } = *address;
+        if !subnet.contains(&ip) {
+            let what = "the guest's address".into();
+            return Err(NftError::OutOfRange { what, ip, range: subnet }.into());
+        }
         let own = mac.to_string();
         // The tap is named by the address: what follows would overwrite the other's record.
         if records.iter().any(|record| record.ip == ip || record.mac == own) {
             return Err(NetError::Taken { ip, mac });
         }
-        GuestNet::begin(state, lock, records, (ip, mac), queues, mtu, dns)
+        GuestNet::begin(state, lock, records, address, queues, mtu, dns)
     }
 
     /// Serves a guest that an earlier process brought up and left, or was killed: its rules are put in anew, its tap,
@@ -185,8 +256,9 @@ impl GuestNet {
     pub fn adopt(state: &Path, ip: Ipv4Addr, mtu: u16, dns: Vec<Ipv4Addr>) -> Result<GuestNet, NetError> {
         let _lock = lock(state)?;
         let records = clean(state)?;
-        let guest = records.iter().filter_map(Record::guest).find(|guest| guest.ip4 == ip);
-        let mut net = GuestNet::unserved(state, guest.ok_or(NetError::Gone(ip))?);
+        let record = records.iter().find(|record| record.ip == ip).ok_or(NetError::Gone(ip))?;
+        let guest = record.guest().ok_or(NetError::Gone(ip))?;
+        let mut net = GuestNet::unserved(state, guest, record.subnet);
         // Until all of it is served, an error must not take the network from a machine that runs.
         net.undone = false;
         put_rules(&records, default_uplink())?;
@@ -200,13 +272,32 @@ impl GuestNet {
         self.undone = false;
     }
 
+    /// Opens these inbound TCP ports to everyone, and no others. What is established stays.
+    ///
+    /// # Errors
+    /// [`NetError::State`] or [`NetError::Firewall`]; the rules are then as they were, or are mended by the next call.
+    pub fn open_tcp(&mut self, ports: &[(u16, u16)]) -> Result<(), NetError> {
+        if self.guest.open_tcp == ports {
+            return Ok(());
+        }
+        let _lock = lock(&self.state)?;
+        let mut records = clean(&self.state)?;
+        let own = records.iter_mut().find(|record| record.ip == self.ip).ok_or(NetError::Gone(self.ip))?;
+        own.open_tcp = ports.to_vec();
+        write_record(&self.state, own)?;
+        put_rules(&records, default_uplink())?;
+        self.guest.open_tcp = ports.to_vec();
+        Ok(())
+    }
+
     /// A guest of which nothing is up or served.
-    fn unserved(state: &Path, guest: Guest) -> GuestNet {
+    fn unserved(state: &Path, guest: Guest, subnet: Ipv4Net) -> GuestNet {
         GuestNet {
             ip: guest.ip4,
             ip6: guest.ip6,
             mac: guest.mac,
             guest,
+            subnet,
             state: state.to_owned(),
             taps: Vec::new(),
             metadata: None,
@@ -221,15 +312,24 @@ impl GuestNet {
         state: &Path,
         lock: Flock<File>,
         mut records: Vec<Record>,
-        (ip, mac): (Ipv4Addr, MacAddr),
+        address: &Address,
         queues: usize,
         mtu: u16,
         dns: Vec<Ipv4Addr>,
     ) -> Result<GuestNet, NetError> {
+        let Address { ip, mac, subnet, .. } = *address;
         let [a, b, c, d] = ip.octets();
         let tap: TapName = format!("hu{a:02x}{b:02x}{c:02x}{d:02x}").parse().map_err(|_| NetError::Full)?;
         let ip6 = tap::has_ipv6().then(|| ra::address(PREFIX6, mac));
-        let guest = Guest { tap: tap.clone(), mac, ip4: ip, ip6 };
+        let open_tcp = address.open_tcp.clone();
+        let guest = Guest {
+            tap: tap.clone(),
+            mac,
+            ip4: ip,
+            ip6,
+            gateway: gateway(subnet),
+            open_tcp: open_tcp.clone(),
+        };
 
         let uplink = default_uplink();
         let text = |path: &Path| fs::read_to_string(path).unwrap_or_default();
@@ -240,11 +340,13 @@ impl GuestNet {
             mac: mac.to_string(),
             ip,
             ip6,
+            subnet,
+            open_tcp,
             forwarding_was_off: was_off && uplink.is_some(),
         };
         // Recorded first, so that whatever happens next can be undone by someone else.
         write_record(state, &record)?;
-        let mut net = GuestNet::unserved(state, guest);
+        let mut net = GuestNet::unserved(state, guest, subnet);
         records.push(record);
         let done = net.bring_up(&records, uplink, was_off, queues, mtu, dns);
         // What was begun is undone by the drop, which takes the lock too.
@@ -265,7 +367,7 @@ impl GuestNet {
         let tap = self.guest.tap.clone();
         put_rules(records, uplink.clone())?;
         self.taps = tap::create(&tap, queues)?;
-        let mut ends = vec![Ends { host: GATEWAY.into(), guest: Some(self.ip.into()) }];
+        let mut ends = vec![Ends { host: self.guest.gateway.into(), guest: Some(self.ip.into()) }];
         if let Some(ip6) = self.ip6 {
             ends.push(Ends { host: ra::ROUTER.into(), guest: None });
             ends.push(Ends { host: GATEWAY6.into(), guest: Some(ip6.into()) });
@@ -287,7 +389,8 @@ impl GuestNet {
             let started = Router::start(&tap, PREFIX6, mtu);
             self.router = Some(started.map_err(|source| NetError::Router { tap: tap.clone(), source })?);
         }
-        let lease = Lease { mac: self.mac, ip: self.ip, subnet: SUBNET, gateway: GATEWAY, dns, mtu };
+        let (subnet, gateway) = (self.subnet, self.guest.gateway);
+        let lease = Lease { mac: self.mac, ip: self.ip, subnet, gateway, dns, mtu };
         let served = Server::start(&tap, lease);
         self.server = Some(served.map_err(|source| NetError::Dhcp { tap, source })?);
         Ok(())
@@ -306,7 +409,7 @@ impl GuestNet {
 
 /// Puts the whole firewall of these guests into the kernel.
 fn put_rules(records: &[Record], uplink: Option<Uplink>) -> Result<(), NetError> {
-    let mut rules = Ruleset::new(SUBNET, GATEWAY, uplink)?;
+    let mut rules = Ruleset::new(VPC, uplink);
     for guest in records.iter().filter_map(Record::guest) {
         rules.add(guest)?;
     }
@@ -548,20 +651,27 @@ mod tests {
     #[test]
     fn a_guest_has_the_address_it_is_given_and_nobody_else_has() {
         in_namespace(|state| {
-            let (ip, mac) = (Ipv4Addr::new(172, 31, 1, 9), "0a:00:00:00:00:09".parse().unwrap());
+            let (ip, mac) = (Ipv4Addr::new(172, 31, 17, 9), "0a:00:00:00:00:09".parse().unwrap());
             let other: MacAddr = "0a:00:00:00:00:0a".parse().unwrap();
-            let net = GuestNet::up_as(state, ip, mac, 1, 1500, vec![]).unwrap();
+            let address = |ip, mac, net: &str| {
+                let subnet = net.parse().unwrap();
+                Address { ip, mac, subnet, open_tcp: vec![(80, 80), (8000, 9000), (81, 90), (8500, 9500)] }
+            };
+            let second = "172.31.16.0/20";
+            let net = GuestNet::up_as(state, &address(ip, mac, second), 1, 1500, vec![]).unwrap();
             assert_eq!((net.ip, net.mac), (ip, mac));
             let text = tables();
-            assert!(text.contains("0a:00:00:00:00:09") && text.contains("172.31.1.9"), "{text}");
-            let next = Ipv4Addr::new(172, 31, 1, 10);
+            assert!(text.contains("0a:00:00:00:00:09") && text.contains("172.31.17.9"), "{text}");
+            assert!(text.contains("172.31.16.1"), "its subnet's gateway: {text}");
+            let next = Ipv4Addr::new(172, 31, 17, 10);
             for (ip, mac) in [(ip, other), (next, mac)] {
-                let again = GuestNet::up_as(state, ip, mac, 1, 1500, vec![]);
+                let again = GuestNet::up_as(state, &address(ip, mac, second), 1, 1500, vec![]);
                 assert!(matches!(again, Err(NetError::Taken { .. })));
             }
-            let outside = GuestNet::up_as(state, Ipv4Addr::new(10, 0, 0, 9), other, 1, 1500, vec![]);
+            let outside = address(Ipv4Addr::new(10, 0, 0, 9), other, "10.0.0.0/24");
+            let outside = GuestNet::up_as(state, &outside, 1, 1500, vec![]);
             assert!(matches!(outside, Err(NetError::Firewall(_))));
-            assert!(tables().contains("172.31.1.9"), "who was refused took nothing along");
+            assert!(tables().contains("172.31.17.9"), "who was refused took nothing along");
             drop(net);
             assert_eq!(tables(), "");
         });

@@ -15,4 +15,4 @@ pub mod ra;
 mod served;
 pub mod tap;
 
-pub use guest::{GATEWAY, GuestNet, NetError, SUBNET, repair};
+pub use guest::{Address, GuestNet, NetError, SUBNET, VPC, repair};

@@ -36,13 +36,16 @@ pub struct Guest {
     pub ip4: Ipv4Addr,
     /// Its one global IPv6 address (a /128), if it has any; link-local neighbour discovery works without.
     pub ip6: Option<Ipv6Addr>,
+    /// The host's address on its tap.
+    pub gateway: Ipv4Addr,
+    /// Inbound TCP ports that are open to everyone by IPv4, as ranges: to the world, to the other guests and to the host.
+    pub open_tcp: Vec<(u16, u16)>,
 }
 
 /// All that the firewall of one network namespace says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ruleset {
     range: Ipv4Net,
-    gateway: Ipv4Addr,
     uplink: Option<Uplink>,
     guests: Vec<Guest>,
 }
@@ -84,15 +87,9 @@ pub enum NftError {
 impl Ruleset {
     /// A ruleset without guests: all that must be in the kernel before the first tap is made.
     ///
-    /// `range` is where all guests' addresses are from, `gateway` the host's own address in it. Without `uplink`
-    /// nothing is forwarded or translated.
-    ///
-    /// # Errors
-    /// [`NftError::OutOfRange`] if the gateway is not within the range.
-    pub fn new(range: Ipv4Net, gateway: Ipv4Addr, uplink: Option<Uplink>) -> Result<Self, NftError> {
-        let rules = Self { range: range.trunc(), gateway, uplink, guests: Vec::new() };
-        rules.check_range("gateway", gateway)?;
-        Ok(rules)
+    /// `range` is where all guests' addresses are from. Without `uplink` nothing is forwarded out or translated.
+    pub fn new(range: Ipv4Net, uplink: Option<Uplink>) -> Self {
+        Self { range: range.trunc(), uplink, guests: Vec::new() }
     }
 
     /// Adds a guest.
@@ -101,7 +98,8 @@ impl Ruleset {
     /// [`NftError::OutOfRange`], [`NftError::BadIpv6`], or [`NftError::Twice`] if something of it is taken.
     pub fn add(&mut self, guest: Guest) -> Result<(), NftError> {
         self.check_range(&format!("address of {}", guest.tap), guest.ip4)?;
-        if guest.ip4 == self.gateway {
+        self.check_range(&format!("gateway of {}", guest.tap), guest.gateway)?;
+        if guest.ip4 == guest.gateway {
             let what = format!("the gateway's, asked for {}:", guest.tap);
             return Err(NftError::OutOfRange { what, ip: guest.ip4, range: self.range });
         }
@@ -133,14 +131,15 @@ impl Ruleset {
 
     /// The text that makes the kernel's tables exactly this, in one transaction, whatever was in them before.
     pub fn render(&self) -> String {
-        let (range, gateway) = (self.range, self.gateway);
+        let range = self.range;
         let mut text = declarations();
-        let (mut out, mut back, mut nat) = (String::new(), String::new(), String::new());
+        let (mut out, mut back, mut come, mut nat) = Default::default();
         if let Some(up) = &self.uplink {
             out = format!("iifname \"hu*\" oifname \"{up}\" ip saddr {range} ip daddr != {range} accept");
             back = format!(
                 "iifname \"{up}\" oifname . ip daddr @to4 ip daddr {range} ct state established,related accept"
             );
+            come = format!("iifname \"{up}\" oifname . ip daddr . tcp dport @open4 accept");
             nat = format!("oifname \"{up}\" ip saddr {range} ip daddr != {range} masquerade");
         }
         // Writing to a String cannot fail.
@@ -159,7 +158,7 @@ impl Ruleset {
 		iifname "hu*" ct status dnat ct original ip daddr 169.254.169.254 tcp dport {METADATA_PORT} accept
 		iifname "hu*" ip daddr 169.254.169.254 counter name guest_to_host drop
 		iifname "hu*" ct state established,related accept
-		iifname "hu*" ip daddr {gateway} icmp type echo-request accept
+		iifname . ip daddr @gateways icmp type echo-request accept
 		iifname "hu*" ip6 daddr {GATEWAY6} icmpv6 type echo-request accept
 		iifname "hu*" ip6 hoplimit 255 icmpv6 type {{ nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert }} accept
 		counter name guest_to_host drop
@@ -169,14 +168,18 @@ impl Ruleset {
 		oifname "hu*" ip6 hoplimit 255 icmpv6 type {{ nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert }} accept
 		oifname . ip daddr @to4 tcp dport 22 accept
 		oifname . ip6 daddr @to6 tcp dport 22 accept
+		oifname . ip daddr . tcp dport @open4 accept
 		oifname "hu*" ct state established,related accept
 		counter name host_to_guest drop
 	}}
 	chain through {{
+		iifname "hu*" oifname . ip daddr . tcp dport @open4 accept
+		iifname "hu*" oifname "hu*" ct state established,related accept
 		iifname "hu*" oifname "hu*" counter name guest_to_guest drop
 		iifname "hu*" ip daddr 169.254.0.0/16 counter name guest_to_world drop
 		{out}
 		{back}
+		{come}
 		iifname "hu*" counter name guest_to_world drop
 		counter name world_to_guest drop
 	}}
@@ -238,6 +241,8 @@ fn declarations() -> String {
         ("inet", "from6", "ifname . ether_addr . ipv6_addr"),
         ("inet", "to4", "ifname . ipv4_addr"),
         ("inet", "to6", "ifname . ipv6_addr"),
+        ("inet", "gateways", "ifname . ipv4_addr"),
+        ("inet", "open4", "ifname . ipv4_addr . inet_service; flags interval"),
         ("arp", "senders", "ifname . ether_addr . ether_addr . ipv4_addr"),
     ] {
         let _ =
@@ -266,11 +271,12 @@ pub fn render_remove(guest: &Guest) -> String {
 }
 
 fn elements(verb: &str, guest: &Guest) -> String {
-    let Guest { tap, mac, ip4, ip6 } = guest;
+    let Guest { tap, mac, ip4, ip6, gateway, open_tcp } = guest;
     let mut text = format!(
         "{verb} element inet hutch macs {{ \"{tap}\" . {mac} }}\n\
          {verb} element inet hutch from4 {{ \"{tap}\" . {mac} . {ip4} }}\n\
          {verb} element inet hutch to4 {{ \"{tap}\" . {ip4} }}\n\
+         {verb} element inet hutch gateways {{ \"{tap}\" . {gateway} }}\n\
          {verb} element arp hutch senders {{ \"{tap}\" . {mac} . {mac} . {ip4} }}\n\
          {verb} element arp hutch senders {{ \"{tap}\" . {mac} . {mac} . 0.0.0.0 }}\n"
     );
@@ -281,7 +287,24 @@ fn elements(verb: &str, guest: &Guest) -> String {
              {verb} element inet hutch to6 {{ \"{tap}\" . {ip6} }}\n"
         );
     }
+    for (first, last) in apart(open_tcp) {
+        let _ = writeln!(text, "{verb} element inet hutch open4 {{ \"{tap}\" . {ip4} . {first}-{last} }}");
+    }
     text
+}
+
+/// The same ports as ranges that neither overlap nor touch: the kernel takes no others into one set. Empty ranges are left out.
+fn apart(ranges: &[(u16, u16)]) -> Vec<(u16, u16)> {
+    let mut ranges: Vec<_> = ranges.iter().copied().filter(|(first, last)| first <= last).collect();
+    ranges.sort_unstable();
+    let mut apart: Vec<(u16, u16)> = Vec::new();
+    for (first, last) in ranges {
+        match apart.last_mut() {
+            Some(before) if u32::from(first) <= u32::from(before.1) + 1 => before.1 = before.1.max(last),
+            _ => apart.push((first, last)),
+        }
+    }
+    apart
 }
 
 /// The text that takes both tables away, present or not. Only when no tap of ours is left.

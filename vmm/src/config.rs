@@ -39,7 +39,8 @@ pub struct MachineConfig {
     /// An inherited descriptor to which the console's output is appended (a file or a pipe).
     #[serde(default)]
     pub console_log: Option<FdNumber>,
-    /// Stop writing `console_log` after so many bytes (0: no bound); the ring goes on.
+    /// A `console_log` that is a file, opened to append, begins anew with the console's last 64 KiB instead of growing
+    /// beyond so many bytes (0: no bound; else more than 64 KiB).
     #[serde(default)]
     pub console_log_limit: u64,
     /// An inherited descriptor to which the [`Report`] is written, one line of JSON, when the machine ends.
@@ -175,6 +176,11 @@ impl End {
             End::Error { .. } => 70,
         }
     }
+}
+
+impl RunAs {
+    /// nobody and nogroup of Debian.
+    pub const NOBODY: RunAs = RunAs { uid: 65534, gid: 65534 };
 }
 
 /// What `hutch-vmm` says when it ends.

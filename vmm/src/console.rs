@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,8 @@ const PANIC_END: &str = "end Kernel panic";
 pub struct Console {
     ring: VecDeque<u8>,
     log: Option<File>,
-    log_left: Option<u64>,
+    /// When the log has so many bytes it begins anew (0: never).
+    log_limit: u64,
     total: u64,
     line: Vec<u8>,
     panic: Option<String>,
@@ -34,9 +35,10 @@ pub struct Console {
 }
 
 impl Console {
-    /// A console that also appends to `log`, at most `limit` bytes (0: no bound).
+    /// A console that also appends to `log`, a file or a pipe. A file that would grow beyond `limit` bytes (0: no bound)
+    /// begins anew with what is in the ring.
     pub fn new(log: Option<File>, limit: u64) -> Console {
-        Console { log, log_left: (limit > 0).then_some(limit), ..Console::default() }
+        Console { log, log_limit: limit, ..Console::default() }
     }
 
     /// Takes what the guest wrote. A log that cannot be written is given up, the ring goes on.
@@ -54,15 +56,21 @@ impl Console {
                 self.line.push(b);
             }
         }
-        let n = self.log_left.map_or(bytes.len(), |left| bytes.len().min(left as usize));
-        if let Some(left) = &mut self.log_left {
-            *left -= n as u64;
-        }
-        let failed = self.log.as_mut().is_some_and(|f| f.write_all(&bytes[..n]).is_err());
-        if failed {
+        if self.log.as_ref().is_some_and(|log| self.log_bytes(log, bytes).is_err()) {
             self.log = None;
         }
         self.changed.notify_all();
+    }
+
+    fn log_bytes(&self, mut log: &File, bytes: &[u8]) -> io::Result<()> {
+        // An earlier run of the same instance may have filled it, so it is asked, not counted.
+        if self.log_limit > 0 && log.metadata()?.len().saturating_add(bytes.len() as u64) > self.log_limit {
+            log.set_len(0)?;
+            let (first, second) = self.ring.as_slices();
+            log.write_all(first)?;
+            return log.write_all(second);
+        }
+        log.write_all(bytes)
     }
 
     fn end_of_line(&mut self) {
@@ -266,14 +274,21 @@ mod tests {
     }
 
     #[test]
-    fn the_log_stops_at_its_limit() {
-        let mut file = tempfile::tempfile().unwrap();
-        let mut c = Console::new(Some(file.try_clone().unwrap()), 5);
+    fn a_full_log_begins_anew_with_what_the_ring_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let text = || std::fs::read_to_string(&path).unwrap();
+        let open = || Some(File::options().create(true).append(true).open(&path).unwrap());
+        Console::new(open(), 10).push(b"early");
+        let mut c = Console::new(open(), 10);
         c.push(b"abc");
+        assert_eq!(text(), "earlyabc", "an earlier run's stays while there is room");
         c.push(b"defgh");
-        let mut text = String::new();
-        std::io::Seek::rewind(&mut file).unwrap();
-        std::io::Read::read_to_string(&mut file, &mut text).unwrap();
-        assert_eq!((text.as_str(), c.total()), ("abcde", 8));
+        assert_eq!((text().as_str(), c.total()), ("abcdefgh", 8));
+        c.push(b"ij");
+        assert_eq!(text(), "abcdefghij");
+        let mut c = Console::new(open(), 0);
+        c.push(b"k");
+        assert_eq!(text(), "abcdefghijk", "without a bound");
     }
 }

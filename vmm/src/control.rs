@@ -4,7 +4,8 @@
 //! {"command":"status"}        → {"ok":true,"id":"i-…","state":"running"|"paused","counters":{…},
 //!                                "disks":[{"serial":"vol…","no_space":false,…}],"nets":[{"mac":"…",…}]}
 //! {"command":"power-button"}  → {"ok":true}       the guest decides what it does
-//! {"command":"pause"}         → {"ok":true}       every vCPU and device is held when the answer comes
+//! {"command":"pause"}         → {"ok":true}       every vCPU and device is held when the answer comes, and all that
+//!                                                 the guest wrote is in the disks' files
 //! {"command":"resume"}        → {"ok":true}
 //! {"command":"kill"}          → {"ok":true}       the machine ends now, its report says `killed`
 //! {"command":"console"}       → {"ok":true,"text":"…"}   what is in the console's ring
@@ -22,6 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use hutch_blockdev::Disk;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -69,6 +71,8 @@ pub struct Control {
     pub counts: Arc<Counts>,
     /// Its devices' counters.
     pub devices: Devices,
+    /// Its disks.
+    pub disks: Vec<Arc<dyn Disk>>,
 }
 
 impl Control {
@@ -186,8 +190,17 @@ impl Control {
                 json!({ "ok": true })
             }
             Request::Pause => {
+                let was_paused = self.handle.is_paused();
                 self.handle.pause();
-                json!({ "ok": true })
+                match self.disks.iter().try_for_each(|disk| disk.flush()) {
+                    Ok(()) => json!({ "ok": true }),
+                    Err(e) => {
+                        if !was_paused {
+                            self.handle.resume();
+                        }
+                        json!({ "ok": false, "error": format!("{}: not paused: {e}", self.id) })
+                    }
+                }
             }
             Request::Resume => {
                 self.handle.resume();

@@ -15,6 +15,7 @@ pub mod counts;
 pub mod devices;
 pub mod ending;
 pub mod gate;
+pub mod launch;
 pub mod machine;
 pub mod memory;
 pub mod pci;

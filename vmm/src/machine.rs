@@ -233,6 +233,11 @@ impl Machine {
         }
     }
 
+    /// Its disks, in the order of the plan.
+    pub fn disks(&self) -> Vec<Arc<dyn hutch_blockdev::Disk>> {
+        self.backends.disks.iter().map(|(disk, _)| disk.clone()).collect()
+    }
+
     /// Runs the machine until it ends, reboots included. `handle` receives the way to end it from outside.
     pub fn run(&mut self, started: impl FnOnce(Handle)) -> Report {
         started(Handle(self.reach.clone()));

@@ -12,6 +12,13 @@ pub struct Secret([u8; 64]);
 /// When the token ends (seconds since 1970, big-endian), then its signature.
 const EXPIRES: usize = 8;
 
+impl From<[u8; 64]> for Secret {
+    /// A secret that is kept by somebody.
+    fn from(bytes: [u8; 64]) -> Secret {
+        Secret(bytes)
+    }
+}
+
 impl Secret {
     /// A secret of its own, which dies with the process.
     pub fn random() -> Secret {

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!   main.rs      what it may be told; start and end        keys.rs    access keys
-//!   service.rs   calls: who may how often, what is counted
+//!   service.rs   calls: who may how often, what is counted          guests.rs  what guests are told of themselves
 //! ```
 #![forbid(unsafe_code)]
 
+mod guests;
 mod keys;
 mod service;
 
@@ -23,12 +24,15 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use hutch_api::ec2::Regions;
 use hutch_api::query::server::{Listener, serve};
+use hutch_cloud::host::local::{Local, Means};
 use hutch_cloud::host::{Host, Simulated};
 use hutch_cloud::region::{Reconciler, Region, Settings};
 use hutch_cloud::store::{Sqlite, Store};
 use hutch_cloud::types::Table;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 
+use guests::Guests;
 use keys::{Key, Keys};
 use service::{Rate, Service};
 
@@ -51,8 +55,8 @@ struct Args {
     /// The letters of each region's zones: `a`, or `abc`.
     #[arg(long, default_value = "a")]
     zones: String,
-    /// What runs the instances. The simulated host keeps what would run, and starts nothing.
-    #[arg(long)]
+    /// What runs the instances.
+    #[arg(long, default_value = "local")]
     host: HostKind,
     /// How long starting and stopping takes on the simulated host, in milliseconds.
     #[arg(long, default_value_t = 0)]
@@ -67,7 +71,9 @@ struct Args {
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum HostKind {
-    /// No KVM, no root.
+    /// This machine: KVM, taps and nftables, as root. It has one region, and the images of `hutch image`.
+    Local,
+    /// Keeps what would run, and starts nothing: neither KVM nor root.
     Simulated,
 }
 
@@ -132,6 +138,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     // Held until the end: two daemons on one state would undo each other's work.
     let _lock = state.map(lock).transpose()?;
     let keys = Keys::open(state, args.root_key.clone())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let mut regions = Regions::new();
     let mut reconcilers = Vec::new();
     for RegionName(name) in &args.regions {
@@ -142,35 +149,65 @@ fn run(args: &Args) -> anyhow::Result<()> {
             types: Table::built_in(),
             owner: keys.owner().into(),
         };
-        let region = open(settings, dir.as_deref(), args).with_context(|| format!("the region {name}"))?;
+        let region = open(settings, dir.as_deref(), args, runtime.handle())
+            .with_context(|| format!("the region {name}"))?;
         reconcilers.push(Reconciler::start(region.clone())?);
         regions.insert(name.clone(), region);
     }
     let service = Arc::new(Service::new(regions, keys, args.rate));
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(attend(args, service))?;
-    // Calls are over; each reconciler ends its step.
+    // Calls are over; each reconciler ends its step. Machines run on.
     drop(reconcilers);
     Ok(())
 }
 
 /// A region on its store and its host.
-fn open(settings: Settings, dir: Option<&Path>, args: &Args) -> anyhow::Result<Arc<Region>> {
-    let HostKind::Simulated = args.host;
+fn open(
+    settings: Settings,
+    dir: Option<&Path>,
+    args: &Args,
+    runtime: &Handle,
+) -> anyhow::Result<Arc<Region>> {
     let delay = Duration::from_millis(args.delay);
-    let (store, host): (Arc<dyn Store>, Arc<dyn Host>) = match dir {
-        Some(dir) => {
-            own_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-            (
-                Arc::new(Sqlite::open(&dir.join("store.db"))?),
-                Arc::new(Simulated::open(dir.join("host"), delay)?),
-            )
-        }
-        None => (Arc::new(Sqlite::memory()?), Arc::new(Simulated::memory(delay))),
+    if let Some(dir) = dir {
+        own_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    }
+    let store: Arc<dyn Store> = match dir {
+        Some(dir) => Arc::new(Sqlite::open(&dir.join("store.db"))?),
+        None => Arc::new(Sqlite::memory()?),
+    };
+    let host: Arc<dyn Host> = match (args.host, dir) {
+        (HostKind::Local, Some(dir)) => Arc::new(local(&args.state, &dir.join("host"), args, runtime)?),
+        (HostKind::Local, None) => bail!("real machines need a --state directory; or take --host simulated"),
+        (HostKind::Simulated, Some(dir)) => Arc::new(Simulated::open(dir.join("host"), delay)?),
+        (HostKind::Simulated, None) => Arc::new(Simulated::memory(delay)),
     };
     let region = Arc::new(Region::new(settings, store, host));
     region.adopt_templates()?;
     Ok(region)
+}
+
+/// This machine as a host.
+fn local(state: &Path, dir: &Path, args: &Args, runtime: &Handle) -> anyhow::Result<Local> {
+    if let [_, second, ..] = args.regions.as_slice() {
+        bail!("{}: this machine is one region; run the others elsewhere, or take --host simulated", second.0);
+    }
+    if !nix::unistd::geteuid().is_root() {
+        bail!("taps and the firewall need root: run hutchd as root, or take --host simulated");
+    }
+    File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .context("cannot open /dev/kvm; `hutch doctor` tells what to do")?;
+    own_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let means = Means {
+        vmm: hutch_vmm::launch::program()?,
+        networks: hutch_netfw::guest::records_dir()?,
+        metadata: Box::new(Guests::open(state, runtime.clone())?),
+    };
+    let images = hutch_imagestore::store::Store::open(state)?;
+    Ok(Local::open(dir, images, means)?)
 }
 
 /// Makes a directory that only we look into: user data may hold secrets.

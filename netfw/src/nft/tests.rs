@@ -6,12 +6,14 @@ fn guest(n: u8) -> Guest {
         mac: MacAddr::new([2, 0, 0, 0, 0, n]).unwrap(),
         ip4: Ipv4Addr::new(172, 31, 0, n),
         ip6: n.is_multiple_of(2).then(|| Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, n.into())),
+        gateway: Ipv4Addr::new(172, 31, 0, 1),
+        open_tcp: vec![(443, 443), (80, 90), (85, 100), (101, 101)],
     }
 }
 
 fn rules(uplink: Option<&str>) -> Ruleset {
     let uplink = uplink.map(|name| name.parse().unwrap());
-    Ruleset::new("172.31.0.0/20".parse().unwrap(), Ipv4Addr::new(172, 31, 0, 1), uplink).unwrap()
+    Ruleset::new("172.31.0.0/20".parse().unwrap(), uplink)
 }
 
 /// Runs a script in a network namespace of its own; `None`, with the reason printed, where that cannot be.
@@ -31,10 +33,13 @@ fn a_guest_is_only_elements() {
         "add element inet hutch macs { \"hu00000002\" . 02:00:00:00:00:02 }\n\
          add element inet hutch from4 { \"hu00000002\" . 02:00:00:00:00:02 . 172.31.0.2 }\n\
          add element inet hutch to4 { \"hu00000002\" . 172.31.0.2 }\n\
+         add element inet hutch gateways { \"hu00000002\" . 172.31.0.1 }\n\
          add element arp hutch senders { \"hu00000002\" . 02:00:00:00:00:02 . 02:00:00:00:00:02 . 172.31.0.2 }\n\
          add element arp hutch senders { \"hu00000002\" . 02:00:00:00:00:02 . 02:00:00:00:00:02 . 0.0.0.0 }\n\
          add element inet hutch from6 { \"hu00000002\" . 02:00:00:00:00:02 . fd00::2 }\n\
-         add element inet hutch to6 { \"hu00000002\" . fd00::2 }\n"
+         add element inet hutch to6 { \"hu00000002\" . fd00::2 }\n\
+         add element inet hutch open4 { \"hu00000002\" . 172.31.0.2 . 80-101 }\n\
+         add element inet hutch open4 { \"hu00000002\" . 172.31.0.2 . 443-443 }\n"
     );
 }
 

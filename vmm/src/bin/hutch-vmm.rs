@@ -75,7 +75,7 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
     let terminate = block_termination().map_err(|e| format!("{id}: signals: {e}"))?;
     let mut machine = Machine::new(plan, files).map_err(|e| e.to_string())?;
     let (console, input) = (machine.console(), machine.input());
-    let (counts, devices) = (machine.counts(), machine.devices());
+    let (counts, devices, disks) = (machine.counts(), machine.devices(), machine.disks());
     let mut trouble = None;
     let report = machine.run(|handle| {
         let killer = handle.clone();
@@ -96,7 +96,7 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
         });
         let served = control.map_or(Ok(()), |listener| {
             let handle = handle.clone();
-            Control { id: id.clone(), handle, console, input, counts, devices }.serve(listener)
+            Control { id: id.clone(), handle, console, input, counts, devices, disks }.serve(listener)
         });
         if let Err(e) = signals.and(tethered).and(served) {
             trouble = Some(format!("{id}: cannot start a thread: {e}"));

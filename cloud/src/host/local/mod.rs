@@ -3,10 +3,481 @@
 //! ```text
 //!   volumes   what machines write to and what is kept of it: qcow2 on templates and snapshots, each with our record
 //!   process   a machine's process: recorded, found again by the next daemon, watched, ended
+//!   machine   a machine's directory and record; how a run of it is started, and adopted
 //! ```
+//! Machines outlive the daemon that started them. A thread watches each: it sees the end at once, and starts the next
+//! process where the guest only reboots.
 
+mod machine;
 mod process;
 mod volumes;
 
-pub use process::{Identity, Process};
-pub use volumes::{Files, Volumes};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use hutch_imagestore::store::Store;
+
+use super::{End, Host, HostError, Machine, Result, Source, Status, Template};
+use machine::{ANSWER, Dir, FLUSH, Kept, Live, Phase, end_of};
+use volumes::{Volumes, failed};
+
+pub use machine::{Means, MetadataService, Served};
+
+/// How long a guest that was asked to reboot may take to end by itself; EC2 says a few minutes.
+const REBOOT: Duration = Duration::from_secs(120);
+/// How often a watching thread looks whether it is to leave.
+const TICK: Duration = Duration::from_millis(500);
+/// What is kept of a console for its readers.
+const CONSOLE: u64 = 64 << 10;
+
+/// This machine.
+pub struct Local {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    machines: PathBuf,
+    volumes: Volumes,
+    means: Means,
+    slots: Mutex<BTreeMap<String, Arc<Slot>>>,
+    watchers: Mutex<Vec<JoinHandle<()>>>,
+    closing: AtomicBool,
+    events: Mutex<u64>,
+    changed: Condvar,
+}
+
+/// A machine's place.
+struct Slot {
+    dir: Dir,
+    /// Held by who starts or changes the machine, however long that takes; taken before the state.
+    work: Mutex<()>,
+    /// Held for moments only: all machines are listed by it.
+    state: Mutex<State>,
+}
+
+struct State {
+    kept: Option<Kept>,
+    live: Option<Live>,
+    /// It is being ended: a reboot is an end too.
+    stopping: bool,
+    /// When a reboot that was asked for is done by force.
+    reboot_by: Option<Instant>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Slot {
+    fn new(dir: PathBuf) -> Slot {
+        let state = State { kept: None, live: None, stopping: false, reboot_by: None };
+        Slot { dir: Dir(dir), work: Mutex::default(), state: Mutex::new(state) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+impl State {
+    /// What runs, and its record.
+    fn running(&mut self) -> Option<(&mut Kept, &mut Live)> {
+        Some((self.kept.as_mut().filter(|kept| kept.runs())?, self.live.as_mut()?))
+    }
+}
+
+impl Local {
+    /// Opens the host whose volumes, snapshots and machines are in `dir`, and adopts the machines that run. Those that
+    /// ended meanwhile are known as ended; those whose guest was rebooting start anew.
+    ///
+    /// # Errors
+    /// The directories cannot be made or read.
+    pub fn open(dir: &Path, templates: Store, means: Means) -> Result<Local> {
+        let machines = dir.join("machines");
+        fs::create_dir_all(&machines).map_err(|e| failed(&machines, e))?;
+        let shared = Arc::new(Shared {
+            machines,
+            volumes: Volumes::open(dir, templates)?,
+            means,
+            slots: Mutex::default(),
+            watchers: Mutex::default(),
+            closing: AtomicBool::new(false),
+            events: Mutex::new(1),
+            changed: Condvar::new(),
+        });
+        for entry in fs::read_dir(&shared.machines).map_err(|e| failed(&shared.machines, e))? {
+            let path = entry.map_err(|e| failed(&shared.machines, e))?.path();
+            let Some(id) = path.file_name().and_then(|name| name.to_str()) else { continue };
+            let slot = Slot::new(path.clone());
+            match slot.dir.read()? {
+                Some(kept) => shared.clone().find(id, slot, kept)?,
+                // It was being removed.
+                None => slot.dir.remove()?,
+            }
+        }
+        Ok(Local { shared })
+    }
+
+    /// A machine's place, if it has any.
+    fn slot(&self, id: &str) -> Option<Arc<Slot>> {
+        lock(&self.shared.slots).get(id).cloned()
+    }
+
+    /// The places of all machines.
+    fn slots(&self) -> Vec<Arc<Slot>> {
+        lock(&self.shared.slots).values().cloned().collect()
+    }
+
+    /// Memory in MiB that machines may have together, and what those have that run.
+    fn memory(&self) -> Result<(u64, u64)> {
+        let path = Path::new("/proc/meminfo");
+        let text = fs::read_to_string(path).map_err(|e| failed(path, e))?;
+        let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+        let kib = total.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+        let used = |slot: Arc<Slot>| slot.state().running().map_or(0, |(kept, _)| kept.machine.memory_mib);
+        Ok((kib.unwrap_or(u64::MAX) / 1024, self.slots().into_iter().map(used).sum()))
+    }
+}
+
+impl Drop for Local {
+    /// Leaves the machines to who comes next.
+    fn drop(&mut self) {
+        self.shared.closing.store(true, Ordering::Release);
+        for watcher in std::mem::take(&mut *lock(&self.shared.watchers)) {
+            let _ = watcher.join();
+        }
+        for slot in self.slots() {
+            if let Some(live) = slot.state().live.take() {
+                live.nets.into_iter().for_each(machine::Net::leave);
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Takes up what an earlier daemon left of a machine.
+    fn find(self: Arc<Shared>, id: &str, slot: Slot, kept: Kept) -> Result<()> {
+        let live = match kept.end {
+            Some(_) => None,
+            None => machine::adopt(&kept, &slot.dir, &self.means)?,
+        };
+        let slot = Arc::new(slot);
+        let mut state = slot.state();
+        let found = live.is_some();
+        (state.live, state.kept) = (live, Some(kept));
+        if found {
+            let State { kept: Some(kept), reboot_by, .. } = &mut *state else { return Ok(()) };
+            tracing::info!(instance = id, "it runs: adopted");
+            if kept.phase != Phase::Running {
+                kept.phase = Phase::Running;
+                slot.dir.write(kept)?;
+            }
+            *reboot_by = kept.restart.then(|| Instant::now() + REBOOT);
+        }
+        let ended = !found && state.kept.as_ref().is_some_and(Kept::runs);
+        drop(state);
+        lock(&self.slots).insert(id.to_owned(), slot.clone());
+        match found || ended {
+            // What ended while nobody watched is settled by the thread, too: a reboot takes its time.
+            true => self.watch(slot),
+            false => Ok(()),
+        }
+    }
+
+    /// Has a thread stay with a machine until it has ended.
+    fn watch(self: Arc<Shared>, slot: Arc<Slot>) -> Result<()> {
+        let shared = self.clone();
+        let stay = move || {
+            while !shared.closing.load(Ordering::Acquire) {
+                let (process, reboot_by) = {
+                    let state = slot.state();
+                    (state.live.as_ref().map(|live| live.process.clone()), state.reboot_by)
+                };
+                if let Some(process) = process {
+                    let late = reboot_by.is_some_and(|by| Instant::now() >= by);
+                    let ended =
+                        if late { process.end(Duration::ZERO).map(|()| true) } else { process.wait(TICK) };
+                    match ended {
+                        Ok(true) => {}
+                        Ok(false) => continue,
+                        Err(error) => {
+                            tracing::warn!(machine = %slot.dir.0.display(), %error, "its process cannot be watched");
+                            std::thread::sleep(TICK);
+                            continue;
+                        }
+                    }
+                }
+                if !shared.settle(&slot) {
+                    return;
+                }
+            }
+        };
+        let watcher = std::thread::Builder::new().name("machine".into()).spawn(stay);
+        let watcher = watcher.map_err(|e| HostError::Failed(format!("cannot watch a machine: {e}")))?;
+        let mut watchers = lock(&self.watchers);
+        watchers.retain(|watcher| !watcher.is_finished());
+        watchers.push(watcher);
+        Ok(())
+    }
+
+    /// Takes note of the end of a machine's process, and starts the next where the guest reboots. Returns whether the
+    /// machine runs.
+    fn settle(&self, slot: &Slot) -> bool {
+        let _work = lock(&slot.work);
+        let (mut kept, stopping) = {
+            let mut state = slot.state();
+            if state.live.as_ref().is_some_and(|live| !live.process.wait(Duration::ZERO).unwrap_or(false)) {
+                // Somebody else settled it, and it runs again.
+                return true;
+            }
+            let (live, stopping) = (state.live.take(), state.stopping);
+            state.reboot_by = None;
+            let kept = state.kept.clone();
+            drop(state);
+            // Interfaces go, with their taps and their rules.
+            drop(live);
+            match kept.filter(Kept::runs) {
+                Some(kept) => (kept, stopping),
+                None => return false,
+            }
+        };
+        let id = kept.machine.id.clone();
+        let end = end_of(slot.dir.report());
+        if !stopping && (end.is_none() || kept.restart || kept.phase == Phase::Restarting) {
+            tracing::info!(instance = id, "it reboots");
+            (kept.phase, kept.restart) = (Phase::Restarting, false);
+            match machine::launch(&mut kept, &slot.dir, &self.volumes, &self.means) {
+                Ok(live) => {
+                    let mut state = slot.state();
+                    (state.kept, state.live) = (Some(kept), Some(live));
+                    return true;
+                }
+                Err(error) => {
+                    kept.end = Some(End::Failed(format!("it did not come back from a reboot: {error}")))
+                }
+            }
+        } else {
+            kept.end = Some(if stopping { End::Stopped } else { end.unwrap_or(End::PowerOff) });
+        }
+        tracing::info!(instance = id, end = ?kept.end, "it has ended");
+        if let Err(error) = slot.dir.write(&kept) {
+            // At the next start its process is not found, and it is known as ended again.
+            tracing::warn!(instance = id, %error, "its end is not recorded");
+        }
+        slot.state().kept = Some(kept);
+        *lock(&self.events) += 1;
+        self.changed.notify_all();
+        false
+    }
+}
+
+/// A machine that is held; dropping this lets it go on.
+struct Held<'a>(&'a Dir);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.ask("resume", ANSWER) {
+            tracing::warn!(machine = %self.0.0.display(), %error, "it was held and cannot be told to go on");
+        }
+    }
+}
+
+impl Host for Local {
+    fn templates(&self) -> Result<Vec<Template>> {
+        self.shared.volumes.templates()
+    }
+
+    fn create_volume(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {
+        self.shared.volumes.create(id, bytes, source)
+    }
+
+    fn delete_volume(&self, id: &str) -> Result<()> {
+        for slot in self.slots() {
+            let state = slot.state();
+            if let Some(kept) = state.kept.as_ref().filter(|kept| kept.runs())
+                && kept.machine.volumes.iter().any(|volume| volume == id)
+            {
+                return Err(HostError::Failed(format!("{} uses the volume {id}", kept.machine.id)));
+            }
+        }
+        self.shared.volumes.delete(id)
+    }
+
+    /// Copies the volume, so the guest is held as long as that takes.
+    fn create_snapshot(&self, id: &str, volume: &str) -> Result<()> {
+        let user = self.slots().into_iter().find(|slot| {
+            let mut state = slot.state();
+            state.running().is_some_and(|(kept, _)| kept.machine.volumes.iter().any(|v| v == volume))
+        });
+        let held = user.as_ref().map(|slot| Held(&slot.dir));
+        if let Some(held) = &held
+            && let Err(error) = held.0.ask("pause", FLUSH)
+            // One that has just ended need not be held.
+            && user.as_ref().is_some_and(|slot| slot.state().running().is_some())
+        {
+            return Err(HostError::Failed(format!("the machine that has {volume} cannot be held: {error}")));
+        }
+        self.shared.volumes.create_snapshot(id, volume)
+    }
+
+    fn delete_snapshot(&self, id: &str) -> Result<()> {
+        self.shared.volumes.delete_snapshot(id)
+    }
+
+    fn start(&self, machine: &Machine) -> Result<()> {
+        let shared = &self.shared;
+        let slot = self.slot(&machine.id);
+        if let Some(slot) = &slot {
+            let state = slot.state();
+            let run = state.kept.as_ref().filter(|kept| kept.phase != Phase::Starting);
+            if run.is_some_and(|kept| kept.machine.run >= machine.run) {
+                return Ok(());
+            }
+            if run.is_some_and(Kept::runs) {
+                return Err(HostError::Failed(format!("{} runs already; stop it first", machine.id)));
+            }
+        }
+        machine.volumes.iter().try_for_each(|id| shared.volumes.files(id).map(drop))?;
+        let (total, used) = self.memory()?;
+        if used.saturating_add(machine.memory_mib) > total {
+            let wants = machine.memory_mib;
+            return Err(HostError::NoRoom(format!("{wants} MiB more than the {used} of {total} MiB in use")));
+        }
+        let slot = match slot {
+            Some(slot) => slot,
+            None => {
+                let dir = shared.machines.join(&machine.id);
+                fs::create_dir_all(&dir).map_err(|e| failed(&dir, e))?;
+                lock(&shared.slots)
+                    .entry(machine.id.clone())
+                    .or_insert_with(|| Arc::new(Slot::new(dir)))
+                    .clone()
+            }
+        };
+        let work = lock(&slot.work);
+        let mut kept = Kept::new(machine.clone());
+        match machine::launch(&mut kept, &slot.dir, &shared.volumes, &shared.means) {
+            Ok(live) => {
+                *slot.state() =
+                    State { kept: Some(kept), live: Some(live), stopping: false, reboot_by: None };
+                drop(work);
+                shared.clone().watch(slot)
+            }
+            Err(error) => {
+                // As it was before: what an earlier run left, or nothing.
+                let before = slot.state().kept.clone();
+                match before.filter(|kept| kept.phase != Phase::Starting) {
+                    Some(before) => slot.dir.write(&before)?,
+                    None => {
+                        lock(&shared.slots).remove(&machine.id);
+                        slot.dir.remove()?;
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn update(&self, machine: &Machine) -> Result<()> {
+        let missing = || HostError::Missing(format!("machine {}", machine.id));
+        let slot = self.slot(&machine.id).ok_or_else(missing)?;
+        let _work = lock(&slot.work);
+        let mut state = slot.state();
+        let (kept, live) = state.running().ok_or_else(missing)?;
+        // Volumes and interfaces are those it was started with.
+        kept.machine.metadata = machine.metadata.clone();
+        for (net, interface) in live.nets.iter_mut().zip(&machine.interfaces) {
+            net.update(interface, &machine.metadata)?;
+        }
+        for (own, new) in kept.machine.interfaces.iter_mut().zip(&machine.interfaces) {
+            own.open_tcp.clone_from(&new.open_tcp);
+        }
+        slot.dir.write(kept)
+    }
+
+    fn stop(&self, id: &str, patience: Duration) -> Result<()> {
+        let Some(slot) = self.slot(id) else { return Ok(()) };
+        let process = {
+            let _work = lock(&slot.work);
+            let mut state = slot.state();
+            state.stopping = true;
+            state.running().map(|(_, live)| live.process.clone())
+        };
+        if let Some(process) = process {
+            let failed = |e: std::io::Error| HostError::Failed(format!("{id} cannot be ended: {e}"));
+            // Held, it would not hear of its button.
+            let pressed = !patience.is_zero()
+                && dir_asked(&slot.dir, "resume", patience)
+                && dir_asked(&slot.dir, "power-button", patience);
+            if !(pressed && process.wait(patience).map_err(failed)?) {
+                process.end(ANSWER).map_err(failed)?;
+            }
+        }
+        self.shared.settle(&slot);
+        Ok(())
+    }
+
+    fn reboot(&self, id: &str) -> Result<()> {
+        let missing = || HostError::Missing(format!("machine {id}"));
+        let slot = self.slot(id).ok_or_else(missing)?;
+        let _work = lock(&slot.work);
+        {
+            let mut state = slot.state();
+            let (kept, _) = state.running().ok_or_else(missing)?;
+            kept.restart = true;
+            slot.dir.write(kept)?;
+        }
+        // The thread that watches it does the rest: also where the guest does not listen.
+        let pressed = dir_asked(&slot.dir, "power-button", ANSWER);
+        slot.state().reboot_by = Some(Instant::now() + if pressed { REBOOT } else { Duration::ZERO });
+        Ok(())
+    }
+
+    fn forget(&self, id: &str) -> Result<()> {
+        let Some(slot) = self.slot(id) else { return Ok(()) };
+        if slot.state().kept.as_ref().is_some_and(Kept::runs) {
+            return Err(HostError::Failed(format!("{id} runs")));
+        }
+        slot.dir.remove()?;
+        lock(&self.shared.slots).remove(id);
+        Ok(())
+    }
+
+    fn machine(&self, id: &str) -> Result<Option<Status>> {
+        let Some(slot) = self.slot(id) else { return Ok(None) };
+        let state = slot.state();
+        Ok(state.kept.as_ref().filter(|kept| kept.phase != Phase::Starting).map(Kept::status))
+    }
+
+    fn machines(&self) -> Result<Vec<Status>> {
+        let status = |slot: Arc<Slot>| {
+            let state = slot.state();
+            state.kept.as_ref().filter(|kept| kept.phase != Phase::Starting).map(Kept::status)
+        };
+        Ok(self.slots().into_iter().filter_map(status).collect())
+    }
+
+    fn console(&self, id: &str) -> Result<Vec<u8>> {
+        self.slot(id).map_or(Ok(Vec::new()), |slot| slot.dir.console(CONSOLE))
+    }
+
+    fn wait(&self, seen: u64, limit: Duration) -> u64 {
+        let events = lock(&self.shared.events);
+        let waited = self.shared.changed.wait_timeout_while(events, limit, |events| *events == seen);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// Whether a machine did what it was asked; one that ends at this moment did not.
+fn dir_asked(dir: &Dir, command: &str, limit: Duration) -> bool {
+    let asked = dir.ask(command, limit.min(ANSWER));
+    if let Err(error) = &asked {
+        tracing::debug!(machine = %dir.0.display(), command, %error, "it does not do what it was asked");
+    }
+    asked.is_ok()
+}

@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -34,25 +34,52 @@ pub struct Process {
     fd: OwnedFd,
 }
 
-impl Process {
-    /// Starts a program in a process group of its own, so that a signal to this one's does not end it, and gives it
-    /// `input` to read.
+/// A process that runs and has not been given its input: it does nothing before. Dropped, it reads the end of its input.
+#[derive(Debug)]
+pub struct Waiting {
+    process: Process,
+    input: Option<ChildStdin>,
+}
+
+impl Waiting {
+    /// Starts a program in a process group of its own, so that a signal to this one's does not end it.
     ///
     /// # Errors
-    /// It cannot be started, or does not take its input; it is ended then.
-    pub fn start(command: &mut Command, input: &[u8]) -> io::Result<Process> {
+    /// It cannot be started.
+    pub fn start(command: &mut Command) -> io::Result<Waiting> {
         let mut child = command.process_group(0).stdin(Stdio::piped()).spawn()?;
         let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
         // It is not reaped yet, so all of this is about it, even if it has ended.
         let held = open(pid).and_then(|fd| Ok(Process { identity: identify(pid)?, fd }));
-        let given = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(input));
-        held.and_then(|process| given.map(|()| process)).inspect_err(|_| {
+        let process = held.inspect_err(|_| {
             // It fails only where the child has ended already.
             let _ = child.kill();
             let _ = child.wait();
-        })
+        })?;
+        Ok(Waiting { process, input: child.stdin.take() })
     }
 
+    /// What to record of it, before it does anything.
+    pub fn identity(&self) -> &Identity {
+        &self.process.identity
+    }
+
+    /// Gives it `input` to read, and the end of that.
+    ///
+    /// # Errors
+    /// It does not take it; it is ended then.
+    pub fn go(mut self, input: &[u8]) -> io::Result<Process> {
+        let given = self.input.take().map_or(Ok(()), |mut stdin| stdin.write_all(input));
+        if let Err(e) = given {
+            // What is wrong is told by the first error.
+            let _ = self.process.end(Duration::ZERO);
+            return Err(e);
+        }
+        Ok(self.process)
+    }
+}
+
+impl Process {
     /// The process of this identity, started by whomever; `None` when it is gone.
     ///
     /// # Errors
@@ -66,11 +93,6 @@ impl Process {
             Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(ESRCH) => Ok(None),
             Err(e) => Err(e),
         }
-    }
-
-    /// What to record of it.
-    pub fn identity(&self) -> &Identity {
-        &self.identity
     }
 
     /// Waits until it has ended, for at most `limit`. Returns whether it has.
@@ -138,14 +160,18 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(20);
 
+    fn start(command: &mut Command, input: &[u8]) -> Process {
+        Waiting::start(command).unwrap().go(input).unwrap()
+    }
+
     fn shell(script: &str) -> Process {
-        Process::start(Command::new("/bin/sh").args(["-c", script]).stdout(Stdio::null()), b"").unwrap()
+        start(Command::new("/bin/sh").args(["-c", script]).stdout(Stdio::null()), b"")
     }
 
     #[test]
     fn a_process_is_found_again_until_it_ends() {
         let process = shell("exec sleep 100");
-        let identity = process.identity().clone();
+        let identity = process.identity.clone();
         let text = serde_json::to_string(&identity).unwrap();
         drop(process);
         let found = Process::find(&serde_json::from_str(&text).unwrap()).unwrap().expect("it runs");
@@ -157,7 +183,7 @@ mod tests {
     #[test]
     fn another_with_the_same_id_is_not_taken_for_it() {
         let process = shell("exec sleep 100");
-        let own = process.identity().clone();
+        let own = process.identity.clone();
         for other in [
             Identity { started: own.started - 1, ..own.clone() },
             Identity { boot: "another".into(), ..own.clone() },
@@ -185,9 +211,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
         let script = format!("cat > {}", out.display());
-        let process = Process::start(Command::new("/bin/sh").args(["-c", &script]), b"the plan").unwrap();
+        let waiting = Waiting::start(Command::new("/bin/sh").args(["-c", &script])).unwrap();
+        let identity = waiting.identity().clone();
+        assert!(Process::find(&identity).unwrap().is_some(), "it runs and waits");
+        let process = waiting.go(b"the plan").unwrap();
         assert!(process.wait(LONG).unwrap());
-        assert_eq!(fs::read_to_string(out).unwrap(), "the plan");
-        assert!(Process::start(&mut Command::new("/nonexistent/vmm"), b"").is_err());
+        assert_eq!(fs::read_to_string(&out).unwrap(), "the plan");
+        assert!(Waiting::start(&mut Command::new("/nonexistent/vmm")).is_err());
+        // Whoever started it is gone before it was told what to do.
+        drop(Waiting::start(Command::new("/bin/sh").args(["-c", &script])).unwrap());
+        let deadline = Instant::now() + LONG;
+        while fs::read_to_string(&out).unwrap() != "" {
+            assert!(Instant::now() < deadline, "it waits for ever");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }

@@ -16,7 +16,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Qcow2Disk, RawDisk, SECTOR, qcow2};
+use hutch_blockdev::store::lock;
+use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Format, Qcow2Disk, RawDisk, SECTOR, qcow2};
 use hutch_imagestore::store::{Store, StoreError};
 use serde::{Deserialize, Serialize};
 
@@ -208,6 +209,25 @@ fn read_only(files: &Files) -> std::result::Result<Qcow2Disk, Unopened> {
     Qcow2Disk::on(Arc::new(open(&files.top)?), base, true).map_err(Unopened::Disk)
 }
 
+impl Files {
+    /// Opens them for a machine, the top one first; no other machine may have the volume.
+    ///
+    /// # Errors
+    /// They cannot be opened, or somebody has them.
+    pub fn open(&self) -> Result<Vec<(File, Format)>> {
+        let open = |path: &Path, write: bool| {
+            let file = File::options().read(true).write(write).open(path).map_err(|e| failed(path, e))?;
+            lock(&file, !write).map_err(|e| disk_failed(&path.display().to_string(), &e))?;
+            Ok(file)
+        };
+        let mut layers = vec![(open(&self.top, true)?, Format::Qcow2)];
+        if let Some(base) = &self.base {
+            layers.push((open(base, false)?, Format::Raw));
+        }
+        Ok(layers)
+    }
+}
+
 /// Copies what is not zero.
 fn copy(from: &dyn Disk, to: &File) -> std::result::Result<(), DiskError> {
     let write_failed = |e| DiskError::io("write the snapshot", e);
@@ -238,7 +258,7 @@ fn path(dir: &Path, id: &str, extension: &str) -> Result<PathBuf> {
 }
 
 /// Makes a file that is whole and durable once it has its name.
-fn write(path: &Path, fill: impl FnOnce(&File) -> Result<()>) -> Result<()> {
+pub(super) fn write(path: &Path, fill: impl FnOnce(&File) -> Result<()>) -> Result<()> {
     let mut name = path.as_os_str().to_owned();
     name.push(".");
     name.push(NEW);
@@ -255,7 +275,8 @@ fn write(path: &Path, fill: impl FnOnce(&File) -> Result<()>) -> Result<()> {
     path.parent().map_or(Ok(()), sync_dir)
 }
 
-fn remove(path: &Path) -> Result<()> {
+/// Removes a file, if it is there.
+pub(super) fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed(path, e)),
         _ => Ok(()),
@@ -263,7 +284,7 @@ fn remove(path: &Path) -> Result<()> {
 }
 
 /// Makes the names in a directory durable.
-fn sync_dir(dir: &Path) -> Result<()> {
+pub(super) fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| failed(dir, e))
 }
 
@@ -287,7 +308,8 @@ fn sweep(dir: &Path, orphan: impl Fn(&Path) -> bool) -> Result<()> {
     Ok(())
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error with its causes.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
@@ -297,7 +319,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn failed(path: &Path, error: io::Error) -> HostError {
+pub(super) fn failed(path: &Path, error: io::Error) -> HostError {
     let text = format!("{}: {error}", path.display());
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => HostError::NoRoom(text),

@@ -1,0 +1,394 @@
+//! A machine of this host: its directory, its record, and how one run of it is started.
+//!
+//! ```text
+//!   machines/i-…/machine.json   what it is, its process, how it ended; written whole
+//!   machines/i-…/console.log    what the guests of all its runs wrote, as far as there is room
+//!   machines/i-…/report.json    how its process says it ended        machines/i-…/vmm.log   what its process complains of
+//!   machines/i-…/control.sock   the machine's control socket
+//! ```
+//! A process is recorded before it is told what to run, so that none runs that is not recorded; and marked as running
+//! after it answered, so that a start that was cut short is known as one.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::net::TcpListener;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use hutch_blockdev::{Format, open_layers};
+use hutch_imagestore::boot;
+use hutch_netfw::guest::{self, Address, GuestNet, MTU, NetError, name_servers};
+use hutch_vmm::config::{BootConfig, End as VmmEnd, MachineConfig, NetConfig, Report, RunAs};
+use hutch_vmm::launch::{self, Inherit, LaunchError};
+use hutch_vmm::plan::Plan;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::super::{End, HostError, Interface, Machine, Result, Status};
+use super::process::{Identity, Process, Waiting};
+use super::volumes::{Volumes, chain, failed, remove, write};
+use crate::metadata::Metadata;
+
+/// How long a new machine may take until its first processor runs: reading its kernel from a slow disk, mostly.
+const BEGIN: Duration = Duration::from_secs(60);
+/// How long a machine may take to answer at its control socket.
+pub const ANSWER: Duration = Duration::from_secs(10);
+/// How long its disks may take to be flushed when it is paused.
+pub const FLUSH: Duration = Duration::from_secs(120);
+/// The console's log begins anew at so many bytes.
+const CONSOLE: u64 = 1 << 20;
+
+/// Answers guests at 169.254.169.254.
+pub trait MetadataService: Send + Sync {
+    /// Answers the guest whose requests arrive at `listener`, until what is returned is dropped.
+    ///
+    /// # Errors
+    /// It cannot be served.
+    fn serve(&self, listener: TcpListener, metadata: &Metadata) -> io::Result<Box<dyn Served>>;
+}
+
+/// One guest's metadata, being served; dropping it ends that.
+pub trait Served: Send {
+    /// Tells this from now on.
+    fn update(&self, metadata: &Metadata);
+}
+
+/// What all machines of a host are started with.
+pub struct Means {
+    /// The program `hutch-vmm`.
+    pub vmm: PathBuf,
+    /// Where networks are recorded, for this network namespace.
+    pub networks: PathBuf,
+    /// What answers guests.
+    pub metadata: Box<dyn MetadataService>,
+}
+
+/// What is kept of a machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Kept {
+    pub machine: Machine,
+    /// Its latest process.
+    pub process: Option<Identity>,
+    pub phase: Phase,
+    /// Its reboot was asked for: when it ends it starts anew.
+    pub restart: bool,
+    pub end: Option<End>,
+}
+
+/// What was being done with a machine when its record was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Its first process was started, and has not answered yet: the run is none yet.
+    Starting,
+    /// Its process answered.
+    Running,
+    /// It ended to start anew; the next process has not answered yet.
+    Restarting,
+}
+
+impl Kept {
+    /// A run that has not begun.
+    pub fn new(machine: Machine) -> Kept {
+        Kept { machine, process: None, phase: Phase::Starting, restart: false, end: None }
+    }
+
+    pub fn status(&self) -> Status {
+        Status { id: self.machine.id.clone(), run: self.machine.run, end: self.end.clone() }
+    }
+
+    /// Whether it runs, as far as is known.
+    pub fn runs(&self) -> bool {
+        self.phase != Phase::Starting && self.end.is_none()
+    }
+}
+
+/// A machine's directory.
+#[derive(Debug, Clone)]
+pub struct Dir(pub PathBuf);
+
+impl Dir {
+    pub fn read(&self) -> Result<Option<Kept>> {
+        let path = self.0.join("machine.json");
+        match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| failed(&path, e.into())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(failed(&path, e)),
+        }
+    }
+
+    pub fn write(&self, kept: &Kept) -> Result<()> {
+        let path = self.0.join("machine.json");
+        let text = serde_json::to_vec(kept).map_err(|e| failed(&path, e.into()))?;
+        write(&path, |file| {
+            std::os::unix::fs::FileExt::write_all_at(file, &text, 0).map_err(|e| failed(&path, e))
+        })
+    }
+
+    /// Removes all of it, the record first: what is left of the rest is removed at the next start.
+    pub fn remove(&self) -> Result<()> {
+        remove(&self.0.join("machine.json"))?;
+        match fs::remove_dir_all(&self.0) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed(&self.0, e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The last `limit` bytes of its console.
+    pub fn console(&self, limit: u64) -> Result<Vec<u8>> {
+        let path = self.0.join("console.log");
+        let mut file = match File::open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            file => file.map_err(|e| failed(&path, e))?,
+        };
+        let mut text = Vec::new();
+        let read = file.metadata().and_then(|about| {
+            io::Seek::seek(&mut file, io::SeekFrom::Start(about.len().saturating_sub(limit)))?;
+            file.take(limit).read_to_end(&mut text)
+        });
+        read.map(|_| text).map_err(|e| failed(&path, e))
+    }
+
+    /// Asks the machine that runs.
+    pub fn ask(&self, command: &str, limit: Duration) -> std::result::Result<Value, LaunchError> {
+        launch::ask(&self.0.join("control.sock"), &json!({ "command": command }), limit)
+            .map(|(_, _, answer)| answer)
+    }
+
+    /// How its process says it ended; `None` when it could not say.
+    pub fn report(&self) -> Option<VmmEnd> {
+        let text = fs::read(self.0.join("report.json")).ok()?;
+        serde_json::from_slice::<Report>(&text).ok().map(|report| report.end)
+    }
+}
+
+/// How the end of a process is told; `None` is a reboot.
+pub fn end_of(report: Option<VmmEnd>) -> Option<End> {
+    Some(match report {
+        Some(VmmEnd::Reboot) => return None,
+        Some(VmmEnd::PowerOff | VmmEnd::Command { .. }) => End::PowerOff,
+        Some(VmmEnd::Killed) => End::Stopped,
+        Some(VmmEnd::Panic { message }) => End::Failed(format!("the guest's kernel panicked: {message}")),
+        Some(VmmEnd::TripleFault) => End::Failed("the guest's processor shut down (triple fault)".into()),
+        Some(VmmEnd::Error { message }) => End::Failed(message),
+        None => End::Failed("its process was killed, or the host went down".into()),
+    })
+}
+
+/// What a running machine has here.
+pub struct Live {
+    pub process: Arc<Process>,
+    /// Its interfaces, in the order of the machine's, as far as they are served.
+    pub nets: Vec<Net>,
+}
+
+/// An interface, up and served.
+pub struct Net {
+    // Dropped first: the service must be gone before its port is.
+    served: Option<Box<dyn Served>>,
+    guest: GuestNet,
+}
+
+impl Net {
+    fn serve(mut guest: GuestNet, metadata: &Metadata, means: &Means) -> Result<Net> {
+        let listener = guest.take_metadata_listener();
+        let served = listener.map(|listener| means.metadata.serve(listener, metadata)).transpose();
+        match served {
+            Ok(served) => Ok(Net { served, guest }),
+            Err(e) => {
+                Err(HostError::Failed(format!("cannot serve the metadata of {}: {e}", metadata.instance_id)))
+            }
+        }
+    }
+
+    /// Brings an interface up: its rules first.
+    fn up(interface: &Interface, machine: &Machine, means: &Means) -> Result<(Net, Vec<File>)> {
+        let address = address(interface, machine)?;
+        let queues = guest::queues(machine.vcpus);
+        let guest = GuestNet::up_as(&means.networks, &address, queues, MTU, name_servers());
+        let mut guest = guest.map_err(|e| net_failed(&e))?;
+        let taps = guest.take_taps();
+        Ok((Net::serve(guest, &machine.metadata, means)?, taps))
+    }
+
+    /// Serves an interface that is up.
+    fn adopt(interface: &Interface, machine: &Machine, means: &Means) -> Result<Net> {
+        let guest = GuestNet::adopt(&means.networks, interface.ip, MTU, name_servers());
+        let mut guest = guest.map_err(|e| net_failed(&e))?;
+        if let Err(e) = guest.open_tcp(&interface.open_tcp) {
+            guest.leave();
+            return Err(net_failed(&e));
+        }
+        Net::serve(guest, &machine.metadata, means)
+    }
+
+    pub fn update(&mut self, interface: &Interface, metadata: &Metadata) -> Result<()> {
+        self.guest.open_tcp(&interface.open_tcp).map_err(|e| net_failed(&e))?;
+        if let Some(served) = &self.served {
+            served.update(metadata);
+        }
+        Ok(())
+    }
+
+    /// Ends what is served and leaves the rest to who comes next.
+    pub fn leave(self) {
+        drop(self.served);
+        self.guest.leave();
+    }
+}
+
+fn address(interface: &Interface, machine: &Machine) -> Result<Address> {
+    let wrong = |what: &str| HostError::Failed(format!("the interface {} has a wrong {what}", interface.id));
+    Ok(Address {
+        ip: interface.ip,
+        mac: interface.mac.parse().map_err(|_| wrong("MAC"))?,
+        subnet: machine.metadata.subnet_cidr.parse().map_err(|_| wrong("subnet"))?,
+        open_tcp: interface.open_tcp.clone(),
+    })
+}
+
+fn net_failed(error: &NetError) -> HostError {
+    HostError::Failed(chain(error))
+}
+
+fn launch_failed(error: &LaunchError) -> HostError {
+    HostError::Failed(chain(error))
+}
+
+/// Starts what `kept` says, and records it: disks, then interfaces with their rules and metadata, then the process.
+///
+/// # Errors
+/// Those of [`super::super::Host::start`]; nothing of it runs then.
+pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> Result<Live> {
+    let machine = kept.machine.clone();
+    let files = machine.volumes.iter().map(|id| Ok((id, volumes.files(id)?))).collect::<Result<Vec<_>>>()?;
+    let disks = files.iter().map(|(id, files)| Ok((*id, files.open()?))).collect::<Result<Vec<_>>>()?;
+    let mut inherit = Inherit::default();
+    let boot = boot_config(&machine, disks.first().map(|(_, layers)| layers.as_slice()), &mut inherit)?;
+
+    let mut nets = Vec::new();
+    let mut configs = Vec::new();
+    for interface in &machine.interfaces {
+        let (net, taps) = Net::up(interface, &machine, means)?;
+        nets.push(net);
+        let taps = taps.into_iter().map(|tap| inherit.give(tap.into())).collect();
+        configs.push(NetConfig { mac: interface.mac.clone(), taps, mtu: MTU });
+    }
+
+    let path = |name: &str| dir.0.join(name);
+    let file = |name: &str, anew: bool| {
+        let mut how = File::options();
+        let how = how.create(true).append(!anew).write(true).truncate(anew).mode(0o600);
+        how.open(path(name)).map_err(|e| failed(&path(name), e))
+    };
+    let (report, console, log) =
+        (file("report.json", true)?, file("console.log", false)?, file("vmm.log", false)?);
+    let socket = path("control.sock");
+    remove(&socket)?;
+    let listener = UnixListener::bind(&socket).map_err(|e| failed(&socket, e))?;
+    let kvm = File::options().read(true).write(true).open("/dev/kvm");
+    let kvm = kvm.map_err(|e| failed(Path::new("/dev/kvm"), e))?;
+    let lend = |(id, layers): &(&String, Vec<(File, Format)>), inherit: &mut Inherit| {
+        inherit.disk(layers, id.replacen('-', "", 1), false).map_err(|e| launch_failed(&e))
+    };
+    let config = MachineConfig {
+        id: machine.id.clone(),
+        uuid: machine.uuid.clone(),
+        cpus: machine.vcpus,
+        memory_mib: machine.memory_mib,
+        hugepages: false,
+        boot,
+        disks: disks.iter().map(|disk| lend(disk, &mut inherit)).collect::<Result<_>>()?,
+        nets: configs,
+        kvm: inherit.give(kvm.into()),
+        control: Some(inherit.give(listener.into())),
+        console_log: Some(inherit.give(console.into())),
+        console_log_limit: CONSOLE,
+        report: Some(inherit.give(report.into())),
+        run_as: rustix::process::geteuid().is_root().then_some(RunAs::NOBODY),
+        exit_port: false,
+        // The kernel is read off the disk at every start, so that the one upgraded in the guest boots next.
+        no_reboot: true,
+        tethered: false,
+    };
+    let wrong = |e: &dyn std::error::Error| HostError::Failed(format!("{}: {}", machine.id, chain(e)));
+    Plan::new(config.clone()).map_err(|e| wrong(&e))?;
+    let text = serde_json::to_vec(&config).map_err(|e| wrong(&e))?;
+
+    let mut command = inherit.command(&means.vmm);
+    let waiting = Waiting::start(command.stderr(log)).map_err(|e| failed(&means.vmm, e))?;
+    // Only the machine has its disks and taps now: they are free when it ends.
+    drop((command, disks));
+    kept.process = Some(waiting.identity().clone());
+    dir.write(kept)?;
+    let process = waiting.go(&text).map_err(|e| failed(&means.vmm, e))?;
+    if let Err(silent) = dir.ask("status", BEGIN) {
+        process.end(Duration::ZERO).map_err(|e| wrong(&e))?;
+        return Err(match end_of(dir.report()) {
+            Some(End::Failed(why)) if dir.report().is_some() => HostError::Failed(why),
+            _ => launch_failed(&silent),
+        });
+    }
+    kept.phase = Phase::Running;
+    if let Err(e) = dir.write(kept) {
+        process.end(Duration::ZERO).map_err(|e| wrong(&e))?;
+        return Err(e);
+    }
+    Ok(Live { process: Arc::new(process), nets })
+}
+
+/// What the boot loader of the first disk would load now.
+fn boot_config(
+    machine: &Machine,
+    root: Option<&[(File, Format)]>,
+    inherit: &mut Inherit,
+) -> Result<BootConfig> {
+    let no = |why: String| HostError::Failed(format!("{} cannot boot: {why}", machine.id));
+    let layers = root.ok_or_else(|| no("it has no root volume".into()))?;
+    let clone = |(file, format): &(File, Format)| Ok((file.try_clone()?, *format));
+    let layers = layers.iter().map(clone).collect::<io::Result<_>>().map_err(|e| no(e.to_string()))?;
+    let disk = open_layers(layers, true).map_err(|e| no(chain(&e)))?;
+    let files = boot::read(&disk).map_err(|e| no(chain(&e)))?;
+    let mut cmdline = boot::with_serial_console(&files.entry.cmdline);
+    if let Some((_, key)) = machine.metadata.public_keys.first() {
+        // For images without cloud-init, whose own init looks for it here.
+        cmdline.push_str(" hutch.key=");
+        cmdline.push_str(&BASE64_STANDARD.encode(key));
+    }
+    let mut give = |bytes: &[u8]| inherit.bytes(bytes).map_err(|e| launch_failed(&e));
+    let initrd = (!files.initrd.is_empty()).then(|| give(&files.initrd)).transpose()?;
+    Ok(BootConfig { kernel: give(&files.kernel)?, initrd, cmdline })
+}
+
+/// What the last process of a machine left running, if it did; its interfaces are served again.
+///
+/// # Errors
+/// It cannot be looked for.
+pub fn adopt(kept: &Kept, dir: &Dir, means: &Means) -> Result<Option<Live>> {
+    let Some(identity) = &kept.process else { return Ok(None) };
+    let found = Process::find(identity).map_err(|e| failed(&dir.0, e))?;
+    let Some(process) = found else { return Ok(None) };
+    let machine = &kept.machine;
+    // Who asked for a snapshot may have been killed while it was held.
+    if let Err(error) = dir.ask("resume", ANSWER) {
+        if kept.phase != Phase::Running {
+            process.end(Duration::ZERO).map_err(|e| failed(&dir.0, e))?;
+            return Ok(None);
+        }
+        tracing::warn!(instance = machine.id, %error, "it runs, but does not answer");
+    }
+    let mut nets = Vec::new();
+    for interface in &machine.interfaces {
+        match Net::adopt(interface, machine, means) {
+            Ok(net) => nets.push(net),
+            // It has an address already; only what we serve is missing, and that is no reason to end it.
+            Err(error) => tracing::warn!(instance = machine.id, %error, "its interface is not served"),
+        }
+    }
+    Ok(Some(Live { process: Arc::new(process), nets }))
+}
