@@ -135,6 +135,12 @@ pub trait Disk: Send + Sync {
     /// Makes the disk `new_size` bytes large; the new part reads as zeros. Shrinking is refused (`OutOfRange`).
     fn grow(&self, new_size: u64) -> Result<()>;
 
+    /// How many bytes from `offset` (a multiple of [`SECTOR`] within the disk) on are known to read as zeros without
+    /// being read; 0 where nothing is known. What is being written meanwhile may already not be zeros.
+    fn zeros_at(&self, _offset: u64) -> Result<u64> {
+        Ok(0)
+    }
+
     /// Reads `buf.len()` bytes at `offset` into ordinary memory.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };

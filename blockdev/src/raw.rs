@@ -81,6 +81,13 @@ impl<S: Store> Disk for RawDisk<S> {
         self.store.sync().map_err(|e| DiskError::io("flush the disk", e))
     }
 
+    fn zeros_at(&self, offset: u64) -> Result<u64> {
+        check_range(offset, 0, self.size())?;
+        let next = self.store.next_data(offset).map_err(|e| DiskError::io("find the disk's next data", e))?;
+        let end = next.unwrap_or(u64::MAX).min(self.size());
+        Ok(end.saturating_sub(offset) / SECTOR * SECTOR)
+    }
+
     fn grow(&self, new_size: u64) -> Result<()> {
         check_write(self.read_only)?;
         let possible = new_size <= i64::MAX as u64 && new_size.is_multiple_of(SECTOR);

@@ -72,9 +72,32 @@ fn a_large_volume_costs_little() {
         drop(disk);
         assert_clean(&path);
         let mut last = [0; 512];
-        open_volume(&path, None).read_at(end, &mut last).expect("read the last sector");
+        let disk = open_volume(&path, None);
+        disk.read_at(end, &mut last).expect("read the last sector");
         assert_eq!(last, [9; 512]);
+        let cluster = 64 << 10;
+        assert_eq!(
+            disk.zeros_at(512).expect("look"),
+            (gib << 30) - cluster - 512,
+            "what is empty is not read"
+        );
+        assert_eq!(disk.zeros_at(end).expect("look"), 0);
     }
+}
+
+#[test]
+fn what_is_empty_is_known_through_all_layers() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (top, below) = (dir.path().join("top"), dir.path().join("below"));
+    let base = rw(&below);
+    base.set_len(8 * MIB).expect("the base");
+    std::os::unix::fs::FileExt::write_all_at(&base, &[1; 4096], 2 * MIB).expect("its data");
+    qcow2::create(&rw(&top), 64 * MIB).expect("create");
+    let disk = open_volume(&top, Some(&below));
+    disk.write_at(16 * MIB, &[2; 512]).expect("write");
+    disk.write_zeroes(2 * MIB, 64 << 10, false).expect("zero");
+    assert_eq!(disk.zeros_at(0).expect("look"), 16 * MIB, "over the base's end, and over zeros on its data");
+    assert_eq!(disk.zeros_at(17 * MIB).expect("look"), 47 * MIB);
 }
 
 #[test]

@@ -1,10 +1,13 @@
 //! What every host has to do: one suite, run by each of them.
 
-use std::path::Path;
-use std::time::Duration;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use hutch_cloud::host::{Host, HostError, Interface, Machine, Simulated, Source};
+use hutch_cloud::host::local::{Local, Means, MetadataService, Served};
+use hutch_cloud::host::{End, Host, HostError, Interface, Machine, Simulated, Source};
 use hutch_cloud::metadata::Metadata;
+use hutch_imagestore::store::Store;
 
 const GIB: u64 = 1 << 30;
 
@@ -25,7 +28,11 @@ fn machine(id: &str, run: u64, volumes: &[&str]) -> Machine {
             ip: [172, 31, 0, 4].into(),
             open_tcp: vec![(80, 80)],
         }],
-        metadata: Metadata { instance_id: id.into(), ..Metadata::default() },
+        metadata: Metadata {
+            instance_id: id.into(),
+            subnet_cidr: "172.31.0.0/20".into(),
+            ..Metadata::default()
+        },
     }
 }
 
@@ -118,4 +125,79 @@ fn the_simulated_host_in_a_directory() {
     // What was half written when a process was killed was never true.
     std::fs::write(dir.path().join("machines/i-half.new"), "{").unwrap();
     assert_eq!(open(dir.path()).machines().unwrap(), []);
+}
+
+/// Guests of the suite are told nothing.
+struct Silent;
+
+impl MetadataService for Silent {
+    fn serve(&self, listener: TcpListener, _: &Metadata) -> std::io::Result<Box<dyn Served>> {
+        Ok(Box::new(Kept(listener)))
+    }
+}
+
+struct Kept(#[expect(dead_code, reason = "its port is held as long as it is served")] TcpListener);
+
+impl Served for Kept {
+    fn update(&self, _: &Metadata) {}
+}
+
+/// Real machines, as root, in a network namespace of their own: `HUTCH_STATE` holds the image store, `HUTCH_VMM` is the
+/// program. Run by `tests/clients/run real`.
+#[test]
+#[ignore = "it needs root, KVM that runs a stock kernel, and an image"]
+fn the_local_host() {
+    let state = PathBuf::from(std::env::var_os("HUTCH_STATE").expect("an image store"));
+    let dir = tempfile::tempdir_in(&state).unwrap();
+    let open = || {
+        let means = Means {
+            vmm: std::env::var_os("HUTCH_VMM").expect("hutch-vmm").into(),
+            networks: dir.path().join("networks"),
+            metadata: Box::new(Silent),
+        };
+        Local::open(dir.path(), Store::open(&state).unwrap(), means).unwrap()
+    };
+    suite(&|| Box::new(open()), true);
+    let left = |name: &str| std::fs::read_dir(dir.path().join(name)).unwrap().count();
+    assert_eq!([left("machines"), left("volumes"), left("snapshots")], [0; 3], "nothing is left");
+    let taps = std::fs::read_dir("/sys/class/net").unwrap();
+    assert!(taps.flatten().all(|link| !link.file_name().to_string_lossy().starts_with("hu")));
+
+    // Killed while it started a machine, or removed one: what is half done is nothing, and can be done again.
+    std::fs::create_dir_all(dir.path().join("machines/i-half")).unwrap();
+    let host = open();
+    assert_eq!(host.machines().unwrap(), []);
+    assert!(!dir.path().join("machines/i-half").exists());
+    let template = host.templates().unwrap().remove(0);
+    host.create_volume("vol-a", template.size, &Source::Template(template.name)).unwrap();
+    host.start(&machine("i-a", 1, &["vol-a"])).unwrap();
+    let record = dir.path().join("machines/i-a/machine.json");
+    drop(host);
+    let running = std::fs::read_to_string(&record).unwrap();
+    // It answered, but that was not recorded any more: it runs.
+    std::fs::write(&record, running.replace("\"running\"", "\"starting\"")).unwrap();
+    let host = open();
+    assert_eq!(runs(&host, "i-a"), Some((1, true)));
+    host.stop("i-a", Duration::ZERO).unwrap();
+    drop(host);
+    // It never answered, and its process is gone: the run is none, and is started once more.
+    std::fs::write(&record, running.replace("\"running\"", "\"starting\"")).unwrap();
+    let host = open();
+    assert_eq!(runs(&host, "i-a"), None);
+    host.start(&machine("i-a", 1, &["vol-a"])).unwrap();
+    assert_eq!(runs(&host, "i-a"), Some((1, true)));
+    drop(host);
+    // Its process died while nobody watched, as all do when a host goes down.
+    let found: serde_json::Value = serde_json::from_slice(&std::fs::read(&record).unwrap()).unwrap();
+    let pid = found["process"]["pid"].to_string();
+    assert!(std::process::Command::new("kill").args(["-9", &pid]).status().unwrap().success());
+    let host = open();
+    let until = Instant::now() + Duration::from_secs(60);
+    while runs(&host, "i-a") != Some((1, false)) {
+        assert!(Instant::now() < until, "its end is not noticed");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(matches!(host.machine("i-a").unwrap().unwrap().end, Some(End::Failed(_))));
+    host.forget("i-a").unwrap();
+    host.delete_volume("vol-a").unwrap();
 }

@@ -4,7 +4,7 @@ mod common;
 
 use common::{ACCOUNT, OTHER, in_directory, in_memory};
 use hutch_cloud::host::{End, Host};
-use hutch_cloud::model::{Address, Instance, InstanceState, Interface, Volume, VolumeState};
+use hutch_cloud::model::{Address, Instance, InstanceState, Interface, Peer, Rule, Volume, VolumeState};
 use hutch_cloud::region::{Algorithm, Attribute, DeviceAsk, NewImage, NewVolume};
 
 fn one(id: &str) -> Vec<String> {
@@ -44,6 +44,28 @@ fn an_instance_runs_stops_starts_and_goes() {
     assert_eq!(world.region.all::<Address>().unwrap(), []);
     assert_eq!(world.region.all::<Volume>().unwrap(), []);
     assert_eq!(world.region.all::<Instance>().unwrap().len(), 1, "it is remembered");
+}
+
+#[test]
+fn a_machine_is_told_what_changes_while_it_runs() {
+    let world = in_memory();
+    let reconciler = world.reconcile();
+    let id = &world.run(1)[0];
+    let instance = world.wait(id, InstanceState::Running);
+    let told = || {
+        assert!(reconciler.quiet(std::time::Duration::from_secs(20)));
+        world.host.told(id).unwrap().interfaces[0].open_tcp.clone()
+    };
+    assert_eq!(told(), []);
+    let interface = world.region.get::<Interface>(&instance.interfaces[0]).unwrap().unwrap();
+    let everyone = Peer::Ipv4("0.0.0.0/0".parse().unwrap());
+    let rule =
+        Rule { egress: false, protocol: "tcp".into(), from: 80, to: 90, peer: everyone, description: None };
+    let group = &interface.groups[0];
+    world.region.authorize(ACCOUNT, group, std::slice::from_ref(&rule)).unwrap();
+    assert_eq!(told(), [(80, 90)]);
+    world.region.revoke(ACCOUNT, group, false, &[rule], &[]).unwrap();
+    assert_eq!(told(), []);
 }
 
 #[test]

@@ -40,6 +40,9 @@ const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
+/// Zeros are looked for in steps of so many bytes: each holds up who writes.
+const LOOK: u64 = 1 << 30;
+
 /// Where the bytes of a guest cluster are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mapping {
@@ -368,6 +371,27 @@ impl Disk for Qcow2Disk {
             return Ok(());
         }
         self.writable(0, 0)?.flush()
+    }
+
+    fn zeros_at(&self, offset: u64) -> Result<u64> {
+        check_range(offset, 0, self.size())?;
+        let end = self.size();
+        let (mut at, mut known) = (offset, true);
+        while known && at < end {
+            let (mapping, len) = self.lock().run(at, end.min(at.saturating_add(LOOK)))?;
+            let zeros = match (mapping, &self.base) {
+                (Mapping::Zero(_), _) | (Mapping::Hole, None) => len,
+                (Mapping::Hole, Some(base)) if at >= base.size() => len,
+                (Mapping::Hole, Some(base)) => match base.zeros_at(at)? {
+                    zeros if zeros >= base.size() - at => len,
+                    zeros => zeros.min(len),
+                },
+                _ => 0,
+            };
+            at += zeros;
+            known = zeros == len;
+        }
+        Ok(at - offset)
     }
 
     fn grow(&self, new_size: u64) -> Result<()> {

@@ -43,6 +43,11 @@ pub fn assert_holds(disk: &dyn Disk, expected: &[u8], when: &str) {
             panic!("{when}: byte {} is {:#x}, not {:#x}", (i << 20) + at, got[at], want[at]);
         }
     }
+    for at in (0..expected.len()).step_by(128 * SECTOR as usize) {
+        let zeros = disk.zeros_at(at as u64).unwrap_or_else(|e| panic!("{when}: zeros: {e:?}")) as usize;
+        let known = &expected[at..][..zeros.min(64 << 10)];
+        assert!(known.iter().all(|b| *b == 0), "{when}: {zeros} bytes at {at} are not all zeros");
+    }
 }
 
 /// Takes over what a discard left: each sector its old bytes or zeros.

@@ -84,6 +84,11 @@ impl Simulated {
         self.lock().machines.get(id).map_or((0, 0), |kept| (kept.starts, kept.reboots))
     }
 
+    /// What was told last of a machine.
+    pub fn told(&self, id: &str) -> Option<Machine> {
+        self.lock().machines.get(id).map(|kept| kept.machine.clone())
+    }
+
     /// The volumes that are kept.
     pub fn volumes(&self) -> Vec<String> {
         self.lock().volumes.keys().cloned().collect()
@@ -202,6 +207,9 @@ impl Host for Simulated {
         let missing = || HostError::Missing(format!("machine {}", machine.id));
         let kept =
             state.machines.get_mut(&machine.id).filter(|kept| kept.end.is_none()).ok_or_else(missing)?;
+        if kept.machine == *machine {
+            return Ok(());
+        }
         kept.machine = machine.clone();
         let kept = kept.clone();
         self.keep("machines", &machine.id, Some(&kept))

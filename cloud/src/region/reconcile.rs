@@ -179,10 +179,11 @@ impl Shared {
             }
             match self.region.store.changes("", seen, PAGE) {
                 Ok(changes) => {
-                    for change in &changes {
-                        if change.value.is_some() {
-                            self.changed(&change.key);
-                        }
+                    let there = changes.iter().filter(|change| change.value.is_some());
+                    if let Err(error) = self.changed(there.map(|change| change.key.as_str())) {
+                        // What it means for others is not known: everything is looked at.
+                        tracing::error!(%error, "the store cannot be read");
+                        let _ = self.push_all();
                     }
                     seen = match changes.last() {
                         Some(last) if changes.len() >= PAGE => last.revision,
@@ -202,11 +203,32 @@ impl Shared {
         }
     }
 
-    fn changed(&self, key: &str) {
-        let kind = key.split_once('/').map_or("", |(kind, _)| kind);
-        if [Instance::KIND, Volume::KIND, Snapshot::KIND, Image::KIND].contains(&kind) {
-            self.push(key.to_owned());
+    /// Looks at these records, and at the instances for which they mean another firewall.
+    fn changed<'a>(&self, keys: impl Iterator<Item = &'a str>) -> Result<()> {
+        let concerns = |interface: Interface| {
+            if let Some(attachment) = interface.attachment {
+                self.push(work::key::<Instance>(&attachment.instance));
+            }
+        };
+        let mut groups = HashSet::new();
+        for key in keys {
+            match key.split_once('/') {
+                Some((Instance::KIND | Volume::KIND | Snapshot::KIND | Image::KIND, _)) => {
+                    self.push(key.to_owned())
+                }
+                Some((Group::KIND, id)) => drop(groups.insert(id)),
+                Some((Interface::KIND, id)) => {
+                    self.region.get::<Interface>(id)?.into_iter().for_each(concerns)
+                }
+                _ => {}
+            }
         }
+        if !groups.is_empty() {
+            let member =
+                |interface: &Interface| interface.groups.iter().any(|id| groups.contains(id.as_str()));
+            self.region.all::<Interface>()?.into_iter().filter(member).for_each(concerns);
+        }
+        Ok(())
     }
 
     /// Follows the host: what ended is looked at.
@@ -393,6 +415,11 @@ impl Region {
                     instance.reboots.1 = instance.reboots.1.max(done);
                     Ok(())
                 })?;
+            }
+            match self.host.update(&self.machine(instance)?) {
+                // What ended meanwhile is seen with the next event.
+                Ok(()) | Err(HostError::Missing(_)) => {}
+                Err(error) => return Err(Fault::internal(error)),
             }
             return Ok(None);
         };

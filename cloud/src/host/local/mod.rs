@@ -390,13 +390,18 @@ impl Host for Local {
         let mut state = slot.state();
         let (kept, live) = state.running().ok_or_else(missing)?;
         // Volumes and interfaces are those it was started with.
-        kept.machine.metadata = machine.metadata.clone();
-        for (net, interface) in live.nets.iter_mut().zip(&machine.interfaces) {
-            net.update(interface, &machine.metadata)?;
+        let mut new = kept.machine.clone();
+        new.metadata.clone_from(&machine.metadata);
+        for (own, told) in new.interfaces.iter_mut().zip(&machine.interfaces) {
+            own.open_tcp.clone_from(&told.open_tcp);
         }
-        for (own, new) in kept.machine.interfaces.iter_mut().zip(&machine.interfaces) {
-            own.open_tcp.clone_from(&new.open_tcp);
+        if new == kept.machine {
+            return Ok(());
         }
+        for (net, interface) in live.nets.iter_mut().zip(&new.interfaces) {
+            net.update(interface, &new.metadata)?;
+        }
+        kept.machine = new;
         slot.dir.write(kept)
     }
 

@@ -1,0 +1,255 @@
+"""Real guests behind the real protocol: hutchd --host local, the aws CLI and boto3. In the lab where HUTCH_LAB says so.
+
+`tests/clients/run real` runs it, by `make stories`. The guest is the micro image; what it does is in STORY below.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+import time
+import unittest
+
+import boto3
+import botocore.config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LAB = [str(ROOT / "tests/lab/run")] if "HUTCH_LAB" in os.environ else []
+PORT = int(os.environ.get("LAB_PORT", "17777")) + 1 if LAB else 18773
+KEY, SECRET, REGION = "AKIDTEST", "secret-of-a-test", "home-1"
+# Nothing here is a matter of speed: a wait that is over says that what it waits for never comes.
+ENOUGH = 300
+
+STORY = r"""
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin
+(head -c 1 /dev/input/event0 >/dev/null; echo BUTTON; umount /root; poweroff -f) &
+echo boot >>/root/boots; sync
+printf '#!/bin/sh\n[ $1 = bound ] && ip addr add $ip/20 dev eth0 && ip route add default via $router\n' >/tmp/s
+chmod +x /tmp/s; ip link set eth0 up; udhcpc -i eth0 -nq -t 99 -s /tmp/s >/dev/null
+M=http://169.254.169.254/latest
+echo "I am $(wget -qO- $M/meta-data/instance-id) at $(wget -qO- $M/meta-data/local-ipv4)"
+echo "told: $(wget -qO- $M/user-data) key: $(wget -qO- $M/meta-data/public-keys/0/openssh-key)"
+echo "boots: $(wc -l </root/boots) disks: $(ls /dev/vd? | wc -l) READY"
+while :; do
+  (echo "hello from $(wget -qO- $M/meta-data/instance-id)") | nc -l -p 80 >/dev/null
+done
+"""
+
+
+def host(*command, check=True, timeout=ENOUGH):
+    """Runs a command where the guests are."""
+    done = subprocess.run([*LAB, *command], capture_output=True, text=True, timeout=timeout)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{command}: {done.returncode}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def say(text):
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+class Cloud:
+    """hutchd where guests can run."""
+
+    def __init__(self):
+        self.state = host("mktemp", "-d", "/var/tmp/hutchd.XXXXXX").strip()
+        self.programs = pathlib.Path(os.environ["HUTCHD"]).parent
+        self.log = tempfile.TemporaryFile("w+")
+        self.url = f"http://127.0.0.1:{PORT}"
+        self.process = None
+
+    def image(self):
+        """An image of ext4 with a boot loader's configuration, as the template `micro`."""
+        micro, work = pathlib.Path(os.environ["HUTCH_MICRO"]), ROOT / "target/stories/cloud"
+        shutil.rmtree(work, ignore_errors=True)
+        boot = work / "tree/boot/extlinux"
+        boot.mkdir(parents=True)
+        for file in ("vmlinuz", "initrd"):
+            shutil.copy(micro / file, work / "tree/boot")
+        (work / "tree/story").write_text(STORY)
+        command = ["/bin/sh", "-c", "mount -t ext4 /dev/vda /root && exec sh /root/story"]
+        words = "".join(f"{byte:02x}" for word in command for byte in [*word.encode(), 0])
+        (boot / "extlinux.conf").write_text(
+            "DEFAULT a\nLABEL a\n LINUX /boot/vmlinuz\n INITRD /boot/initrd\n"
+            f" APPEND console=ttyS0 quiet hutch.cmd={words}\n"
+        )
+        subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", work / "tree", work / "micro.raw", "64M"], check=True)
+        host(self.programs / "hutch", "image", "--state", self.state, "import", work / "micro.raw", "--name", "micro",
+             "--format", "raw")
+
+    def start(self):
+        listen = "0.0.0.0:8773" if LAB else f"127.0.0.1:{PORT}"
+        command = [*LAB, self.programs / "hutchd", "--state", self.state, "--listen", listen]
+        command += ["--root-key", f"{KEY}:{SECRET}", "--rate", "0"]
+        environment = dict(os.environ, LAB_TIMEOUT="3000", HUTCH_LOG="info")
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
+        until = time.monotonic() + ENOUGH
+        while subprocess.run(["curl", "-sf", f"{self.url}/healthz"], capture_output=True).returncode:
+            if self.process.poll() is not None or time.monotonic() > until:
+                raise AssertionError(f"hutchd does not come up: {self.said()}")
+            time.sleep(0.2)
+
+    def said(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def end(self, signal):
+        host("pkill", f"-{signal}", "-x", "hutchd")
+        self.process.wait(timeout=ENOUGH)
+
+    def client(self):
+        config = botocore.config.Config(retries={"total_max_attempts": 1}, read_timeout=ENOUGH)
+        return boto3.client("ec2", endpoint_url=self.url, region_name=REGION, aws_access_key_id=KEY,
+                            aws_secret_access_key=SECRET, config=config)
+
+    def aws(self, *arguments):
+        environment = dict(os.environ, AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_DEFAULT_REGION=REGION)
+        done = subprocess.run(["aws", "--endpoint-url", self.url, "--output", "json", "ec2", *arguments],
+                              env=environment, capture_output=True, text=True, timeout=ENOUGH)
+        if done.returncode:
+            raise AssertionError(f"aws {arguments}: {done.stderr}")
+        return json.loads(done.stdout or "null")
+
+
+class Story(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.cloud = Cloud()
+        cls.cloud.image()
+        cls.cloud.start()
+        cls.ec2 = cls.cloud.client()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.ec2.close()
+        cls.cloud.end("TERM")
+        host("bash", "-c", f"pkill -9 -x hutch-vmm; rm -rf {cls.cloud.state}", check=False)
+
+    def setUp(self):
+        self.addCleanup(self.tell)
+
+    def tell(self):
+        outcome = self._outcome.result
+        if outcome.failures or outcome.errors:
+            print("hutchd said:", self.cloud.said()[-8000:])
+
+    def eventually(self, check, what):
+        until = time.monotonic() + ENOUGH
+        while not (got := check()):
+            if time.monotonic() > until:
+                self.fail(f"it does not come to pass: {what}")
+            time.sleep(0.3)
+        return got
+
+    def instance(self, instance):
+        return self.ec2.describe_instances(InstanceIds=[instance])["Reservations"][0]["Instances"][0]
+
+    def becomes(self, instance, state):
+        self.eventually(lambda: self.instance(instance)["State"]["Name"] == state, f"{instance} {state}")
+        say(f"{instance} {state}")
+
+    def console(self, instance):
+        return self.ec2.get_console_output(InstanceId=instance, Latest=True).get("Output", "")
+
+    def prints(self, instance, text):
+        try:
+            self.eventually(lambda: text in self.console(instance), text)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; its console: {self.console(instance)[-3000:]}") from None
+        say(f"{instance} printed {text!r}")
+
+    def web(self, ip, seconds=3):
+        done = subprocess.run([*LAB, "timeout", str(seconds), "bash", "-c", f"exec 3<>/dev/tcp/{ip}/80; cat <&3"],
+                              capture_output=True, text=True, timeout=ENOUGH)
+        return done.stdout
+
+    def machines(self):
+        return host("pgrep", "-x", "hutch-vmm", check=False).split()
+
+    def test_the_host_does_what_every_host_has_to(self):
+        programs = self.cloud.programs
+        host("env", f"HUTCH_STATE={self.cloud.state}", f"HUTCH_VMM={programs / 'hutch-vmm'}", "unshare", "-n", "sh", "-c",
+             f"ip link set lo up; exec {os.environ['HUTCH_HOST_SUITE']} --ignored the_local_host", timeout=2 * ENOUGH)
+        say("the suite of all hosts")
+
+    def test_an_instance_lives_through_all_its_states(self):
+        ec2, cloud = self.ec2, self.cloud
+        image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+        cloud.aws("create-key-pair", "--key-name", "me")
+        group = cloud.aws("create-security-group", "--group-name", "web", "--description", "port 80")["GroupId"]
+        web = ["--group-id", group, "--protocol", "tcp", "--port", "80", "--cidr", "0.0.0.0/0"]
+        cloud.aws("authorize-security-group-ingress", *web)
+        made = cloud.aws("run-instances", "--image-id", image, "--instance-type", "t3.nano", "--key-name", "me",
+                         "--security-group-ids", group, "--user-data", "what it is told", "--block-device-mappings",
+                         '[{"DeviceName": "/dev/sdf", "Ebs": {"VolumeSize": 1}}]')
+        one = made["Instances"][0]["InstanceId"]
+        ip = made["Instances"][0]["PrivateIpAddress"]
+        self.becomes(one, "running")
+        self.prints(one, f"I am {one} at {ip}")
+        self.prints(one, "told: what it is told key: ssh-")
+        self.prints(one, "boots: 1 disks: 2 READY")
+
+        # The firewall is what the security group says, also after it changed.
+        self.eventually(lambda: f"hello from {one}" in self.web(ip), "port 80 is open")
+        cloud.aws("revoke-security-group-ingress", *web)
+        self.eventually(lambda: not self.web(ip), "port 80 is closed")
+        say("port 80 is open, and closed")
+
+        # Killed, the daemon leaves its guests alone, and finds them again.
+        before = self.machines()
+        cloud.end("KILL")
+        self.assertEqual(self.machines(), before)
+        cloud.start()
+        self.assertEqual(self.instance(one)["State"]["Name"], "running")
+        cloud.aws("authorize-security-group-ingress", *web)
+        self.eventually(lambda: f"hello from {one}" in self.web(ip), "it is served as before")
+        self.assertEqual(self.machines(), before)
+        say("hutchd was killed, the guest runs on and is told its metadata")
+
+        # A reboot boots what is on the disk now; it stays running.
+        cloud.aws("reboot-instances", "--instance-ids", one)
+        self.prints(one, "BUTTON")
+        self.prints(one, "boots: 2 disks: 2 READY")
+        self.assertEqual(self.instance(one)["State"]["Name"], "running")
+        self.eventually(lambda: f"hello from {one}" in self.web(ip), "it is served after the reboot")
+
+        # Stopped and started: another run, the same disks.
+        cloud.aws("stop-instances", "--instance-ids", one)
+        self.becomes(one, "stopped")
+        self.assertEqual(self.machines(), [])
+        cloud.aws("start-instances", "--instance-ids", one)
+        self.becomes(one, "running")
+        self.prints(one, "boots: 3 disks: 2 READY")
+
+        # An AMI of it, launched beside it: its root is a copy.
+        copy = cloud.aws("create-image", "--instance-id", one, "--name", "copy", "--no-reboot")["ImageId"]
+        ec2.get_waiter("image_available").wait(ImageIds=[copy], WaiterConfig={"Delay": 1, "MaxAttempts": ENOUGH})
+        two = ec2.run_instances(ImageId=copy, MinCount=1, MaxCount=1, InstanceType="t3.nano", SecurityGroupIds=[group])
+        two = two["Instances"][0]["InstanceId"]
+        self.becomes(two, "running")
+        self.prints(two, "boots: 4 disks: 2 READY")
+
+        # A machine that dies is noticed; its instance says why.
+        self.assertEqual(len(self.machines()), 2)
+        host("pkill", "-9", "-x", "hutch-vmm")
+        for instance in (one, two):
+            self.becomes(instance, "stopped")
+            self.assertIn("killed", self.instance(instance)["StateReason"]["Message"])
+        self.assertEqual(host("bash", "-c", "ls /sys/class/net | grep ^hu", check=False), "")
+
+        # Terminated, nothing is left but what was made by name.
+        cloud.aws("terminate-instances", "--instance-ids", one, two)
+        for instance in (one, two):
+            self.becomes(instance, "terminated")
+        kept = [v for v in ec2.describe_volumes()["Volumes"] if v["State"] != "deleting"]
+        self.assertEqual([v["Size"] for v in kept], [], "the mapping's volumes go with the instance")
+        self.assertEqual(host("bash", "-c", "nft list ruleset | wc -l").strip(), "0")
+        left = host("bash", "-c", f"cd {cloud.state}/{REGION}/host; ls machines volumes").split()
+        self.assertEqual(left, ["machines:", "volumes:"])
+        say("nothing is left")
+
+
+if __name__ == "__main__":
+    unittest.main()
