@@ -12,6 +12,7 @@ use hutch_imagestore::import::{Limits, Request, import, open};
 use hutch_imagestore::store::{Architecture, Format, Image, Store, StoreError};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::cloud::images::{self, Ami};
 use crate::output::{self, Output};
 
 /// Arguments of `hutch image`.
@@ -60,6 +61,8 @@ enum Image_ {
         #[arg(required = true, value_name = "IMAGE")]
         images: Vec<String>,
     },
+    #[command(flatten)]
+    Ami(Ami),
     /// Show an image, and what it boots.
     Inspect {
         /// Id or name.
@@ -113,6 +116,7 @@ fn stored(name: &Path) -> anyhow::Result<Image> {
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let store = || open_store(&args.state);
     match &args.command {
+        Image_::Ami(command) => return images::run(command),
         Image_::Build { recipe } => {
             let name = recipe.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default();
             let file = build(&name)?;
@@ -256,11 +260,10 @@ fn print_image(image: &Image, output: Output) -> anyhow::Result<()> {
     let file = File::open(image.disk()).context("cannot open the image's disk")?;
     let disk = hutch_blockdev::open_layers(vec![(file, hutch_blockdev::Format::Raw)], true)?;
     let boots = hutch_imagestore::boot::read(&disk).map(|files| files.entry);
-    if output == Output::Json {
+    if matches!(output, Output::Json | Output::Yaml) {
         let boot =
             boots.ok().map(|entry| serde_json::json!({ "kernel": entry.kernel, "cmdline": entry.cmdline }));
-        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "image": record, "boot": boot }))?);
-        return Ok(());
+        return output::record(output, &serde_json::json!({ "image": record, "boot": boot }));
     }
     println!("id        {}", record.id);
     println!("name      {}", record.name);

@@ -10,6 +10,7 @@
 //!   hutch control  control.rs   power button, status, console of a running machine (attach.rs: a terminal on it)
 //!   hutch image    image.rs     templates: build, import, ls, rm, inspect
 //!   hutch ssh      ssh.rs       log in, with hutch's own key
+//!   hutch run …    cloud/       instances of hutchd, by the same API as everybody's
 //!   hutch doctor   doctor.rs    what this host can do, and what to do about what it cannot
 //! ```
 #![forbid(unsafe_code)]
@@ -17,6 +18,7 @@
 mod args;
 mod attach;
 mod boot;
+mod cloud;
 mod control;
 mod disks;
 mod doctor;
@@ -31,6 +33,9 @@ mod vmm;
 
 use std::process::ExitCode;
 
+use cloud::instances::{self, Verb};
+use cloud::reach;
+
 use clap::{CommandFactory, Parser, Subcommand};
 use nix::errno::Errno;
 
@@ -44,14 +49,39 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run one machine in the foreground.
-    Boot(Box<args::Args>),
-    /// Build, import, list, remove and inspect images.
+    /// Launch instances.
+    Run(Box<instances::Run>),
+    /// List instances.
+    Ps(instances::Ps),
+    /// Start stopped instances.
+    Start(instances::Act),
+    /// Stop instances; their volumes are kept.
+    Stop(instances::Act),
+    /// Reboot instances.
+    Reboot(instances::Act),
+    /// Terminate instances, with the volumes that go with them.
+    Terminate(instances::Act),
+    /// Log in to an instance, or to a machine that `hutch boot` runs, or run a command there.
+    Ssh(ssh::Args),
+    /// Copy files from and to instances.
+    Cp(reach::Cp),
+    /// Print what an instance wrote to its console.
+    Logs(instances::Logs),
+    /// Use an instance's console. On a terminal, Ctrl-] detaches.
+    Console(reach::Console),
+    /// Tag an instance, or anything else by its id.
+    Tag(instances::Tag),
+    /// Print what boto3, Terraform and the aws CLI need to know, for a shell.
+    Env(reach::Env),
+    /// Run the aws CLI with endpoint and key set.
+    #[command(disable_help_flag = true)]
+    Aws(reach::Aws),
+    /// Build, import, list, remove and inspect images; make AMIs of instances.
     Image(image::Args),
+    /// Run one machine in the foreground, without hutchd.
+    Boot(Box<args::Args>),
     /// Ask a running machine, or tell it something, by its control socket.
     Control(control::Args),
-    /// Log in to a machine that `hutch boot` runs, or run a command there.
-    Ssh(ssh::Args),
     /// Tell what this host's KVM is worth and what to do.
     Doctor(doctor::Args),
     /// Print a completion script for a shell.
@@ -63,6 +93,18 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Run(args) => instances::run(&args),
+        Command::Ps(args) => instances::ps(&args),
+        Command::Start(args) => instances::act(Verb::Start, &args),
+        Command::Stop(args) => instances::act(Verb::Stop, &args),
+        Command::Reboot(args) => instances::act(Verb::Reboot, &args),
+        Command::Terminate(args) => instances::act(Verb::Terminate, &args),
+        Command::Cp(args) => reach::cp(&args),
+        Command::Logs(args) => instances::logs(&args),
+        Command::Console(args) => reach::console(&args),
+        Command::Tag(args) => instances::tag(&args),
+        Command::Env(args) => reach::env(&args),
+        Command::Aws(args) => reach::aws(&args),
         Command::Boot(args) => boot::run(&args),
         Command::Image(args) => image::run(&args),
         Command::Control(args) => control::run(&args),

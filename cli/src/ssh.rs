@@ -11,12 +11,15 @@ use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::mkdtemp;
 
+use crate::cloud::client::Connection;
+use crate::cloud::reach;
+
 /// Arguments of `hutch ssh`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The machine's address, as `hutch boot` prints it.
-    #[arg(value_name = "ADDRESS")]
-    address: Ipv4Addr,
+    /// An instance, by id or name; or an address, as `hutch boot` prints it.
+    #[arg(value_name = "INSTANCE|ADDRESS")]
+    to: String,
     /// The user.
     #[arg(long, short = 'l', default_value = "debian")]
     user: String,
@@ -26,6 +29,8 @@ pub struct Args {
     /// Wait so many seconds until the machine takes the login.
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u64,
+    #[command(flatten)]
+    at: Connection,
     /// A command to run there; without one, a login.
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -35,7 +40,8 @@ pub struct Args {
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let identity = args.identity.clone().map_or_else(own_key, Ok)?;
     let until = Instant::now() + Duration::from_secs(args.wait);
-    let to = format!("{}@{}", args.user, args.address);
+    let address = reach::address(&args.at, &args.to)?;
+    let to = format!("{}@{address}", args.user);
     // It is written by ssh itself as soon as it is logged in, so that no second login has to find that out.
     // In a directory that only we can write: a name that others can guess might be theirs, or lead elsewhere.
     let room = mkdtemp(&std::env::temp_dir().join("hutch-ssh-XXXXXX"))
@@ -44,7 +50,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mark = room.join("logged-in");
     while Instant::now() < until {
         // What is refused now may be taken later: cloud-init brings the key when sshd is there already.
-        if listens(args.address) {
+        if listens(address) {
             let mut ssh = ssh(&identity, "QUIET");
             let touch = format!("LocalCommand=: >'{}'", mark.display());
             ssh.args(["-o", "PermitLocalCommand=yes", "-o", &touch]).arg(&to).args(&args.command);
@@ -57,8 +63,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         }
         std::thread::sleep(Duration::from_millis(300));
     }
-    if args.wait > 0 && !listens(args.address) {
-        bail!("{} took no connection within {} s; look at its console", args.address, args.wait);
+    if args.wait > 0 && !listens(address) {
+        bail!("{address} took no connection within {} s; look at its console", args.wait);
     }
     // Nothing is dropped once this process is another.
     drop(held);
@@ -78,12 +84,17 @@ const NO_SSH: &str = "cannot run ssh; install the package openssh-client";
 
 /// ssh with what it needs to know of the machine, without where and the command.
 fn ssh(identity: &Path, log_level: &str) -> Command {
+    let mut ssh = Command::new("ssh");
+    options(&mut ssh, identity, log_level);
+    ssh
+}
+
+/// Likewise, for other programs with the same options.
+pub fn options(ssh: &mut Command, identity: &Path, log_level: &str) {
     // A machine is new at every boot, and nobody can stand between it and this host.
     let options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "BatchMode=yes"];
-    let mut ssh = Command::new("ssh");
     ssh.args(options.iter().flat_map(|option| ["-o", option]));
     ssh.arg("-o").arg(format!("LogLevel={log_level}")).arg("-i").arg(identity);
-    ssh
 }
 
 /// Whether port 22 answers.
@@ -92,7 +103,7 @@ fn listens(address: Ipv4Addr) -> bool {
 }
 
 /// hutch's own key, made at its first use.
-fn own_key() -> anyhow::Result<PathBuf> {
+pub fn own_key() -> anyhow::Result<PathBuf> {
     let data = std::env::var_os("XDG_DATA_HOME").map(PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".local/share"));
     let dir =

@@ -184,13 +184,21 @@ impl Authorization {
         }
         let canonical =
             self.canonical(request, &body).ok_or_else(|| mismatch("A signed header is missing."))?;
-        let scope = format!("{}/{}/{}/aws4_request", self.date, self.region, self.service);
-        let text = format!("{ALGORITHM}\n{}\n{scope}\n{}", self.time, hex(&Sha256::digest(canonical)));
-        let key = signing_key(secret, &self.date, &self.region, &self.service);
         // Takes the same time however much of it is right.
-        mac(&key, &text)
+        self.mac(secret, &canonical)
             .verify_slice(&self.signature)
             .map_err(|_| mismatch("Check your AWS Secret Access Key and signing method."))
+    }
+
+    fn scope(&self) -> String {
+        format!("{}/{}/{}/aws4_request", self.date, self.region, self.service)
+    }
+
+    /// The signature of a canonical request, to be told or compared.
+    fn mac(&self, secret: &str, canonical: &str) -> Hmac<Sha256> {
+        let digest = hex(&Sha256::digest(canonical));
+        let text = format!("{ALGORITHM}\n{}\n{}\n{digest}", self.time, self.scope());
+        mac(&signing_key(secret, &self.date, &self.region, &self.service), &text)
     }
 
     /// The canonical request.
@@ -215,6 +223,39 @@ impl Authorization {
         let (method, query, signed) = (request.method, query.join("&"), self.signed_headers.join(";"));
         Some(format!("{method}\n/\n{query}\n{headers}\n{signed}\n{body}"))
     }
+}
+
+/// Signs a POST of a form to `/` of `host`, now. Returns the headers to send along, in lower case: `host`, `x-amz-date` and
+/// `authorization`.
+pub fn sign(
+    access_key: &str,
+    secret: &str,
+    region: &str,
+    service: &str,
+    host: &str,
+    body: &[u8],
+) -> Vec<(String, String)> {
+    let time = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
+    let mut headers = vec![("host".to_owned(), host.to_owned()), ("x-amz-date".into(), time.clone())];
+    let said = Authorization {
+        access_key: access_key.into(),
+        date: time.chars().take(8).collect(),
+        region: region.into(),
+        service: service.into(),
+        signed_headers: headers.iter().map(|(name, _)| name.clone()).collect(),
+        signature: Vec::new(),
+        time,
+        expires: None,
+    };
+    let request = Request { method: "POST", query: "", headers: &headers, body };
+    let canonical = said.canonical(&request, &hex(&Sha256::digest(body))).unwrap_or_default();
+    let signature = hex(&said.mac(secret, &canonical).finalize().into_bytes());
+    let scope = said.scope();
+    let text = format!(
+        "{ALGORITHM} Credential={access_key}/{scope}, SignedHeaders=host;x-amz-date, Signature={signature}"
+    );
+    headers.push(("authorization".into(), text));
+    headers
 }
 
 /// An HTTP date (RFC 9110, section 5.6.7) as `YYYYMMDDTHHMMSSZ`; anything else stays, and is refused if it is not that.
@@ -250,7 +291,8 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
 }
 
 /// RFC 3986's unreserved characters stay, all else is `%XX`.
-fn escape(text: &str) -> String {
+/// Percent-encodes all but RFC 3986's unreserved characters, as signatures need it.
+pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
         match byte {
