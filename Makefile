@@ -30,7 +30,7 @@ clients:
 
 # Real guests: directly where KVM can, else in the lab.
 stories:
-	tests/lab/enter cargo test --locked -p hutch-tests -- --test-threads=2
+	tests/lab/enter tests/stories
 
 # Whole Debians with cloud-init: some fifteen minutes each in the lab.
 stories-full:

@@ -214,7 +214,8 @@ impl GuestNet {
         let records = clean(state)?;
         let taken: Vec<Ipv4Addr> = records.iter().map(|r| r.ip).collect();
         let first = u32::from(SUBNET.network()) + RESERVED;
-        let free = (first..u32::from(SUBNET.broadcast())).map(Ipv4Addr::from).find(|ip| !taken.contains(ip));
+        // From the end: the daemon, which knows its own guests only, gives addresses from the beginning.
+        let free = (first..u32::from(SUBNET.broadcast())).rev().map(Ipv4Addr::from).find(|ip| !taken.contains(ip));
         let ip = free.ok_or(NetError::Full)?;
         let [a, b, c, d] = ip.octets();
         let mac = MacAddr::new([0x02, 0x68, a, b, c, d]).ok_or(NetError::Full)?;
@@ -566,13 +567,13 @@ mod tests {
     fn guests_have_addresses_of_their_own_and_leave_nothing() {
         in_namespace(|state| {
             let (a, b) = (up(state), up(state));
-            assert_eq!([a.ip, b.ip].map(|ip| ip.octets()[3]), [4, 5]);
+            assert_eq!([a.ip, b.ip].map(|ip| ip.octets()[3]), [254, 253]);
             assert_ne!(a.mac, b.mac);
             drop(a);
             let text = tables();
-            assert!(!text.contains("172.31.0.4") && text.contains("172.31.0.5"), "{text}");
+            assert!(!text.contains("172.31.15.254") && text.contains("172.31.15.253"), "{text}");
             let again = up(state);
-            assert_eq!(again.ip.octets()[3], 4, "a free address is used again");
+            assert_eq!(again.ip.octets()[3], 254, "a free address is used again");
             drop((again, b));
             assert_eq!(tables(), "");
             assert!(!any_tap());
@@ -640,7 +641,7 @@ mod tests {
             let held = net.take_taps();
             drop(net);
             let text = tables();
-            assert!(text.contains("hu*") && !text.contains("172.31.0.4"), "a machine without rules: {text}");
+            assert!(text.contains("hu*") && !text.contains("172.31.15.254"), "a machine without rules: {text}");
             drop(held);
             let next = up(state);
             drop(next);
@@ -686,11 +687,11 @@ mod tests {
             nft::apply(nft::render_teardown()).unwrap();
             let mut adopted = GuestNet::adopt(state, ip, 1500, vec![]).unwrap();
             let listener = adopted.take_metadata_listener().unwrap();
-            assert!(tables().contains("172.31.0.4"), "its rules are there whoever took them away");
+            assert!(tables().contains("172.31.15.254"), "its rules are there whoever took them away");
             // Its port is served already: the second fails, and takes nothing from the first.
             let second = GuestNet::adopt(state, ip, 1500, vec![]);
             assert!(matches!(second, Err(NetError::Metadata { .. })));
-            assert!(tables().contains("172.31.0.4") && any_tap());
+            assert!(tables().contains("172.31.15.254") && any_tap());
             drop((taps, listener));
             drop(adopted);
             assert_eq!(tables(), "");
@@ -708,7 +709,7 @@ mod tests {
             std::mem::forget(net);
             assert_eq!(repair(state).unwrap(), 0, "it lives");
             drop(taps);
-            assert!(tables().contains("172.31.0.4"));
+            assert!(tables().contains("172.31.15.254"));
             assert_eq!(repair(state).unwrap(), 1);
             assert_eq!(tables(), "");
         });

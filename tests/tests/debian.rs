@@ -65,7 +65,7 @@ fn a_full_debian(image: &str) {
     for words in [
         "status: done",
         "DataSourceEc2",
-        "by user data on ip-172-31-0-4",
+        "by user data on ip-172-31-15-254",
         "debian L",
         "Found linux image: /boot/vmlinuz-99.0-new",
         "hutch.upgraded",

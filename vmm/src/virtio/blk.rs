@@ -183,7 +183,7 @@ impl Core {
         let mut manners = Manners::default();
         while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
             let _ = active.kick.read();
-            let served = super::drain(&mut active, memory, notify, |chain| {
+            let served = super::drain(&mut active, memory, notify, manners.long(), |chain| {
                 let (mut readable, mut writable) = chain::split(memory, chain)?;
                 let header = readable.take(HEADER).ok_or(ChainError::Short)?;
                 let data = writable.len().checked_sub(1).ok_or(ChainError::Short)?;

@@ -87,7 +87,7 @@ pub trait VirtioDevice: Send {
 }
 
 /// Answers that a driver is told of at once, at most: an interrupt each makes a guest with many requests under way handle
-/// them one by one. It is told of the last in the queue, and of one that took long, at once.
+/// them one by one. It is told of the last in the queue at once, and when the first one it was not told of is so old.
 const TOGETHER: u32 = 16;
 const LONG: Duration = Duration::from_millis(1);
 
@@ -97,7 +97,7 @@ const VISIT: u32 = 4096;
 /// Answers every available chain by `answer`, which returns the number of bytes it wrote, and tells the driver where it
 /// wants to know. Returns how many it answered when the queue is empty and the driver will ring for the next one, or
 /// after many, with the bell rung for the rest. An answer that waits for something tells the driver itself before: it may
-/// wait for those that came earlier.
+/// wait for those that came earlier. `long` is how old an answer may become before the driver is told.
 ///
 /// # Errors
 /// What is wrong with a chain or with the rings themselves.
@@ -105,22 +105,22 @@ fn drain(
     active: &mut ActiveQueue,
     memory: &Memory,
     notify: &dyn Notify,
+    long: Duration,
     mut answer: impl FnMut(DescriptorChain<&Memory>) -> Result<u32, chain::ChainError>,
 ) -> Result<u32, Broken> {
     let queue = &mut active.queue;
-    let (mut answers, mut untold) = (0, 0);
+    let (mut answers, mut untold, mut told) = (0, 0, Instant::now());
     loop {
         queue.disable_notification(memory)?;
         while answers < VISIT
             && let Some(chain) = queue.iter(memory)?.next()
         {
             let head = chain.head_index();
-            let begun = Instant::now();
             let written = answer(chain)?;
             queue.add_used(memory, head, written)?;
             (answers, untold) = (answers + 1, untold + 1);
-            if untold >= TOGETHER || begun.elapsed() >= LONG {
-                untold = 0;
+            if untold >= TOGETHER || told.elapsed() >= long {
+                (untold, told) = (0, Instant::now());
                 if queue.needs_notification(memory)? {
                     notify.used(active.index);
                 }
@@ -186,7 +186,7 @@ mod tests {
         let mut start = kept.0.unwrap();
         let active = &mut start.queues[0];
         driver.offer_writable(0, 1);
-        let answers = drain(active, &start.memory, &*start.notify, |_| {
+        let answers = drain(active, &start.memory, &*start.notify, LONG, |_| {
             driver.offer_again(0, 1);
             let _ = driver.bell(0).read();
             Ok(0)

@@ -350,7 +350,7 @@ impl Port {
     ) -> Result<(), Broken> {
         while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
             let _ = active.kick.read();
-            super::drain(&mut active, memory, notify, |chain| {
+            super::drain(&mut active, memory, notify, super::LONG, |chain| {
                 let (frame, _) = chain::split(memory, chain)?;
                 if frame.len() < HEADER {
                     return Err(ChainError::Short);
@@ -417,7 +417,7 @@ fn serve_control(
 ) {
     while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
         let _ = active.kick.read();
-        let served = super::drain(&mut active, memory, notify, |chain| {
+        let served = super::drain(&mut active, memory, notify, super::LONG, |chain| {
             let (readable, writable) = chain::split(memory, chain)?;
             let mut command = [0; 4];
             let known = readable.read(&mut command) == 4 && command[..2] == [CTRL_MQ, CTRL_MQ_PAIRS_SET];

@@ -53,7 +53,7 @@ impl VirtioDevice for Rng {
 fn serve(mut active: ActiveQueue, memory: &Memory, notify: &dyn Notify, control: &Control) {
     while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
         let _ = active.kick.read();
-        let answered = super::drain(&mut active, memory, notify, |chain| {
+        let answered = super::drain(&mut active, memory, notify, super::LONG, |chain| {
             let (_, mut buffers) = chain::split(memory, chain)?;
             let wanted = buffers.len().min(MOST);
             let mut bytes = vec![0; wanted];

@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::LONG;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -181,6 +182,11 @@ impl Default for Manners {
 }
 
 impl Manners {
+    /// How old an answer may become before the driver is told: who has much under way waits for none in particular.
+    pub fn long(&self) -> Duration {
+        if self.gives_way { 8 * LONG } else { LONG }
+    }
+
     /// Takes note of a visit to the queue, and sets this thread's policy for the next.
     pub fn visited(&mut self, found: u32) {
         self.found = self.found.saturating_add(found);
