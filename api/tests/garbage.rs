@@ -14,8 +14,13 @@ use proptest::prelude::*;
 const ACCOUNT: &str = "000000000001";
 
 fn regions() -> Regions {
-    let settings =
-        Settings { name: "home-1".into(), zones: vec!['a'], types: Table::built_in(), owner: ACCOUNT.into() };
+    let settings = Settings {
+        name: "home-1".into(),
+        zones: vec!['a'],
+        types: Table::built_in(),
+        owner: ACCOUNT.into(),
+        resume: false,
+    };
     let store = Arc::new(Sqlite::memory().expect("a store"));
     let region = Region::new(settings, store, Arc::new(Simulated::memory(Duration::ZERO)));
     region.adopt_templates().expect("templates");

@@ -198,6 +198,17 @@ fn the_local_host() {
         std::thread::sleep(Duration::from_millis(50));
     }
     assert!(matches!(host.machine("i-a").unwrap().unwrap().end, Some(End::Failed(_))));
+    drop(host);
+    // As after the host went down: no process of that boot is there.
+    let boot = found["process"]["boot"].as_str().unwrap();
+    std::fs::write(&record, running.replace(boot, "another")).unwrap();
+    let host = open();
+    let until = Instant::now() + Duration::from_secs(60);
+    while runs(&host, "i-a") != Some((1, false)) {
+        assert!(Instant::now() < until, "its end is not noticed");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(host.machine("i-a").unwrap().unwrap().end, Some(End::HostDown));
     host.forget("i-a").unwrap();
     host.delete_volume("vol-a").unwrap();
 }

@@ -2,10 +2,14 @@
 
 mod common;
 
-use common::{ACCOUNT, OTHER, in_directory, in_memory};
-use hutch_cloud::host::{End, Host};
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{ACCOUNT, OTHER, in_directory, in_memory, settings, world_of};
+use hutch_cloud::host::{End, Host, Simulated};
 use hutch_cloud::model::{Address, Instance, InstanceState, Interface, Peer, Rule, Volume, VolumeState};
-use hutch_cloud::region::{Algorithm, Attribute, DeviceAsk, NewImage, NewVolume};
+use hutch_cloud::region::{Algorithm, Attribute, DeviceAsk, NewImage, NewVolume, Settings};
+use hutch_cloud::store::Sqlite;
 
 fn one(id: &str) -> Vec<String> {
     vec![id.to_owned()]
@@ -66,6 +70,30 @@ fn a_machine_is_told_what_changes_while_it_runs() {
     assert_eq!(told(), [(80, 90)]);
     world.region.revoke(ACCOUNT, group, false, &[rule], &[]).unwrap();
     assert_eq!(told(), []);
+}
+
+#[test]
+fn what_ran_when_the_host_went_down_starts_again_where_that_is_asked_for() {
+    for resume in [false, true] {
+        let host = Arc::new(Simulated::memory(Duration::ZERO));
+        let settings = Settings { resume, ..settings() };
+        let world = world_of(settings, host, Sqlite::memory().unwrap());
+        let _reconciler = world.reconcile();
+        let id = &world.run(1)[0];
+        world.wait(id, InstanceState::Running);
+        world.host.end(id, End::HostDown).unwrap();
+        if resume {
+            let until = std::time::Instant::now() + Duration::from_secs(20);
+            while world.host.starts(id).0 < 2 || world.instance(id).state != InstanceState::Running {
+                assert!(std::time::Instant::now() < until, "it is not started again");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        } else {
+            let stopped = world.wait(id, InstanceState::Stopped);
+            assert!(stopped.reason.unwrap().message.contains("the host went down"));
+            assert_eq!(world.host.starts(id).0, 1);
+        }
+    }
 }
 
 #[test]

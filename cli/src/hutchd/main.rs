@@ -58,6 +58,9 @@ struct Args {
     /// What runs the instances.
     #[arg(long, default_value = "local")]
     host: HostKind,
+    /// Start instances again that ran when the host went down; else they are stopped then.
+    #[arg(long)]
+    resume: bool,
     /// How long starting and stopping takes on the simulated host, in milliseconds.
     #[arg(long, default_value_t = 0)]
     delay: u64,
@@ -148,6 +151,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
             zones: letters.clone(),
             types: Table::built_in(),
             owner: keys.owner().into(),
+            resume: args.resume,
         };
         let region = open(settings, dir.as_deref(), args, runtime.handle())
             .with_context(|| format!("the region {name}"))?;

@@ -69,6 +69,10 @@ impl Service {
     }
 }
 
+fn is_served(action: &str) -> bool {
+    action == "GetCallerIdentity" || ec2::served().any(|name| name == action)
+}
+
 impl Backend for Service {
     fn credential(&self, access_key: &str) -> Option<Credential> {
         self.keys.credential(access_key)
@@ -78,6 +82,9 @@ impl Backend for Service {
         if self.rate.burst == 0.0 {
             return true;
         }
+        // A stranger's names must not make us remember any number of them.
+        let region = if self.regions.contains_key(region) { region } else { "other" };
+        let action = if is_served(action) { action } else { "other" };
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (account.to_owned(), region.to_owned(), action.to_owned());
         let now = Instant::now();
@@ -96,8 +103,8 @@ impl Backend for Service {
     }
 
     fn note(&self, action: &str, code: Option<&str>, took: Duration) {
-        // Only names that are served are counted by name: a stranger must not make us remember any number of them.
-        let known = action == "GetCallerIdentity" || ec2::served().any(|name| name == action);
+        // Likewise, only names that are served are counted by name.
+        let known = is_served(action);
         let key = (
             if known { action } else { "other" }.to_owned(),
             code.filter(|_| known).unwrap_or("").to_owned(),
@@ -137,5 +144,21 @@ impl Backend for Service {
             }
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_strangers_names_fill_no_memory() {
+        let key = "AKID:secret".parse().unwrap();
+        let service =
+            Service::new(Regions::new(), Keys::open(None, Some(key)).unwrap(), "2:1".parse().unwrap());
+        let admitted = (0..1000).filter(|n| service.admit("1", &format!("r{n}"), &format!("A{n}"))).count();
+        assert!(admitted < 100, "{admitted} calls of one account, each of another name");
+        assert!(service.admit("1", "r", "RunInstances"), "what is served has a bucket of its own");
+        assert_eq!(service.buckets.lock().unwrap().len(), 2);
     }
 }

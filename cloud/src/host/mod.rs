@@ -93,6 +93,8 @@ pub enum End {
     PowerOff,
     /// It was stopped from outside.
     Stopped,
+    /// The host went down while it ran.
+    HostDown,
     /// It failed: what a person is told.
     Failed(String),
 }

@@ -54,6 +54,8 @@ pub struct Settings {
     pub types: Table,
     /// The account that owns the images of the host's templates.
     pub owner: String,
+    /// Start instances again that ran when the host went down.
+    pub resume: bool,
 }
 
 /// One region.

@@ -423,7 +423,17 @@ impl Region {
             }
             return Ok(None);
         };
+        if end == End::HostDown && self.settings.resume {
+            tracing::info!(instance = instance.id, "it ran when the host went down: it is started again");
+            self.settle(&instance.id, InstanceState::Running, |_, instance| {
+                instance.state = InstanceState::Pending;
+                instance.run += 1;
+                Ok(())
+            })?;
+            return Ok(None);
+        }
         let (code, why) = match end {
+            End::HostDown => ("Server.InternalError", "the host went down".into()),
             End::PowerOff => ("Client.InstanceInitiatedShutdown", "Instance initiated shutdown".into()),
             End::Stopped => ("Server.InternalError", "it was ended on the host".into()),
             End::Failed(why) => ("Server.InternalError", why),

@@ -20,7 +20,8 @@ pub struct World {
 }
 
 pub fn settings() -> Settings {
-    Settings { name: "home-1".into(), zones: vec!['a', 'b'], types: Table::built_in(), owner: ACCOUNT.into() }
+    let zones = vec!['a', 'b'];
+    Settings { name: "home-1".into(), zones, types: Table::built_in(), owner: ACCOUNT.into(), resume: false }
 }
 
 /// Nothing of it outlives the test.
@@ -36,7 +37,11 @@ pub fn in_directory(dir: &Path) -> World {
 }
 
 fn world(host: Arc<Simulated>, store: Sqlite) -> World {
-    let region = Arc::new(Region::new(settings(), Arc::new(store), host.clone()));
+    world_of(settings(), host, store)
+}
+
+pub fn world_of(settings: Settings, host: Arc<Simulated>, store: Sqlite) -> World {
+    let region = Arc::new(Region::new(settings, Arc::new(store), host.clone()));
     region.adopt_templates().expect("templates");
     World { region, host }
 }

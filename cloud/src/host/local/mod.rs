@@ -248,7 +248,10 @@ impl Shared {
         };
         let id = kept.machine.id.clone();
         let end = end_of(slot.dir.report());
-        if !stopping && (end.is_none() || kept.restart || kept.phase == Phase::Restarting) {
+        let host_went_down = kept.process.as_ref().is_some_and(|process| !process.is_of_this_boot());
+        if host_went_down {
+            kept.end = Some(End::HostDown);
+        } else if !stopping && (end.is_none() || kept.restart || kept.phase == Phase::Restarting) {
             tracing::info!(instance = id, "it reboots");
             (kept.phase, kept.restart) = (Phase::Restarting, false);
             match machine::launch(&mut kept, &slot.dir, &self.volumes, &self.means) {

@@ -34,6 +34,17 @@ pub struct Process {
     fd: OwnedFd,
 }
 
+impl Identity {
+    /// Whether the host has not gone down since the process was started.
+    pub fn is_of_this_boot(&self) -> bool {
+        boot_id().is_ok_and(|boot| boot == self.boot)
+    }
+}
+
+fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
 /// A process that runs and has not been given its input: it does nothing before. Dropped, it reads the end of its input.
 #[derive(Debug)]
 pub struct Waiting {
@@ -150,8 +161,7 @@ fn identify(pid: i32) -> io::Result<Identity> {
     let started =
         stat.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(19)?.parse().ok());
     let started = started.ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))?;
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
-    Ok(Identity { pid, started, boot })
+    Ok(Identity { pid, started, boot: boot_id()? })
 }
 
 #[cfg(test)]
@@ -190,6 +200,7 @@ mod tests {
             Identity { pid: 0, ..own.clone() },
         ] {
             assert!(Process::find(&other).unwrap().is_none(), "{other:?}");
+            assert_eq!(other.is_of_this_boot(), other.boot == own.boot);
         }
         process.end(LONG).unwrap();
     }
