@@ -29,6 +29,8 @@ use hutch_cloud::host::{Host, Simulated};
 use hutch_cloud::region::{Reconciler, Region, Settings};
 use hutch_cloud::store::{Sqlite, Store};
 use hutch_cloud::types::Table;
+use listenfd::ListenFd;
+use sd_notify::NotifyState;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -43,7 +45,8 @@ const LOOK: Duration = Duration::from_secs(10);
 #[derive(Parser)]
 #[command(name = "hutchd", version)]
 struct Args {
-    /// Where clients come: ADDRESS:PORT, or unix:PATH; may be given more than once. Port 0 takes a free one.
+    /// Where clients come: ADDRESS:PORT, or unix:PATH; may be given more than once. Port 0 takes a free one. Sockets that
+    /// systemd hands over are used instead.
     #[arg(long, default_values = ["127.0.0.1:8773"])]
     listen: Vec<Place>,
     /// The directory of all that is kept, or `memory`: nothing is.
@@ -133,6 +136,8 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
+    // Before there are threads: it reads the environment.
+    let handed = ListenFd::from_env();
     let state = (args.state.as_os_str() != "memory").then_some(args.state.as_path());
     let letters: Vec<char> = args.zones.chars().collect();
     if letters.is_empty() || letters.iter().any(|letter| !letter.is_ascii_lowercase()) {
@@ -159,7 +164,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         regions.insert(name.clone(), region);
     }
     let service = Arc::new(Service::new(regions, keys, args.rate));
-    runtime.block_on(attend(args, service))?;
+    runtime.block_on(attend(args, handed, service))?;
     // Calls are over; each reconciler ends its step. Machines run on.
     drop(reconcilers);
     Ok(())
@@ -234,13 +239,42 @@ fn lock(state: &Path) -> anyhow::Result<File> {
     }
 }
 
+/// The sockets that systemd opened for us, if it did.
+fn taken(mut handed: ListenFd) -> anyhow::Result<Vec<Listener>> {
+    let mut listeners = Vec::new();
+    for index in 0..handed.len() {
+        let listener = match handed.take_tcp_listener(index) {
+            Ok(Some(listener)) => {
+                println!("hutchd: listening on http://{}", listener.local_addr()?);
+                listener.set_nonblocking(true)?;
+                Listener::Tcp(tokio::net::TcpListener::from_std(listener)?)
+            }
+            _ => {
+                let listener = handed.take_unix_listener(index)?.context("a socket was handed over twice")?;
+                listener.set_nonblocking(true)?;
+                Listener::Unix(tokio::net::UnixListener::from_std(listener)?)
+            }
+        };
+        listeners.push(listener);
+    }
+    Ok(listeners)
+}
+
+/// Tells systemd, where it wants to know.
+fn tell(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "systemd does not hear us");
+    }
+}
+
 /// Serves until a signal comes.
-async fn attend(args: &Args, service: Arc<Service>) -> anyhow::Result<()> {
+async fn attend(args: &Args, handed: ListenFd, service: Arc<Service>) -> anyhow::Result<()> {
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let mut servers = tokio::task::JoinSet::new();
     let mut sockets = Vec::new();
-    for place in &args.listen {
-        let listener = match place {
+    let mut listeners = taken(handed)?;
+    for place in args.listen.iter().filter(|_| listeners.is_empty()).collect::<Vec<_>>() {
+        listeners.push(match place {
             Place::Tcp(address) => {
                 let listener = tokio::net::TcpListener::bind(address).await;
                 let listener = listener.with_context(|| format!("cannot listen on {address}"))?;
@@ -257,7 +291,9 @@ async fn attend(args: &Args, service: Arc<Service>) -> anyhow::Result<()> {
                 sockets.push(path.clone());
                 Listener::Unix(listener)
             }
-        };
+        });
+    }
+    for listener in listeners {
         let mut stopped = stopped.clone();
         let service = service.clone();
         servers.spawn(serve(listener, service, async move {
@@ -266,10 +302,14 @@ async fn attend(args: &Args, service: Arc<Service>) -> anyhow::Result<()> {
     }
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut look = tokio::time::interval(LOOK);
+    let watched = sd_notify::watchdog_enabled();
+    let mut alive = tokio::time::interval(watched.map_or(LOOK, |limit| limit / 2));
+    tell(&[NotifyState::Ready]);
     loop {
         tokio::select! {
             _ = term.recv() => break,
             _ = int.recv() => break,
+            _ = alive.tick(), if watched.is_some() => tell(&[NotifyState::Watchdog]),
             _ = look.tick() => {
                 let service = service.clone();
                 tokio::task::spawn_blocking(move || service.look_after());
@@ -280,6 +320,7 @@ async fn attend(args: &Args, service: Arc<Service>) -> anyhow::Result<()> {
             }
         }
     }
+    tell(&[NotifyState::Stopping]);
     tracing::info!("ending: calls that run are finished");
     let _ = stop.send(true);
     while servers.join_next().await.is_some() {}
