@@ -240,7 +240,7 @@ class Killed(unittest.TestCase):
         ec2 = daemon.client()
         image = ec2.describe_images()["Images"][0]["ImageId"]
         wanted = {}
-        for _ in range(40):
+        for _ in range(200):
             ec2, pause = daemon.client(read_timeout=20), dice.random() / 5
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 kill = pool.submit(lambda: (time.sleep(pause), daemon.kill()))
