@@ -114,6 +114,9 @@ impl Filters {
         let mut filters = Vec::new();
         for filter in params.list("Filter") {
             let name = filter.required("Name").map_err(|_| Fault::missing("Filter.Name"))?;
+            // EC2 takes the older form, too: `isDefault` for `is-default`; Ansible and Terraform use it.
+            let older = |known: &&str| **known == *name || dotted(known) == name;
+            let name = known.iter().copied().find(older).unwrap_or(name);
             let tag = name.strip_prefix("tag:").filter(|_| known.contains(&"tag:"));
             if tag.is_none() && !known.contains(&name) {
                 let why = format!("The filter '{name}' is invalid");
@@ -173,6 +176,11 @@ fn path(operation: &str, name: &str) -> String {
         };
         name = format!("{to}{rest}");
     }
+    dotted(&name)
+}
+
+/// `a-b.c-d` as `aB.cD`.
+fn dotted(name: &str) -> String {
     name.split('.').map(camel).collect::<Vec<_>>().join(".")
 }
 
