@@ -60,10 +60,10 @@ fn what_a_killed_machine_left_is_taken_out() {
         r#"
         $BOOT --net tap -- /bin/sleep 1000 >$D/guest 2>&1 &
         soon grep -q "user space" $D/guest
-        echo "up: $(nft list table inet hutch | grep -c huac1f0004)"
+        echo "up: $(nft list table inet hutch | grep -c huac1f0ffe)"
         kill -9 $!
-        soon test ! -e /sys/class/net/huac1f0004
-        echo "killed: $(nft list table inet hutch | grep -c huac1f0004)"
+        soon test ! -e /sys/class/net/huac1f0ffe
+        echo "killed: $(nft list table inet hutch | grep -c huac1f0ffe)"
         $HUTCH doctor --repair
         echo "left: $(nft list ruleset | wc -l) $(find /run/hutch -name '*.json' | wc -l)"
         "#,
@@ -80,7 +80,7 @@ fn a_network_may_be_in_a_namespace_of_its_own() {
         mkdir /run/netns
         $BOOT --net tap --netns story -- /bin/sleep 1000 >$D/guest 2>&1 &
         soon grep -q "user space" $D/guest
-        echo "inside: $(ip netns exec story ip -o link | grep -c huac1f0004) outside: $(ip -o link | grep -c hu)"
+        echo "inside: $(ip netns exec story ip -o link | grep -c huac1f0ffe) outside: $(ip -o link | grep -c hu)"
         kill $!; wait $!; echo "ended: $? left: $(ls /run/netns | wc -l)"
         "#,
     );
@@ -115,7 +115,7 @@ END
         "172.31.15.254 <latest/meta-data/local-ipv4>",
         "ip-172-31-15-254.home-1.internal <",
         "refused: HTTP/1.1 400 Bad Request",
-        "02:68:ac:1f:00:04 <with a token>",
+        "02:68:ac:1f:0f:fe <with a token>",
         "left: 0",
     ] {
         assert!(said.contains(word), "{word} is missing: {said}");

@@ -64,8 +64,8 @@ const CASES: &[(&str, &str, &str)] = &[
     ),
     (
         "a tap that another program has",
-        "ip tuntap add huac1f0004 mode tap; $HUTCH boot --kernel $KERNEL --net tap; ip link del huac1f0004; $HUTCH doctor --repair",
-        "the tap huac1f0004 is in use",
+        "ip tuntap add huac1f0ffe mode tap; $HUTCH boot --kernel $KERNEL --net tap; ip link del huac1f0ffe; $HUTCH doctor --repair",
+        "the tap huac1f0ffe is in use",
     ),
     (
         "a port that another program has",
