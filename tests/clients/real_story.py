@@ -3,6 +3,7 @@
 `tests/clients/run real` runs it, by `make stories`. The guest is the micro image; what it does is in STORY below.
 """
 
+import http.client
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import subprocess
 import tempfile
 import time
 import unittest
+import urllib.request
 
 import boto3
 import botocore.config
@@ -89,10 +91,16 @@ class Cloud:
         environment = dict(os.environ, LAB_TIMEOUT="3000", HUTCH_LOG="info")
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
         until = time.monotonic() + ENOUGH
-        while subprocess.run(["curl", "-sf", f"{self.url}/healthz"], capture_output=True).returncode:
+        while not self.healthy():
             if self.process.poll() is not None or time.monotonic() > until:
                 raise AssertionError(f"hutchd does not come up: {self.said()}")
             time.sleep(0.2)
+
+    def healthy(self):
+        try:
+            return urllib.request.urlopen(f"{self.url}/healthz", timeout=10).status == 200
+        except (OSError, http.client.HTTPException):
+            return False
 
     def said(self):
         self.log.seek(0)
