@@ -93,6 +93,8 @@ async fn attend(stream: tokio::net::TcpStream, document: Shared, secret: Arc<Sec
     });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_buf_size(HEAD);
+    // A client that has said all it will, such as `nc`, still hears the answer.
+    http.half_close(true);
     http.serve_connection(TokioIo::new(stream), service).await.map_err(io::Error::other)
 }
 

@@ -181,6 +181,15 @@ fn it_is_served_over_http() {
     let silent = std::net::TcpStream::connect(address).unwrap();
     let text = ask(&format!("GET /{} HTTP/1.1\r\n{close}", "x".repeat(64 << 10)));
     assert!(!text.starts_with("HTTP/1.1 200"), "{text}");
+    // It has said all it will, and waits for the answer.
+    for _ in 0..200 {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        stream.write_all(format!("GET /latest/meta-data/mac HTTP/1.1\r\n{close}").as_bytes()).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut text = String::new();
+        let _ = stream.read_to_string(&mut text);
+        assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+    }
     // What is told may change meanwhile.
     let changed = Metadata { instance_type: "t3.large".into(), ..metadata() };
     *shared.write().unwrap() = Arc::new((&changed).into());
