@@ -1,7 +1,7 @@
 //! The child process `hutch-vmm`, in the foreground: it is watched until it ends and hands back its report.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::process::{Child, Stdio};
 
 use anyhow::Context;
@@ -35,9 +35,8 @@ impl Vmm {
 
     /// Waits for the end and reads the report.
     pub fn wait(mut self) -> anyhow::Result<Report> {
-        let mut text = String::new();
-        (&self.report).take(1 << 20).read_to_string(&mut text)?;
+        let report = launch::report(&self.report);
         let status = self.child.wait()?;
-        serde_json::from_str(&text).with_context(|| format!("hutch-vmm left no report ({status})"))
+        report.with_context(|| format!("hutch-vmm left no report ({status})"))
     }
 }

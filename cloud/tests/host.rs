@@ -199,6 +199,17 @@ fn the_local_host() {
     }
     assert!(matches!(host.machine("i-a").unwrap().unwrap().end, Some(End::Failed(_))));
     drop(host);
+    // Killed between the end of a process and the start of the next, in a reboot: the reboot goes on.
+    std::fs::write(&record, running.replace("\"running\"", "\"restarting\"")).unwrap();
+    let host = open();
+    let until = Instant::now() + Duration::from_secs(120);
+    while host.update(&machine("i-a", 1, &["vol-a"])).is_err() {
+        assert!(Instant::now() < until, "it does not come back from its reboot");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(runs(&host, "i-a"), Some((1, true)));
+    host.stop("i-a", Duration::ZERO).unwrap();
+    drop(host);
     // As after the host went down: no process of that boot is there.
     let boot = found["process"]["boot"].as_str().unwrap();
     std::fs::write(&record, running.replace(boot, "another")).unwrap();

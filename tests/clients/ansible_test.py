@@ -14,7 +14,7 @@ PLAYBOOKS = pathlib.Path(__file__).with_name("ansible")
 class Ansible(Case):
     def play(self, name):
         with tempfile.TemporaryDirectory() as home:
-            environment = dict(os.environ, HUTCH_ENDPOINT=self.daemon.url, ANSIBLE_HOME=home, ANSIBLE_NOCOLOR="1",
+            environment = dict(os.environ, HUTCH_ENDPOINT=self.daemon.url, ANSIBLE_HOME=home, ANSIBLE_NOCOLOR="1", LC_ALL="C.UTF-8",
                                ANSIBLE_LOCALHOST_WARNING="False", ANSIBLE_INVENTORY_UNPARSED_WARNING="False")
             done = subprocess.run(["ansible-playbook", PLAYBOOKS / name], env=environment, capture_output=True, text=True,
                                   timeout=300)

@@ -13,7 +13,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use command_fds::CommandFdExt;
 use hutch_blockdev::Format;
@@ -22,7 +22,22 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::pipe2;
 use serde_json::Value;
 
-use crate::config::{DiskConfig, DiskFormat, FdNumber, LayerConfig};
+use crate::config::{DiskConfig, DiskFormat, FdNumber, LayerConfig, Report};
+
+/// The longest answer at a control socket, in bytes; a console's ring, escaped, is the largest.
+const ANSWER_MAX: usize = 1 << 20;
+/// The longest report, in bytes.
+const REPORT_MAX: u64 = 1 << 20;
+
+/// The report that a machine left in a file or a pipe, read to its end.
+///
+/// # Errors
+/// It cannot be read, or is none.
+pub fn report(from: impl Read) -> io::Result<Report> {
+    let mut text = String::new();
+    from.take(REPORT_MAX).read_to_string(&mut text)?;
+    Ok(serde_json::from_str(&text)?)
+}
 
 /// Why something could not be handed over, or asked.
 #[derive(Debug, thiserror::Error)]
@@ -142,6 +157,32 @@ impl Inherit {
     }
 }
 
+/// A line, or what there is of it when the other side hangs up.
+fn line(reader: &mut BufReader<UnixStream>, until: Instant) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        reader.get_ref().set_read_timeout(Some(left))?;
+        let bytes = match reader.fill_buf() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            bytes => bytes?,
+        };
+        let end = bytes.iter().position(|b| *b == b'\n');
+        let taken = end.map_or(bytes.len(), |end| end + 1);
+        line.extend(bytes.get(..taken).unwrap_or_default());
+        reader.consume(taken);
+        if end.is_some() || taken == 0 {
+            return Ok(line);
+        }
+        if line.len() > ANSWER_MAX {
+            return Err(io::Error::other("its answer does not end"));
+        }
+    }
+}
+
 /// Opens `path`, a regular file, for reading.
 ///
 /// # Errors
@@ -180,7 +221,8 @@ pub fn program() -> io::Result<PathBuf> {
     }
 }
 
-/// Asks the machine behind a control socket, and waits for its answer for at most `limit`.
+/// Asks the machine behind a control socket, and waits for its whole answer for at most `limit`. Whoever broke into a
+/// machine may answer anything: neither the time nor the memory that costs is up to it.
 ///
 /// # Errors
 /// [`LaunchError::Silent`], [`LaunchError::Refused`].
@@ -191,19 +233,66 @@ pub fn ask(
 ) -> Result<(BufReader<UnixStream>, UnixStream, Value)> {
     let silent = |source| LaunchError::Silent { path: socket.into(), source };
     let mut stream = UnixStream::connect(socket).map_err(silent)?;
-    stream.set_read_timeout(Some(limit)).map_err(silent)?;
+    let until = Instant::now() + limit;
     stream.set_write_timeout(Some(limit)).map_err(silent)?;
     let sent = stream.write_all(format!("{request}\n").as_bytes());
-    let mut answer = String::new();
     let mut reader = BufReader::new(stream.try_clone().map_err(silent)?);
+    let answer = line(&mut reader, until).map_err(silent)?;
     // A machine with too many clients says so and hangs up before it has read anything.
-    if reader.read_line(&mut answer).map_err(silent)? == 0 {
+    if answer.is_empty() {
         sent.map_err(silent)?;
     }
-    let answer: Value = serde_json::from_str(&answer).map_err(|e| silent(e.into()))?;
+    let answer: Value = serde_json::from_slice(&answer).map_err(|e| silent(e.into()))?;
+    stream.set_read_timeout(Some(limit)).map_err(silent)?;
     if answer["ok"] != Value::Bool(true) {
         let why = answer["error"].as_str().unwrap_or("the machine refused");
         return Err(LaunchError::Refused(why.into()));
     }
     Ok((reader, stream, answer))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// Asks one that answers with these pieces, some milliseconds apart, for ever.
+    fn answered(piece: &'static [u8], limit: Duration) -> Result<Value> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("control");
+        let listener = UnixListener::bind(&path)?;
+        let machine = std::thread::spawn(move || {
+            let Ok((mut stream, _)) = listener.accept() else { return };
+            while stream.write_all(piece).is_ok() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let answer =
+            ask(&path, &serde_json::json!({ "command": "status" }), limit).map(|(_, _, answer)| answer);
+        machine.join().expect("the machine ends when nobody listens");
+        answer
+    }
+
+    #[test]
+    fn an_answer_without_an_end_costs_neither_time_nor_memory() {
+        let long = Duration::from_secs(100);
+        assert!(answered(b"{\"ok\":true,\"id\":\"i-1\"}\n", long).is_ok_and(|answer| answer["id"] == "i-1"));
+        assert!(
+            matches!(answered(b"{\"ok\":false,\"error\":\"no\"}\n", long), Err(LaunchError::Refused(why)) if why == "no")
+        );
+        // Each piece comes soon after the last, but the whole does not.
+        assert!(matches!(answered(b"x", Duration::from_millis(200)), Err(LaunchError::Silent { .. })));
+        let much: &[u8] = Box::leak(vec![b'x'; 1 << 19].into_boxed_slice());
+        assert!(
+            matches!(answered(much, long), Err(LaunchError::Silent { source, .. }) if source.to_string().contains("does not end"))
+        );
+    }
+
+    #[test]
+    fn a_report_is_read_as_far_as_one_can_be_long() {
+        assert!(report(&b"{\"end\":\"power-off\",\"counters\":{\"exits\":{},\"reboots\":0,\"console_bytes\":0}}\n"[..]).is_ok());
+        assert!(report(&b""[..]).is_err());
+        assert!(report(io::repeat(b' ')).is_err());
+    }
 }

@@ -23,7 +23,7 @@ use base64::prelude::BASE64_STANDARD;
 use hutch_blockdev::{Format, open_layers};
 use hutch_imagestore::boot;
 use hutch_netfw::guest::{self, Address, GuestNet, MTU, NetError, name_servers};
-use hutch_vmm::config::{BootConfig, End as VmmEnd, MachineConfig, NetConfig, Report, RunAs};
+use hutch_vmm::config::{BootConfig, End as VmmEnd, MachineConfig, NetConfig, RunAs};
 use hutch_vmm::launch::{self, Inherit, LaunchError};
 use hutch_vmm::plan::Plan;
 use serde::{Deserialize, Serialize};
@@ -162,8 +162,7 @@ impl Dir {
 
     /// How its process says it ended; `None` when it could not say.
     pub fn report(&self) -> Option<VmmEnd> {
-        let text = fs::read(self.0.join("report.json")).ok()?;
-        serde_json::from_slice::<Report>(&text).ok().map(|report| report.end)
+        launch::report(File::open(self.0.join("report.json")).ok()?).ok().map(|report| report.end)
     }
 }
 

@@ -254,7 +254,11 @@ impl Shared {
         } else if !stopping && (end.is_none() || kept.restart || kept.phase == Phase::Restarting) {
             tracing::info!(instance = id, "it reboots");
             (kept.phase, kept.restart) = (Phase::Restarting, false);
-            match machine::launch(&mut kept, &slot.dir, &self.volumes, &self.means) {
+            // Before the report of its end is gone: whoever finds it later knows that it is to run.
+            let again = slot.dir.write(&kept);
+            let again =
+                again.and_then(|()| machine::launch(&mut kept, &slot.dir, &self.volumes, &self.means));
+            match again {
                 Ok(live) => {
                     let mut state = slot.state();
                     (state.kept, state.live) = (Some(kept), Some(live));
