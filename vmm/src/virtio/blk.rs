@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hutch_blockdev::disk::SECTOR;
 use hutch_blockdev::{Disk, DiskError, DiskErrorKind};
@@ -180,7 +180,7 @@ impl Core {
             notify.used(index);
             control.wait(&[], Some(RETRY)) == Wake::Stop
         };
-        let mut manners = Manners::default();
+        let mut manners = Manners::new(Instant::now());
         while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
             let _ = active.kick.read();
             let served = super::drain(&mut active, memory, notify, manners.long(), |chain| {
@@ -195,7 +195,7 @@ impl Core {
                 Ok(if status == S_OK { into.len() as u32 + 1 } else { 1 })
             });
             match served {
-                Ok(found) => manners.visited(found),
+                Ok(found) => manners.visited(found, Instant::now()),
                 Err(e) => return notify.needs_reset(&e.to_string()),
             }
         }

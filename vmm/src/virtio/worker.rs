@@ -162,40 +162,52 @@ impl Control {
 #[derive(Debug)]
 pub struct Manners {
     gives_way: bool,
-    /// Visits until it is thought over.
+    /// Visits until a trial is thought over.
     left: u32,
-    /// What was found since then.
+    /// What was found since it began.
     found: u32,
+    /// When it began, or when the last one ended.
+    since: Instant,
+    /// How long to wait for the next one.
+    rest: Duration,
 }
 
 /// So many requests a visit are worth waiting for.
 const DEEP: u32 = 4;
 /// Visits of a trial: the first ones find less, as the scheduler owes time to a thread that slept much.
 const TRIAL: u32 = 16;
-/// Visits between two trials.
-const PAUSE: u32 = 1000;
-
-impl Default for Manners {
-    fn default() -> Manners {
-        Manners { gives_way: false, left: PAUSE, found: 0 }
-    }
-}
+/// Between two trials: at least so long, and so many times what the last one took.
+const REST: Duration = Duration::from_millis(50);
+const RESTS: u32 = 15;
 
 impl Manners {
+    /// Does not give way; the first trial is a rest away from `now`.
+    pub fn new(now: Instant) -> Manners {
+        Manners { gives_way: false, left: 0, found: 0, since: now, rest: REST }
+    }
+
     /// How old an answer may become before the driver is told: who has much under way waits for none in particular.
     pub fn long(&self) -> Duration {
         if self.gives_way { 8 * LONG } else { LONG }
     }
 
-    /// Takes note of a visit to the queue, and sets this thread's policy for the next.
-    pub fn visited(&mut self, found: u32) {
-        self.found = self.found.saturating_add(found);
-        self.left = self.left.saturating_sub(1);
-        if self.left > 0 {
+    /// Takes note of a visit to the queue that ended `now`, and sets this thread's policy for the next.
+    pub fn visited(&mut self, found: u32, now: Instant) {
+        let past = now.saturating_duration_since(self.since);
+        let gives_way = if self.gives_way {
+            self.found = self.found.saturating_add(found);
+            self.left = self.left.saturating_sub(1);
+            if self.left > 0 {
+                return;
+            }
+            self.found >= DEEP * TRIAL
+        } else if past >= self.rest {
+            true
+        } else {
             return;
-        }
-        let gives_way = !self.gives_way || self.found >= DEEP * TRIAL;
-        *self = Manners { gives_way, left: if gives_way { TRIAL } else { PAUSE }, found: 0 };
+        };
+        let rest = if gives_way { self.rest } else { REST.max(RESTS * past) };
+        *self = Manners { gives_way, left: TRIAL, found: 0, since: now, rest };
         give_way(gives_way);
     }
 }
@@ -248,16 +260,22 @@ mod tests {
     fn who_finds_many_requests_gives_way_and_tries_now_and_then() {
         // SAFETY: it takes a number and changes nothing; 0 is this thread.
         let policy = || unsafe { libc::sched_getscheduler(0) };
-        let visits = |manners: &mut Manners, times, found| {
-            (0..times).for_each(|_| manners.visited(found));
+        let start = Instant::now();
+        let mut manners = Manners::new(start);
+        let mut visits = |times, found, at: u64| {
+            (0..times).for_each(|_| manners.visited(found, start + Duration::from_millis(at)));
             policy()
         };
-        let mut manners = Manners::default();
-        assert_eq!(visits(&mut manners, PAUSE - 1, 100), libc::SCHED_OTHER);
-        assert_eq!(visits(&mut manners, 1, 1), libc::SCHED_BATCH, "tried");
-        assert_eq!(visits(&mut manners, TRIAL * 5, DEEP), libc::SCHED_BATCH, "worth it");
-        assert_eq!(visits(&mut manners, TRIAL, DEEP - 1), libc::SCHED_OTHER);
-        assert_eq!(visits(&mut manners, PAUSE - 1, 100), libc::SCHED_OTHER, "it says nothing in this way");
+        assert_eq!(visits(1000, 100, 49), libc::SCHED_OTHER);
+        assert_eq!(visits(1, 1, 50), libc::SCHED_BATCH, "tried");
+        assert_eq!(visits(TRIAL * 5, DEEP, 80), libc::SCHED_BATCH, "worth it");
+        assert_eq!(visits(TRIAL, DEEP - 1, 100), libc::SCHED_OTHER);
+        assert_eq!(
+            visits(1000, 100, 100 + 15 * 20 - 1),
+            libc::SCHED_OTHER,
+            "a trial is a small part of the time"
+        );
+        assert_eq!(visits(1, 100, 100 + 15 * 20), libc::SCHED_BATCH);
     }
 
     #[test]
