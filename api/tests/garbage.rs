@@ -39,17 +39,14 @@ fn call(action: &str, params: Params) -> Call {
     }
 }
 
-/// Names that operations know, in any combination, and some that none knows.
-fn name() -> impl Strategy<Value = String> {
-    let known: Vec<&'static str> = include_str!("../src/query/operations.txt")
-        .split(|c: char| !c.is_ascii_alphanumeric())
-        .filter(|word| word.starts_with(|c: char| c.is_ascii_uppercase()))
-        .collect();
-    let part = prop_oneof![
-        6 => proptest::sample::select(known),
-        3 => proptest::sample::select(vec!["1", "2", "0", "10000", "-1", "x"]),
-    ];
-    proptest::collection::vec(part, 1..5).prop_map(|parts| parts.join("."))
+/// An operation, and names of its parameters, with some that it does not have.
+fn names() -> impl Strategy<Value = (&'static str, Vec<String>)> {
+    let action = proptest::sample::select(served().collect::<Vec<_>>());
+    action.prop_flat_map(|action| {
+        let own = [hutch_api::query::table::names(action), vec!["Nothing.1".into()]].concat();
+        let own = proptest::sample::select(own);
+        (Just(action), proptest::collection::vec(own, 0..12))
+    })
 }
 
 fn text() -> impl Strategy<Value = String> {
@@ -77,17 +74,17 @@ fn text() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
 
     #[test]
     fn garbage_changes_nothing(
-        action in proptest::sample::select(served().collect::<Vec<_>>()),
-        given in proptest::collection::vec((name(), text()), 0..12),
+        (action, names) in names(),
+        texts in proptest::collection::vec(text(), 12),
     ) {
         let regions = regions();
         let store = regions["home-1"].store().clone();
         let escape = |text: &str| text.bytes().map(|byte| format!("%{byte:02x}")).collect::<String>();
-        let form: Vec<_> = given.iter().map(|(name, value)| format!("{name}={}", escape(value))).collect();
+        let form: Vec<_> = names.iter().zip(&texts).map(|(name, value)| format!("{name}={}", escape(value))).collect();
         if let Ok(params) = Params::parse(&form.join("&")) {
             let before = store.revision().unwrap();
             if let Err(fault) = serve(&regions, &call(action, params)) {
@@ -112,6 +109,9 @@ fn each_operation_answers_an_empty_call() {
         }
     }
     assert!(answered >= 30, "{answered}");
+    let unknown = Params::parse("Nothing=1").unwrap();
+    let fault = serve(&regions, &call("DescribeInstances", unknown)).unwrap_err();
+    assert_eq!(fault.code, "UnknownParameter");
     let fault = serve(&regions, &call("NoSuchThing", Params::default())).unwrap_err();
     assert_eq!(fault.code, "InvalidAction");
 }

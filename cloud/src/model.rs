@@ -36,6 +36,7 @@ macro_rules! record {
 record! {
     Instance "instance", Image "image", Volume "volume", Snapshot "snapshot", Interface "interface", Vpc "vpc",
     Subnet "subnet", Group "group", KeyPair "key", Address "address", Token "token", Name "name",
+    LaunchTemplate "launch-template", LaunchTemplateVersion "launch-template-version",
 }
 
 /// Where an instance is in its life.
@@ -485,6 +486,40 @@ pub struct KeyPair {
     pub created: Timestamp,
     /// Its tags.
     pub tags: Tags,
+}
+
+/// A launch template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaunchTemplate {
+    /// Its id.
+    pub id: String,
+    /// Whose it is.
+    pub account: String,
+    /// Its name.
+    pub name: String,
+    /// When it was made.
+    pub created: Timestamp,
+    /// The version that is used where none is named.
+    pub default_version: u64,
+    /// The number of the newest version, which is never given again.
+    pub latest_version: u64,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// A version of a launch template; it never changes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaunchTemplateVersion {
+    /// `TEMPLATE/VERSION`, so that they are in order.
+    pub id: String,
+    /// Its number, from 1.
+    pub version: u64,
+    /// When it was made.
+    pub created: Timestamp,
+    /// What its owner says of it.
+    pub description: String,
+    /// Parameters of RunInstances, by their flat names.
+    pub data: BTreeMap<String, String>,
 }
 
 /// An address of a subnet that is in use.

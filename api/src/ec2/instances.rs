@@ -70,7 +70,7 @@ pub(super) fn state(state: InstanceState) -> Node {
     node! { "code": state.code(), "name": state.name() }
 }
 
-fn metadata_options(options: &MetadataOptions, settled: bool) -> Node {
+pub(super) fn metadata_options(options: &MetadataOptions, settled: bool) -> Node {
     let switch = |on| if on { "enabled" } else { "disabled" };
     node! {
         "state": if settled { "applied" } else { "pending" },
@@ -212,7 +212,7 @@ fn set_metadata(p: &Params, options: &mut MetadataOptions) -> Result<(), Fault> 
 /// What would mean something to whoever asks for it is refused, not overlooked.
 fn refuse_what_is_to_come(p: &Params) -> Result<(), Fault> {
     let named =
-        ["LaunchTemplate", "KernelId", "RamdiskId", "IamInstanceProfile", "Ipv6AddressCount", "Ipv6Address"];
+        ["KernelId", "RamdiskId", "RamDiskId", "IamInstanceProfile", "Ipv6AddressCount", "Ipv6Address"];
     let truth = ["HibernationOptions.Configured", "EnclaveOptions.Enabled"];
     let named = named.into_iter().find(|name| p.sub(name).is_some());
     let on = truth.into_iter().find(|name| matches!(p.str(name), Some("true" | "1")));
@@ -227,7 +227,9 @@ fn refuse_what_is_to_come(p: &Params) -> Result<(), Fault> {
     }
 }
 
-fn run(c: &Context<'_>) -> Answer {
+fn run(asked: &Context<'_>) -> Answer {
+    let (params, template) = super::launch_templates::merged(asked)?;
+    let c = &Context { params: &params, ..*asked };
     let p = c.params;
     let count = |name: &str| -> Result<u32, Fault> {
         let n = p.int(name)?.ok_or_else(|| Fault::missing(name))?;
@@ -294,7 +296,8 @@ fn run(c: &Context<'_>) -> Answer {
         metadata,
         tags: c.tag_specifications()?,
         client_token: owned("ClientToken"),
-        request: c.digest(),
+        request: asked.digest(),
+        template,
     };
     if launch.client_token.as_ref().is_some_and(|token| token.len() > 64 || !token.is_ascii()) {
         return Err(Fault::value("clientToken", "…", "It has at most 64 ASCII characters."));

@@ -1,7 +1,7 @@
 //! EC2's operations: a call's parameters become a verb of `cloud`, and what that gives becomes an answer.
 //!
 //! ```text
-//!   Call ─► OPERATIONS (by name) ─► instances, images, volumes, groups, keys, network, places, tags ─► Node
+//!   Call ─► OPERATIONS (by name) ─► instances, launch_templates, images, volumes, groups, keys, network, places, tags ─► Node
 //!                                        └── filters: what the answer would say decides
 //! ```
 
@@ -10,6 +10,7 @@ mod groups;
 mod images;
 mod instances;
 mod keys;
+mod launch_templates;
 mod network;
 mod places;
 mod tags;
@@ -24,7 +25,7 @@ use hutch_cloud::region::Region;
 use jiff::Timestamp;
 
 use crate::node;
-use crate::query::{Call, Fault, Node, Params};
+use crate::query::{Call, Fault, Node, Params, table};
 use filters::Filters;
 
 /// What an operation gives.
@@ -46,6 +47,7 @@ pub type Regions = BTreeMap<String, Arc<Region>>;
 /// The operations that are served, by name.
 static OPERATIONS: &[&[(&str, Operation)]] = &[
     instances::OPERATIONS,
+    launch_templates::OPERATIONS,
     images::OPERATIONS,
     volumes::OPERATIONS,
     groups::OPERATIONS,
@@ -72,12 +74,6 @@ const LATER: &[&str] = &[
     "RequestSpotInstances",
     "CancelSpotInstanceRequests",
     "PurchaseReservedInstancesOffering",
-    "CreateLaunchTemplate",
-    "CreateLaunchTemplateVersion",
-    "DeleteLaunchTemplate",
-    "DeleteLaunchTemplateVersions",
-    "ModifyLaunchTemplate",
-    "GetLaunchTemplateData",
     "GetConsoleScreenshot",
     "GetInstanceUefiData",
     "CreateVpc",
@@ -128,6 +124,7 @@ fn ec2(regions: &Regions, call: &Call) -> Answer {
         let known = regions.keys().cloned().collect::<Vec<_>>().join(", ");
         Fault::new("AuthFailure", format!("There is no region {}; there are: {known}", call.region))
     })?;
+    table::check(action, &call.params)?;
     if call.params.boolean("DryRun")? == Some(true) {
         return Err(Fault::new("DryRunOperation", "Request would have succeeded, but DryRun flag is set."));
     }

@@ -17,8 +17,6 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     ("DescribeSpotPriceHistory", |c| c.describe("spotPriceHistorySet", vec![], &[])),
     ("DescribeReservedInstances", |c| c.describe("reservedInstancesSet", vec![], &[])),
     ("DescribeReservedInstancesOfferings", |c| c.describe("reservedInstancesOfferingsSet", vec![], &[])),
-    ("DescribeLaunchTemplates", launch_templates),
-    ("DescribeLaunchTemplateVersions", |c| c.describe("launchTemplateVersionSet", vec![], &[])),
     ("GetInstanceMetadataDefaults", |_| Ok(node! { "accountLevel": Node::empty() })),
 ];
 
@@ -164,16 +162,4 @@ fn account_attributes(c: &Context<'_>) -> Answer {
         node! { "attributeName": name, "attributeValueSet": values }
     });
     Ok(node! { "accountAttributeSet": set })
-}
-
-fn launch_templates(c: &Context<'_>) -> Answer {
-    if let Some(id) = c.ids("LaunchTemplateId").first() {
-        let why = format!("The specified launch template, with template ID {id}, does not exist.");
-        return Err(Fault::new("InvalidLaunchTemplateId.NotFound", why));
-    }
-    if let Some(name) = c.ids("LaunchTemplateName").first() {
-        let why = format!("The specified launch template, with template name {name}, does not exist.");
-        return Err(Fault::new("InvalidLaunchTemplateName.NotFoundException", why));
-    }
-    c.describe("launchTemplates", vec![], &[])
 }

@@ -64,6 +64,14 @@ impl Params {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             pairs.push((decode(name)?, decode(value)?));
         }
+        Params::of(pairs)
+    }
+
+    /// The tree of these names and values.
+    ///
+    /// # Errors
+    /// `MalformedQueryString`.
+    pub fn of(mut pairs: Vec<(String, String)>) -> Result<Params, Fault> {
         // In the order of the tree: each goes to the end of what is there, a value before what is below it.
         pairs.sort_by(|(a, _), (b, _)| a.split('.').cmp(b.split('.')));
         let (mut root, mut nodes) = (Params::default(), 0);
@@ -176,6 +184,29 @@ impl Params {
     /// The texts of a list.
     pub fn strings(&self, name: &str) -> Vec<String> {
         self.list(name).into_iter().filter_map(|item| item.text.clone()).collect()
+    }
+
+    /// All values below, by their flat names.
+    pub fn flat(&self) -> Vec<(String, String)> {
+        fn walk(at: &Params, name: &str, all: &mut Vec<(String, String)>) {
+            all.extend(at.text.iter().map(|text| (name.to_owned(), text.clone())));
+            for (part, below) in &at.below {
+                let whole = if name.is_empty() { part.clone() } else { format!("{name}.{part}") };
+                walk(below, &whole, all);
+            }
+        }
+        let mut all = Vec::new();
+        walk(self, "", &mut all);
+        all
+    }
+
+    /// What is here, and of `base` what has another name right below.
+    pub fn over(&self, base: &Params) -> Params {
+        let mut whole = self.clone();
+        let more = base.below.iter().filter(|(name, _)| self.child(name).is_none());
+        whole.below.extend(more.cloned());
+        whole.below.sort_by(|(a, _), (b, _)| a.cmp(b));
+        whole
     }
 
     /// The names right below.

@@ -82,6 +82,24 @@ pub fn check(action: &str, params: &Params) -> Result<(), Fault> {
     structure("", known, params, &["Action", "Version"])
 }
 
+/// The flat names of all parameters of an operation, each list with one member.
+pub fn names(action: &str) -> Vec<String> {
+    fn walk(path: &str, kind: &Kind, all: &mut Vec<String>) {
+        match kind {
+            Kind::List(item) => walk(&format!("{path}.1"), item, all),
+            Kind::Structure(members) => {
+                members.iter().for_each(|(name, (kind, _))| walk(&format!("{path}.{name}"), kind, all));
+            }
+            _ => all.push(path.to_owned()),
+        }
+    }
+    let mut all = Vec::new();
+    for (name, (kind, _)) in TABLE.get(action).into_iter().flatten() {
+        walk(name, kind, &mut all);
+    }
+    all
+}
+
 fn structure(path: &str, known: &Members, given: &Params, more: &[&str]) -> Result<(), Fault> {
     let whole = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
     for (name, below) in given.names().filter(|(name, _)| !more.contains(name)) {

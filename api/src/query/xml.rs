@@ -1,5 +1,6 @@
 //! Answers: a tree of named texts and lists, as the XML that clients read.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 
 /// A part of an answer.
@@ -10,7 +11,7 @@ pub enum Node {
     /// `<item>`s.
     List(Vec<Node>),
     /// Members by name.
-    Map(Vec<(&'static str, Node)>),
+    Map(Vec<(Cow<'static, str>, Node)>),
 }
 
 impl Node {
@@ -21,9 +22,9 @@ impl Node {
 
     /// With one member more.
     #[must_use]
-    pub fn with(self, name: &'static str, value: impl IntoNode) -> Node {
+    pub fn with(self, name: impl Into<Cow<'static, str>>, value: impl IntoNode) -> Node {
         let Node::Map(mut members) = self else { return self };
-        members.extend(value.into_node().map(|node| (name, node)));
+        members.extend(value.into_node().map(|node| (name.into(), node)));
         Node::Map(members)
     }
 
@@ -106,8 +107,8 @@ text!(&str, &String, String, bool, u8, u16, u32, u64, i64, usize, f64, std::net:
 #[macro_export]
 macro_rules! node {
     ($($name:literal: $value:expr),* $(,)?) => {{
-        let mut members: Vec<(&'static str, $crate::query::Node)> = Vec::new();
-        $(members.extend($crate::query::xml::IntoNode::into_node($value).map(|node| ($name, node)));)*
+        let mut members: Vec<(std::borrow::Cow<'static, str>, $crate::query::Node)> = Vec::new();
+        $(members.extend($crate::query::xml::IntoNode::into_node($value).map(|node| ($name.into(), node)));)*
         $crate::query::Node::Map(members)
     }};
 }
@@ -123,7 +124,7 @@ mod tests {
         let text = any::<String>().prop_map(Node::Text);
         text.prop_recursive(4, 40, 5, |inner| {
             let list = proptest::collection::vec(inner.clone(), 1..5).prop_map(Node::List);
-            let member = (proptest::sample::select(&NAMES[..]), inner);
+            let member = (proptest::sample::select(&NAMES[..]).prop_map(Cow::from), inner);
             prop_oneof![list, proptest::collection::vec(member, 1..5).prop_map(Node::Map)]
         })
     }

@@ -72,6 +72,8 @@ pub struct Launch {
     pub client_token: Option<String>,
     /// A digest of the request.
     pub request: String,
+    /// The launch template it came from, and its version.
+    pub template: Option<(String, u64)>,
 }
 
 /// A block device mapping as it is asked for.
@@ -224,7 +226,7 @@ impl Region {
                 monitoring: launch.monitoring,
                 metadata: launch.metadata.clone(),
                 uuid: format!("ec2{}", uuid::Uuid::new_v4().to_string().get(3..).unwrap_or_default()),
-                tags: tags_of(launch, "instance"),
+                tags: instance_tags(launch),
             };
             work.put(&instance)?;
             made.push(instance);
@@ -409,6 +411,16 @@ fn check(region: &Region, launch: &Launch) -> Result<()> {
         return Err(Fault::new("InvalidParameterValue", why));
     }
     launch.tags.values().try_for_each(tags::check)
+}
+
+/// An instance's tags: those asked for, and EC2's own of its launch template.
+fn instance_tags(launch: &Launch) -> Tags {
+    let mut tags = tags_of(launch, "instance");
+    if let Some((id, version)) = &launch.template {
+        tags.insert("aws:ec2launchtemplate:id".into(), id.clone());
+        tags.insert("aws:ec2launchtemplate:version".into(), version.to_string());
+    }
+    tags
 }
 
 fn tags_of(launch: &Launch, kind: &str) -> Tags {

@@ -8,6 +8,7 @@
 //! | file | nouns |
 //! |---|---|
 //! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
+//! | launch_templates.rs | requests to launch, kept |
 //! | images.rs, volumes.rs, keys.rs | images and snapshots; volumes; key pairs |
 //! | network.rs, groups.rs, tags.rs | what each account begins with, addresses; security groups; tags |
 
@@ -16,6 +17,7 @@ mod images;
 mod instances;
 mod keys;
 mod launch;
+mod launch_templates;
 pub mod metadata;
 mod network;
 mod reconcile;
@@ -39,6 +41,7 @@ pub use images::NewImage;
 pub use instances::{Attribute, Change};
 pub use keys::{Algorithm, NewKey};
 pub use launch::{DeviceAsk, Launch};
+pub use launch_templates::{Data as TemplateData, NewTemplate, TemplateName};
 pub use reconcile::Reconciler;
 pub use volumes::NewVolume;
 pub use work::Work;

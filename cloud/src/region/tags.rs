@@ -1,7 +1,9 @@
 //! Tags, on whatever has an id.
 
 use crate::fault::{Fault, Result};
-use crate::model::{Group, Image, Instance, Interface, KeyPair, Record, Snapshot, Subnet, Tags, Volume, Vpc};
+use crate::model::{
+    Group, Image, Instance, Interface, KeyPair, LaunchTemplate, Record, Snapshot, Subnet, Tags, Volume, Vpc,
+};
 
 use super::{Region, Work};
 
@@ -52,6 +54,7 @@ tagged! {
     Vpc "vpc" "vpc" "InvalidVpcID",
     Subnet "subnet" "subnet" "InvalidSubnetID",
     Group "security-group" "sg" "InvalidGroup",
+    LaunchTemplate "launch-template" "lt" "InvalidLaunchTemplateId",
 }
 
 /// Whether these can be somebody's tags.
@@ -66,14 +69,23 @@ pub fn check(tags: &Tags) -> Result<()> {
         if value.chars().count() > 256 {
             return Err(Fault::value("Tag.Value", value, "A tag's value has at most 256 characters."));
         }
-        if key.to_ascii_lowercase().starts_with("aws:") {
+        if is_reserved(key) {
             return Err(Fault::new(
                 "InvalidParameterValue",
                 format!("Tag keys starting with 'aws:' are reserved for internal use: {key}"),
             ));
         }
     }
-    match tags.len() > MAX_TAGS {
+    limit(tags)
+}
+
+/// EC2's own tags: nobody gives or takes them, and they do not count.
+fn is_reserved(key: &str) -> bool {
+    key.get(..4).is_some_and(|start| start.eq_ignore_ascii_case("aws:"))
+}
+
+fn limit(tags: &Tags) -> Result<()> {
+    match tags.keys().filter(|key| !is_reserved(key)).count() > MAX_TAGS {
         true => Err(Fault::new("TagLimitExceeded", format!("A resource has at most {MAX_TAGS} tags"))),
         false => Ok(()),
     }
@@ -127,9 +139,9 @@ impl Region {
     ) -> Result<()> {
         self.tag(account, ids, &|have| {
             if tags.is_empty() {
-                have.clear();
+                have.retain(|key, _| is_reserved(key));
             }
-            for (key, value) in tags {
+            for (key, value) in tags.iter().filter(|(key, _)| !is_reserved(key)) {
                 if value.as_ref().is_none_or(|value| have.get(key) == Some(value)) {
                     have.remove(key);
                 }
@@ -146,7 +158,7 @@ impl Region {
         ) -> Result<()> {
             let mut record: T = own(work, account, id)?;
             change(record.tags_mut());
-            check(record.tags())?;
+            limit(record.tags())?;
             work.put(&record)
         }
         self.transact(|work| {
@@ -160,13 +172,14 @@ impl Region {
                     "vpc" => one::<Vpc>(work, account, id, change),
                     "subnet" => one::<Subnet>(work, account, id, change),
                     "sg" => one::<Group>(work, account, id, change),
+                    "lt" => one::<LaunchTemplate>(work, account, id, change),
                     "key" => {
                         let keys = work.all::<KeyPair>(&format!("{account}/"))?;
                         let key = keys.into_iter().find(|key| key.key_id == *id);
                         let key = key.ok_or_else(|| Fault::not_found("InvalidKeyPair", "key pair", id))?;
                         let mut key = work.get::<KeyPair>(&key.id)?.unwrap_or(key);
                         change(&mut key.tags);
-                        check(&key.tags)?;
+                        limit(&key.tags)?;
                         work.put(&key)
                     }
                     _ => Err(Fault::new("InvalidID", format!("The ID '{id}' is not valid"))),
@@ -201,6 +214,7 @@ impl Region {
         of::<Vpc>(self, account, &mut all)?;
         of::<Subnet>(self, account, &mut all)?;
         of::<Group>(self, account, &mut all)?;
+        of::<LaunchTemplate>(self, account, &mut all)?;
         for key in self.all_of::<KeyPair>(&format!("{account}/"))? {
             all.extend(key.tags.iter().map(|(name, value)| Tag {
                 kind: "key-pair",
