@@ -310,6 +310,15 @@ pub struct Snapshot {
     pub description: String,
     /// What a volume of it begins with.
     pub source: Source,
+    /// What it is a copy of, rather than of its volume.
+    #[serde(default)]
+    pub copy_of: Option<Copied>,
+    /// Every account may make volumes of it.
+    #[serde(default)]
+    pub public: bool,
+    /// These accounts may.
+    #[serde(default)]
+    pub shared: Vec<String>,
     /// It is complete.
     pub complete: bool,
     /// Why it could not be made.
@@ -318,6 +327,23 @@ pub struct Snapshot {
     pub deleting: bool,
     /// Its tags.
     pub tags: Tags,
+}
+
+impl Snapshot {
+    /// Whether an account may read it. A template's is the host's, for everyone.
+    pub fn readable(&self, account: &str) -> bool {
+        let template = matches!(self.source, Source::Template(_));
+        self.account == account || self.public || template || self.shared.iter().any(|have| have == account)
+    }
+}
+
+/// What a copy is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Copied {
+    /// The region it is in.
+    pub region: String,
+    /// What holds the bytes there.
+    pub source: Source,
 }
 
 /// A network interface.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use hutch_cloud::host::local::{Local, Means, MetadataService, Served};
-use hutch_cloud::host::{End, Host, HostError, Interface, Machine, Simulated, Source};
+use hutch_cloud::host::{Content, End, Host, HostError, Interface, Machine, Simulated, Source};
 use hutch_cloud::metadata::Metadata;
 use hutch_imagestore::store::Store;
 
@@ -94,6 +94,22 @@ fn suite(open: Open<'_>, outlives: bool) {
 
     // What is not needed goes; what was made of it stays.
     host.create_volume("vol-d", template.size.max(GIB), &Source::Snapshot("snap-a".into())).unwrap();
+    for source in [Source::Snapshot("snap-a".into()), source] {
+        let content = host.content(&source).unwrap();
+        let size = match &content {
+            Content::Bytes(bytes) => *bytes,
+            Content::File(path) => std::fs::metadata(path).unwrap().len(),
+        };
+        assert!(size >= template.size, "{content:?}");
+        for _ in 0..2 {
+            host.copy_snapshot("snap-copy", &content).unwrap();
+        }
+        // It needs what it was copied of no more than a volume does.
+        host.create_volume("vol-e", GIB, &Source::Snapshot("snap-copy".into())).unwrap();
+        host.delete_snapshot("snap-copy").unwrap();
+        host.delete_volume("vol-e").unwrap();
+    }
+    assert!(matches!(host.content(&Source::Snapshot("snap-copy".into())), Err(HostError::Missing(_))));
     for _ in 0..2 {
         host.forget("i-a").unwrap();
         host.delete_snapshot("snap-a").unwrap();

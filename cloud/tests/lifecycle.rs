@@ -7,8 +7,12 @@ use std::time::Duration;
 
 use common::{ACCOUNT, OTHER, in_directory, in_memory, settings, world_of};
 use hutch_cloud::host::{End, Host, Simulated};
-use hutch_cloud::model::{Address, Instance, InstanceState, Interface, Peer, Rule, Volume, VolumeState};
-use hutch_cloud::region::{Algorithm, Attribute, DeviceAsk, NewImage, NewVolume, Settings};
+use hutch_cloud::model::{
+    Address, Image, Instance, InstanceState, Interface, Peer, Rule, Volume, VolumeState,
+};
+use hutch_cloud::region::{
+    Algorithm, Attribute, DeviceAsk, ImageCopy, NewImage, NewVolume, Settings, SnapshotCopy,
+};
 use hutch_cloud::store::Sqlite;
 
 fn one(id: &str) -> Vec<String> {
@@ -368,6 +372,54 @@ fn an_image_of_an_instance_is_launched_again() {
     world.region.delete_snapshot(ACCOUNT, &snapshot).unwrap();
     assert!(reconciler.quiet(std::time::Duration::from_secs(20)));
     assert_eq!(world.instance(&again.id).state, InstanceState::Running, "instances outlive their image");
+}
+
+#[test]
+fn copies_are_for_whom_their_originals_are() {
+    let world = in_memory();
+    let region = &world.region;
+    let reconciler = world.reconcile();
+    let quiet = || assert!(reconciler.quiet(std::time::Duration::from_secs(20)));
+    let id = world.run(1)[0].clone();
+    let instance = world.wait(&id, InstanceState::Running);
+    let new = NewImage { instance: id, name: "mine".into(), ..NewImage::default() };
+    let image = region.create_image(ACCOUNT, &new).unwrap();
+    let copy = |name: &str| ImageCopy { image: image.clone(), name: name.into(), ..ImageCopy::default() };
+    quiet();
+    // Who may launch an image may copy it where its snapshot is shared too.
+    assert_eq!(region.copy_image(OTHER, region, &copy("first")).unwrap_err().code, "InvalidAMIID.NotFound");
+    let share = |image: &mut Image| {
+        image.launch.push(OTHER.into());
+        Ok(())
+    };
+    region.modify_image(ACCOUNT, &image, share).unwrap();
+    assert_eq!(region.copy_image(OTHER, region, &copy("first")).unwrap_err().code, "InvalidRequest");
+    let snapshot = region.get::<Image>(&image).unwrap().unwrap().devices[0].snapshot.clone().unwrap();
+    let alone = SnapshotCopy { snapshot: snapshot.clone(), ..SnapshotCopy::default() };
+    assert_eq!(region.copy_snapshot(OTHER, region, &alone).unwrap_err().code, "InvalidSnapshot.NotFound");
+    region.modify_snapshot(ACCOUNT, &snapshot, |snapshot| snapshot.shared.push(OTHER.into())).unwrap();
+    let theirs = region.copy_image(OTHER, region, &copy("first")).unwrap();
+    region.copy_snapshot(OTHER, region, &alone).unwrap();
+    let same = ImageCopy { client_token: Some("t".into()), ..copy("second") };
+    let again = region.copy_image(OTHER, region, &same).unwrap();
+    assert_eq!(region.copy_image(OTHER, region, &same).unwrap(), again);
+    assert_eq!(
+        region.copy_image(OTHER, region, &copy("first")).unwrap_err().code,
+        "InvalidAMIName.Duplicate"
+    );
+    quiet();
+    // It is its owner's alone, and needs nothing of the original.
+    region.deregister_image(ACCOUNT, &image).unwrap();
+    region.delete_snapshot(ACCOUNT, &snapshot).unwrap();
+    quiet();
+    let copied = region.get::<Image>(&theirs).unwrap().unwrap();
+    assert_eq!((copied.account.as_str(), copied.launch.len(), copied.failed), (OTHER, 0, None));
+    let mut launch = world.launch(1);
+    launch.image = theirs;
+    assert_eq!(region.run_instances(ACCOUNT, &launch).unwrap_err().code, "InvalidAMIID.NotFound");
+    let made = region.run_instances(OTHER, &launch).unwrap()[0].clone();
+    world.wait(&made.id, InstanceState::Running);
+    assert_eq!(made.devices.len(), instance.devices.len());
 }
 
 #[test]

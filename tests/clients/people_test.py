@@ -67,7 +67,10 @@ class People(Case):
         image = self.hutch("image", "create", "golden", "--name", "mine", "--no-reboot").strip()
         self.assertEqual(self.ec2.describe_images(ImageIds=[image])["Images"][0]["State"], "available")
         self.hutch("run", "mine", "--name", "copy")
+        copy = self.hutch("image", "copy", "mine", "--name", "theirs").strip()
         self.hutch("image", "deregister", "mine")
+        self.assertEqual(self.ec2.describe_images(ImageIds=[copy])["Images"][0]["State"], "available")
+        self.hutch("image", "deregister", "theirs")
         self.assertIn("there is no AMI mine", self.hutch("run", "mine", code=240))
         self.hutch("terminate", one, "copy")
 

@@ -1,15 +1,18 @@
 //! Images.
 
-use hutch_cloud::model::{Image, Snapshot};
-use hutch_cloud::region::NewImage;
+use hutch_cloud::model::Image;
+use hutch_cloud::region::{ImageCopy, NewImage, Registration};
 
+use super::instances::device_asks;
 use super::{Answer, Context, Operation, chosen, done, tag_set, time};
 use crate::node;
-use crate::query::{Fault, Node};
+use crate::query::{Fault, Node, Params};
 
 pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     ("DescribeImages", describe),
     ("CreateImage", create),
+    ("RegisterImage", register),
+    ("CopyImage", copy),
     ("DeregisterImage", deregister),
     ("DescribeImageAttribute", attribute),
     ("ModifyImageAttribute", modify),
@@ -106,8 +109,54 @@ fn create(c: &Context<'_>) -> Answer {
         description: c.params.str("Description").unwrap_or_default().into(),
         tags: tags.remove("image").unwrap_or_default(),
         snapshot_tags: tags.remove("snapshot").unwrap_or_default(),
+        devices: device_asks(c.params)?,
     };
     Ok(node! { "imageId": c.region.create_image(c.account, &new)? })
+}
+
+fn register(c: &Context<'_>) -> Answer {
+    let p = c.params;
+    for (name, known) in
+        [("Architecture", "x86_64"), ("VirtualizationType", "hvm"), ("BootMode", "legacy-bios")]
+    {
+        if let Some(other) = p.str(name).filter(|given| !given.is_empty() && *given != known) {
+            return Err(Fault::value(name, other, &format!("hutch's images are {known}.")));
+        }
+    }
+    if let Some(name) =
+        ["ImageLocation", "KernelId", "RamdiskId", "UefiData"].iter().find(|name| p.str(name).is_some())
+    {
+        let why = format!("hutch registers images of snapshots: it does not have {name}");
+        return Err(Fault::new("UnsupportedOperation", why));
+    }
+    let new = Registration {
+        name: p.required("Name")?.into(),
+        description: p.str("Description").unwrap_or_default().into(),
+        root_device: p.str("RootDeviceName").filter(|name| !name.is_empty()).map(str::to_owned),
+        devices: device_asks(p)?,
+        tags: c.tag_specifications()?.remove("image").unwrap_or_default(),
+    };
+    Ok(node! { "imageId": c.region.register_image(c.account, &new)? })
+}
+
+fn copy(c: &Context<'_>) -> Answer {
+    let p = c.params;
+    if p.boolean("Encrypted")? == Some(true) {
+        return Err(Fault::new("UnsupportedOperation", "hutch does not encrypt snapshots yet"));
+    }
+    let text = |name: &str| p.str(name).filter(|text| !text.is_empty()).map(str::to_owned);
+    let mut tags = c.tag_specifications()?;
+    let ask = ImageCopy {
+        image: p.required("SourceImageId")?.into(),
+        name: p.required("Name")?.into(),
+        description: text("Description"),
+        copy_tags: p.boolean("CopyImageTags")?.unwrap_or(false),
+        tags: tags.remove("image").unwrap_or_default(),
+        snapshot_tags: tags.remove("snapshot").unwrap_or_default(),
+        client_token: text("ClientToken"),
+        request: c.digest(),
+    };
+    Ok(node! { "imageId": c.region.copy_image(c.account, c.source_region()?, &ask)? })
 }
 
 fn deregister(c: &Context<'_>) -> Answer {
@@ -132,11 +181,7 @@ fn attribute(c: &Context<'_>) -> Answer {
     let answer = Node::empty().with("imageId", &image.id);
     let name = c.params.required("Attribute")?;
     Ok(match name {
-        "launchPermission" => {
-            let everyone = image.public.then(|| node! { "group": "all" });
-            let accounts = image.launch.iter().map(|account| node! { "userId": account });
-            answer.with("launchPermission", Node::List(everyone.into_iter().chain(accounts).collect()))
-        }
+        "launchPermission" => answer.with("launchPermission", permitted(image.public, &image.launch)),
         "description" => answer.with("description", node! { "value": &image.description }),
         "blockDeviceMapping" => {
             answer.with("blockDeviceMapping", told(c, &image).get("blockDeviceMapping").cloned())
@@ -147,21 +192,20 @@ fn attribute(c: &Context<'_>) -> Answer {
     })
 }
 
-fn modify(c: &Context<'_>) -> Answer {
-    let p = c.params;
-    let id = p.required("ImageId")?;
+/// What a call says of who may use an image or a snapshot: add or remove, and an account, or everyone.
+pub(super) fn permissions(
+    p: &Params,
+    list: &str,
+    groups: &str,
+) -> Result<Vec<(bool, Option<String>)>, Fault> {
+    let bad = |why: String| Fault::new("InvalidAMIAttributeItemValue", why);
     let mut changes: Vec<(bool, Option<String>)> = Vec::new();
-    for (list, add) in [("LaunchPermission.Add", true), ("LaunchPermission.Remove", false)] {
-        for one in p.list(list) {
+    for (part, add) in [("Add", true), ("Remove", false)] {
+        for one in p.list(&format!("{list}.{part}")) {
             match (one.str("Group"), one.str("UserId")) {
                 (Some("all"), None) => changes.push((add, None)),
                 (None, Some(account)) => changes.push((add, Some(account.into()))),
-                _ => {
-                    return Err(Fault::new(
-                        "InvalidAMIAttributeItemValue",
-                        "A launch permission is of the group all, or of a user id",
-                    ));
-                }
+                _ => return Err(bad("A permission is of the group all, or of a user id".into())),
             }
         }
     }
@@ -172,15 +216,40 @@ fn modify(c: &Context<'_>) -> Answer {
             _ => return Err(Fault::value("operationType", add, "It is add or remove.")),
         };
         changes.extend(p.strings("UserId").into_iter().map(|account| (add, Some(account))));
-        changes
-            .extend(p.strings("UserGroup").into_iter().filter(|group| group == "all").map(|_| (add, None)));
+        changes.extend(p.strings(groups).into_iter().filter(|group| group == "all").map(|_| (add, None)));
     }
     for account in changes.iter().filter_map(|(_, account)| account.as_ref()) {
         if account.len() != 12 || !account.bytes().all(|b| b.is_ascii_digit()) {
-            let why = format!("Invalid attribute item value \"{account}\" for userId item type.");
-            return Err(Fault::new("InvalidAMIAttributeItemValue", why));
+            return Err(bad(format!("Invalid attribute item value \"{account}\" for userId item type.")));
         }
     }
+    Ok(changes)
+}
+
+/// Carries such changes out.
+pub(super) fn permit(changes: &[(bool, Option<String>)], everyone: &mut bool, accounts: &mut Vec<String>) {
+    for (add, account) in changes {
+        match account {
+            None => *everyone = *add,
+            Some(account) => {
+                accounts.retain(|have| have != account);
+                accounts.extend(add.then(|| account.clone()));
+            }
+        }
+    }
+}
+
+/// Who may use an image or a snapshot, as answers tell it.
+pub(super) fn permitted(everyone: bool, accounts: &[String]) -> Node {
+    let everyone = everyone.then(|| node! { "group": "all" });
+    let accounts = accounts.iter().map(|account| node! { "userId": account });
+    Node::List(everyone.into_iter().chain(accounts).collect())
+}
+
+fn modify(c: &Context<'_>) -> Answer {
+    let p = c.params;
+    let id = p.required("ImageId")?;
+    let changes = permissions(p, "LaunchPermission", "UserGroup")?;
     let description = p
         .str("Description.Value")
         .or_else(|| p.str("Attribute").filter(|name| *name == "description").and(p.str("Value")));
@@ -188,15 +257,7 @@ fn modify(c: &Context<'_>) -> Answer {
         return Err(Fault::new("InvalidParameterCombination", "No attributes specified."));
     }
     c.region.modify_image(c.account, id, |image| {
-        for (add, account) in &changes {
-            match account {
-                None => image.public = *add,
-                Some(account) => {
-                    image.launch.retain(|have| have != account);
-                    image.launch.extend(add.then(|| account.clone()));
-                }
-            }
-        }
+        permit(&changes, &mut image.public, &mut image.launch);
         if let Some(description) = description {
             image.description = description.into();
         }
@@ -215,27 +276,4 @@ fn reset(c: &Context<'_>) -> Answer {
         Ok(())
     })?;
     Ok(done())
-}
-
-/// A snapshot, as answers tell it.
-pub(super) fn snapshot(s: &Snapshot) -> Node {
-    let (status, progress) = match (&s.failed, s.complete) {
-        (Some(_), _) => ("error", ""),
-        (None, true) => ("completed", "100%"),
-        (None, false) => ("pending", "0%"),
-    };
-    node! {
-        "snapshotId": &s.id,
-        "volumeId": &s.volume,
-        "status": status,
-        "statusMessage": s.failed.as_ref(),
-        "startTime": time(s.started),
-        "progress": progress,
-        "ownerId": &s.account,
-        "volumeSize": s.gib,
-        "description": &s.description,
-        "encrypted": false,
-        "storageTier": "standard",
-        "tagSet": tag_set(&s.tags),
-    }
 }

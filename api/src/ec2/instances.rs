@@ -157,7 +157,7 @@ fn instance(c: &Context<'_>, i: &Instance, around: &Around) -> Node {
     }
 }
 
-fn device_asks(params: &Params) -> Result<Vec<DeviceAsk>, Fault> {
+pub(super) fn device_asks(params: &Params) -> Result<Vec<DeviceAsk>, Fault> {
     let size = |p: &Params, name: &str| -> Result<Option<u64>, Fault> {
         let number = p.int(name)?;
         number

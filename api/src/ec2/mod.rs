@@ -1,7 +1,7 @@
 //! EC2's operations: a call's parameters become a verb of `cloud`, and what that gives becomes an answer.
 //!
 //! ```text
-//!   Call ─► OPERATIONS (by name) ─► instances, launch_templates, images, volumes, groups, keys, network, places, tags ─► Node
+//!   Call ─► OPERATIONS (by name) ─► instances, launch_templates, images, snapshots, volumes, groups, keys, network, places, tags ─► Node
 //!                                        └── filters: what the answer would say decides
 //! ```
 
@@ -13,6 +13,7 @@ mod keys;
 mod launch_templates;
 mod network;
 mod places;
+mod snapshots;
 mod tags;
 mod volumes;
 
@@ -49,6 +50,7 @@ static OPERATIONS: &[&[(&str, Operation)]] = &[
     instances::OPERATIONS,
     launch_templates::OPERATIONS,
     images::OPERATIONS,
+    snapshots::OPERATIONS,
     volumes::OPERATIONS,
     groups::OPERATIONS,
     keys::OPERATIONS,
@@ -64,12 +66,6 @@ const LATER: &[&str] = &[
     "AssociateAddress",
     "DisassociateAddress",
     "CreateSnapshots",
-    "CopySnapshot",
-    "DescribeSnapshotAttribute",
-    "ModifySnapshotAttribute",
-    "ResetSnapshotAttribute",
-    "CopyImage",
-    "RegisterImage",
     "ModifyVolume",
     "RequestSpotInstances",
     "CancelSpotInstanceRequests",
@@ -160,6 +156,16 @@ impl Context<'_> {
     /// The ids that are asked for at a name.
     fn ids(&self, name: &str) -> Vec<String> {
         self.params.strings(name)
+    }
+
+    /// The region that a copy is made of.
+    fn source_region(&self) -> Result<&Region, Fault> {
+        let name = self.params.required("SourceRegion")?;
+        let known = || self.regions.keys().cloned().collect::<Vec<_>>().join(", ");
+        let missing = || {
+            Fault::value("sourceRegion", name, &format!("There is no such region; there are: {}", known()))
+        };
+        self.regions.get(name).map(Arc::as_ref).ok_or_else(missing)
     }
 
     /// The tags that are asked for, by type of resource.

@@ -1,10 +1,9 @@
-//! Volumes and snapshots.
+//! Volumes.
 
-use hutch_cloud::model::{Device, Instance, Snapshot, Volume, VolumeState};
+use hutch_cloud::model::{Device, Instance, Volume, VolumeState};
 use hutch_cloud::region::NewVolume;
 use hutch_cloud::region::metadata::zone_id;
 
-use super::images::snapshot;
 use super::{Answer, Context, Operation, chosen, done, tag_set, time};
 use crate::node;
 use crate::query::{Fault, Node};
@@ -18,9 +17,6 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     ("DescribeVolumesModifications", |c| c.describe("volumeModificationSet", vec![], &[])),
     ("AttachVolume", attach),
     ("DetachVolume", detach),
-    ("CreateSnapshot", create_snapshot),
-    ("DeleteSnapshot", delete_snapshot),
-    ("DescribeSnapshots", describe_snapshots),
 ];
 
 const KIND: (&str, &str, &str) = ("vol", "InvalidVolume", "volume");
@@ -165,25 +161,4 @@ fn detach(c: &Context<'_>) -> Answer {
     let (instance, device) =
         c.region.detach_volume(c.account, volume, p.str("InstanceId"), p.str("Device"))?;
     Ok(attachment(volume, &instance, &device, "detached"))
-}
-
-fn create_snapshot(c: &Context<'_>) -> Answer {
-    let description = c.params.str("Description").unwrap_or_default();
-    let tags = c.tag_specifications()?.remove("snapshot").unwrap_or_default();
-    Ok(snapshot(&c.region.create_snapshot(c.account, c.params.required("VolumeId")?, description, &tags)?))
-}
-
-fn delete_snapshot(c: &Context<'_>) -> Answer {
-    c.region.delete_snapshot(c.account, c.params.required("SnapshotId")?)?;
-    Ok(done())
-}
-
-fn describe_snapshots(c: &Context<'_>) -> Answer {
-    let ids = c.ids("SnapshotId");
-    let owners = c.params.strings("Owner");
-    let mut all = c.region.all::<Snapshot>()?;
-    all.retain(|s| !s.deleting && s.account == c.account);
-    all.retain(|s| owners.is_empty() || owners.iter().any(|owner| owner == "self" || *owner == s.account));
-    let found = chosen(all, &ids, |s| &s.id, ("snap", "InvalidSnapshot", "snapshot"))?;
-    c.describe("snapshotSet", found.iter().map(|s| (s.id.clone(), snapshot(s))).collect(), &ids)
 }

@@ -160,8 +160,11 @@ fn run(args: &Args) -> anyhow::Result<()> {
         };
         let region = open(settings, dir.as_deref(), args, runtime.handle())
             .with_context(|| format!("the region {name}"))?;
-        reconcilers.push(Reconciler::start(region.clone())?);
         regions.insert(name.clone(), region);
+    }
+    Region::meet(&regions);
+    for region in regions.values() {
+        reconcilers.push(Reconciler::start(region.clone())?);
     }
     let service = Arc::new(Service::new(regions, keys, args.rate));
     runtime.block_on(attend(args, handed, service))?;

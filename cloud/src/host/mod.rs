@@ -9,6 +9,7 @@ pub mod local;
 mod simulated;
 
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -61,6 +62,15 @@ pub enum Source {
     Template(String),
     /// A snapshot, by id.
     Snapshot(String),
+}
+
+/// What a template or a snapshot holds, as one host hands it to another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    /// A raw disk, which never changes.
+    File(PathBuf),
+    /// So many bytes of nothing: a simulated host's.
+    Bytes(u64),
 }
 
 /// A template that can be launched.
@@ -149,6 +159,18 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// [`HostError::Missing`] volume, [`HostError::NoRoom`].
     fn create_snapshot(&self, id: &str, volume: &str) -> Result<()>;
+
+    /// What a volume of this source would begin with, to be handed to [`copy_snapshot`](Host::copy_snapshot).
+    ///
+    /// # Errors
+    /// [`HostError::Missing`] source.
+    fn content(&self, source: &Source) -> Result<Content>;
+
+    /// Keeps what another snapshot or a template holds, here or on another host, as a snapshot that needs neither any more.
+    ///
+    /// # Errors
+    /// [`HostError::NoRoom`]; it cannot be read.
+    fn copy_snapshot(&self, id: &str, content: &Content) -> Result<()>;
 
     /// Removes a snapshot, if it is there. Volumes made of it stay whole.
     ///

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{End, Host, HostError, Machine, Result, Source, Status, Template};
+use super::{Content, End, Host, HostError, Machine, Result, Source, Status, Template};
 
 /// What is kept of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -175,6 +175,26 @@ impl Host for Simulated {
         let bytes = state.volumes.get(volume).map(|(bytes, _)| *bytes).ok_or_else(missing)?;
         self.keep("snapshots", id, Some(&bytes))?;
         state.snapshots.insert(id.into(), bytes);
+        Ok(())
+    }
+
+    fn content(&self, source: &Source) -> Result<Content> {
+        let bytes = match source {
+            Source::Empty => None,
+            Source::Template(name) => {
+                self.templates()?.into_iter().find(|template| template.name == *name).map(|t| t.size)
+            }
+            Source::Snapshot(id) => self.lock().snapshots.get(id).copied(),
+        };
+        bytes.map(Content::Bytes).ok_or_else(|| HostError::Missing(format!("{source:?}")))
+    }
+
+    fn copy_snapshot(&self, id: &str, content: &Content) -> Result<()> {
+        let Content::Bytes(bytes) = content else {
+            return Err(HostError::Failed("a simulated host keeps no disks".into()));
+        };
+        self.keep("snapshots", id, Some(bytes))?;
+        self.lock().snapshots.insert(id.into(), *bytes);
         Ok(())
     }
 

@@ -5,8 +5,9 @@ use crate::host::{Source, Template};
 use crate::id;
 use crate::model::{Image, ImageDevice, Instance, InstanceState, Name, Snapshot, Tags, Volume};
 
-use super::volumes::snapshot_of;
-use super::{Region, Work, now, tags};
+use super::snapshots::{self, begun};
+use super::volumes::Shape;
+use super::{DeviceAsk, Region, Work, now, recall, remember, tags};
 
 /// The root's device name of images made here.
 const ROOT: &str = "/dev/xvda";
@@ -25,6 +26,65 @@ pub struct NewImage {
     pub tags: Tags,
     /// The tags of its snapshots.
     pub snapshot_tags: Tags,
+    /// Changes of the instance's disks, for the image.
+    pub devices: Vec<DeviceAsk>,
+}
+
+/// What RegisterImage asks for.
+#[derive(Debug, Clone, Default)]
+pub struct Registration {
+    /// The image's name.
+    pub name: String,
+    /// What its owner says of it.
+    pub description: String,
+    /// The root's device name.
+    pub root_device: Option<String>,
+    /// Its disks.
+    pub devices: Vec<DeviceAsk>,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// What CopyImage asks for.
+#[derive(Debug, Clone, Default)]
+pub struct ImageCopy {
+    /// The image's id in its region.
+    pub image: String,
+    /// The copy's name.
+    pub name: String,
+    /// What its owner says of it; by default what it says of the original.
+    pub description: Option<String>,
+    /// The original's tags come along, where it is the account's own.
+    pub copy_tags: bool,
+    /// The copy's tags.
+    pub tags: Tags,
+    /// The tags of its snapshots.
+    pub snapshot_tags: Tags,
+    /// What makes the call idempotent.
+    pub client_token: Option<String>,
+    /// A digest of the request.
+    pub request: String,
+}
+
+/// A disk of an image as it is asked for.
+fn device(work: &mut Work<'_>, account: &str, ask: &DeviceAsk, root: &str) -> Result<ImageDevice> {
+    let snapshot = ask.snapshot.as_ref().map(|id| snapshots::readable(work, account, id)).transpose()?;
+    let least = snapshot.as_ref().map_or(0, |snapshot| snapshot.gib);
+    let gib = ask.gib.or(snapshot.as_ref().map(|snapshot| snapshot.gib)).ok_or_else(|| {
+        Fault::new("MissingParameter", format!("The device '{}' needs a size or a snapshot", ask.name))
+    })?;
+    if gib < least {
+        let why = format!("Volume of size {gib}GB is smaller than its snapshot, expect size >= {least}GB");
+        return Err(Fault::new("InvalidBlockDeviceMapping", why));
+    }
+    let shape = Shape::new(ask.kind.as_deref(), gib, ask.iops, ask.throughput)?;
+    Ok(ImageDevice {
+        name: ask.name.clone(),
+        snapshot: snapshot.map(|snapshot| snapshot.id),
+        gib,
+        kind: shape.kind,
+        delete_on_termination: ask.delete_on_termination.unwrap_or(ask.name == root),
+    })
 }
 
 fn check_name(name: &str) -> Result<()> {
@@ -66,11 +126,14 @@ impl Region {
         work.put(&Snapshot {
             id: snapshot.into(),
             account: account.clone(),
-            volume: "vol-ffffffff".into(),
+            volume: snapshots::NO_VOLUME.into(),
             gib,
             started: now(),
             description: format!("The template {}", template.name),
             source: Source::Template(template.name.clone()),
+            copy_of: None,
+            public: true,
+            shared: Vec::new(),
             complete: true,
             failed: None,
             deleting: false,
@@ -107,6 +170,8 @@ impl Region {
     pub fn create_image(&self, account: &str, new: &NewImage) -> Result<String> {
         check_name(&new.name)?;
         tags::check(&new.tags)?;
+        tags::check(&new.snapshot_tags)?;
+        super::launch::check_devices(&new.devices)?;
         self.transact(|work| {
             let instance: Instance = tags::own(work, account, &new.instance)?;
             if !matches!(instance.state, InstanceState::Running | InstanceState::Stopped) {
@@ -116,18 +181,40 @@ impl Region {
             let image = id::new("ami");
             self.take_name(work, account, &new.name, &image)?;
             let mut devices = Vec::new();
+            let asked = |name: &str| new.devices.iter().find(|ask| ask.name == name);
             for device in &instance.devices {
+                let ask = asked(&device.name);
+                if ask.is_some_and(DeviceAsk::leaves_out) {
+                    if device.name == instance.root_device {
+                        let why = format!("The root device '{}' cannot be left out", device.name);
+                        return Err(Fault::new("InvalidBlockDeviceMapping", why));
+                    }
+                    continue;
+                }
                 let volume: Volume = tags::own(work, account, &device.volume)?;
                 let description = format!("Created by CreateImage({}) for {image}", instance.id);
-                let snapshot = snapshot_of(&volume, &description, new.snapshot_tags.clone())?;
+                let snapshot = begun(&volume, &description, new.snapshot_tags.clone())?;
                 work.put(&snapshot)?;
+                let gib = ask.and_then(|ask| ask.gib).unwrap_or(volume.gib);
+                if gib < volume.gib {
+                    let why =
+                        format!("Volume of size {gib}GB is smaller than {}, which it is made of", volume.id);
+                    return Err(Fault::new("InvalidBlockDeviceMapping", why));
+                }
+                let kind = ask.and_then(|ask| ask.kind.clone()).unwrap_or(volume.kind);
+                let goes = ask.and_then(|ask| ask.delete_on_termination);
                 devices.push(ImageDevice {
                     name: device.name.clone(),
                     snapshot: Some(snapshot.id),
-                    gib: volume.gib,
-                    kind: volume.kind,
-                    delete_on_termination: device.delete_on_termination,
+                    kind: Shape::new(Some(&kind), gib, ask.and_then(|ask| ask.iops), None)?.kind,
+                    gib,
+                    delete_on_termination: goes.unwrap_or(device.delete_on_termination),
                 });
+            }
+            for ask in new.devices.iter().filter(|ask| !ask.leaves_out()) {
+                if !instance.devices.iter().any(|have| have.name == ask.name) {
+                    devices.push(device(work, account, ask, &instance.root_device)?);
+                }
             }
             work.put(&Image {
                 id: image.clone(),
@@ -144,6 +231,109 @@ impl Region {
                 source_instance: Some(instance.id),
                 tags: new.tags.clone(),
             })?;
+            Ok(image)
+        })
+    }
+
+    /// Makes an image of snapshots.
+    ///
+    /// # Errors
+    /// `InvalidAMIName.*`, `InvalidBlockDeviceMapping`, `InvalidSnapshot.*`.
+    pub fn register_image(&self, account: &str, new: &Registration) -> Result<String> {
+        check_name(&new.name)?;
+        tags::check(&new.tags)?;
+        super::launch::check_devices(&new.devices)?;
+        let mapping = |why: &str| Fault::new("InvalidBlockDeviceMapping", why);
+        self.transact(|work| {
+            let first = new.devices.first().map(|ask| ask.name.clone());
+            let root =
+                new.root_device.clone().or(first).ok_or_else(|| mapping("An image needs a root device"))?;
+            let image = id::new("ami");
+            self.take_name(work, account, &new.name, &image)?;
+            let mut devices = Vec::new();
+            // Instance stores come with the type, whatever the image says of them.
+            for ask in new.devices.iter().filter(|ask| !ask.leaves_out()) {
+                devices.push(device(work, account, ask, &root)?);
+            }
+            if !devices.iter().any(|device| device.name == root && device.snapshot.is_some()) {
+                return Err(mapping(&format!("No snapshot specified for the root device {root}")));
+            }
+            devices.sort_by_key(|device| device.name != root);
+            work.put(&Image {
+                id: image.clone(),
+                account: account.into(),
+                name: new.name.clone(),
+                description: new.description.clone(),
+                created: now(),
+                root_device: root,
+                devices,
+                public: false,
+                launch: Vec::new(),
+                pending: false,
+                failed: None,
+                source_instance: None,
+                tags: new.tags.clone(),
+            })?;
+            Ok(image)
+        })
+    }
+
+    /// Copies an image of `from`, which may be this region, with its snapshots; who may launch it is not copied. It is
+    /// `pending` until they are complete.
+    ///
+    /// # Errors
+    /// `InvalidAMIName.*`, `InvalidAMIID.*`, `InvalidRequest`: a snapshot of it is not for the account.
+    pub fn copy_image(&self, account: &str, from: &Region, ask: &ImageCopy) -> Result<String> {
+        check_name(&ask.name)?;
+        tags::check(&ask.tags)?;
+        tags::check(&ask.snapshot_tags)?;
+        let (of, disks) = from.transact(|work| {
+            let image = from.launchable(work, account, &ask.image)?;
+            let mut disks = Vec::new();
+            for id in image.devices.iter().filter_map(|device| device.snapshot.as_ref()) {
+                let disk = work.get::<Snapshot>(id)?.filter(|s| s.readable(account) && !s.deleting);
+                let why = || "You do not have permission to access the storage of this ami";
+                disks.push(disk.ok_or_else(|| Fault::new("InvalidRequest", why()))?);
+            }
+            Ok((image, disks))
+        })?;
+        let token = ask.client_token.as_ref().map(|token| format!("CopyImage/{account}/{token}"));
+        self.transact(|work| {
+            let made = recall(work, token.as_deref(), &ask.request)?;
+            if let Some(id) = made.and_then(|made| made.first().cloned()) {
+                return Ok(id);
+            }
+            let image = id::new("ami");
+            self.take_name(work, account, &ask.name, &image)?;
+            let mut copy = Image {
+                id: image.clone(),
+                account: account.into(),
+                name: ask.name.clone(),
+                description: ask.description.clone().unwrap_or_else(|| of.description.clone()),
+                created: now(),
+                public: false,
+                launch: Vec::new(),
+                pending: true,
+                source_instance: None,
+                tags: ask.tags.clone(),
+                ..of.clone()
+            };
+            if ask.copy_tags && of.account == account {
+                copy.tags = of.tags.iter().map(|(k, v)| (k.clone(), v.clone())).chain(copy.tags).collect();
+            }
+            for disk in &disks {
+                let region = &from.settings.name;
+                let told = format!(
+                    "Copied for DestinationAmi {image} from SourceAmi {} for SourceSnapshot {} of {region}",
+                    of.id, disk.id
+                );
+                let snapshot = snapshots::copied(from, disk, account, told, ask.snapshot_tags.clone());
+                let holders = copy.devices.iter_mut().filter(|d| d.snapshot.as_ref() == Some(&disk.id));
+                holders.for_each(|device| device.snapshot = Some(snapshot.id.clone()));
+                work.put(&snapshot)?;
+            }
+            work.put(&copy)?;
+            remember(work, token.as_deref(), &ask.request, vec![image.clone()])?;
             Ok(image)
         })
     }

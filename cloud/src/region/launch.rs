@@ -11,8 +11,8 @@ use crate::model::{
     Snapshot, Subnet, Tags, Volume, VolumeState,
 };
 
-use super::volumes::{self, Shape};
-use super::{Region, Work, now, recall, remember, tags};
+use super::volumes::Shape;
+use super::{Region, Work, now, recall, remember, snapshots, tags};
 
 /// The most user data, in bytes.
 const MAX_USER_DATA: usize = 16 << 10;
@@ -99,6 +99,13 @@ pub struct DeviceAsk {
     pub delete_on_termination: Option<bool>,
     /// Encrypted.
     pub encrypted: bool,
+}
+
+impl DeviceAsk {
+    /// It says that there is to be no volume: none at all, or an instance store.
+    pub(super) fn leaves_out(&self) -> bool {
+        self.none || self.ephemeral.is_some()
+    }
 }
 
 /// A disk of an instance that is to be, checked.
@@ -235,7 +242,7 @@ impl Region {
     }
 
     /// The image, if the account may launch it.
-    fn launchable(&self, work: &mut Work<'_>, account: &str, image: &str) -> Result<Image> {
+    pub(super) fn launchable(&self, work: &mut Work<'_>, account: &str, image: &str) -> Result<Image> {
         id::check(image, "ami", "InvalidAMIID")?;
         let missing =
             || Fault::new("InvalidAMIID.NotFound", format!("The image id '[{image}]' does not exist"));
@@ -296,35 +303,18 @@ impl Region {
     ) -> Result<Vec<Disk>> {
         let mapping = |why: String| Fault::new("InvalidBlockDeviceMapping", why);
         let mut disks = Vec::new();
-        for ask in asks {
-            if ask.name.is_empty() {
-                return Err(mapping("Each block device mapping needs a DeviceName".into()));
-            }
-            if asks.iter().filter(|other| other.name == ask.name).count() > 1 {
-                return Err(mapping(format!("The device '{}' is mapped more than once", ask.name)));
-            }
-            if let Some(name) = &ask.ephemeral {
-                let known =
-                    name.strip_prefix("ephemeral").is_some_and(|n| n.parse::<u8>().is_ok_and(|n| n < 24));
-                // Types without an instance store ignore such a mapping, as EC2 does.
-                if !known {
-                    return Err(mapping(format!(
-                        "'{name}' is no instance store volume: ephemeral0 to ephemeral23"
-                    )));
-                }
-            }
-        }
+        check_devices(asks)?;
         let asked = |name: &str| asks.iter().find(|ask| ask.name == name);
         for device in &image.devices {
             match asked(&device.name) {
                 Some(ask) if ask.none && device.name == image.root_device => {
                     return Err(mapping(format!("The root device '{}' cannot be left out", ask.name)));
                 }
-                Some(ask) if ask.none || ask.ephemeral.is_some() => {}
+                Some(ask) if ask.leaves_out() => {}
                 ask => disks.push(self.disk(work, account, Some(device), ask)?),
             }
         }
-        for ask in asks.iter().filter(|ask| !ask.none && ask.ephemeral.is_none()) {
+        for ask in asks.iter().filter(|ask| !ask.leaves_out()) {
             if !image.devices.iter().any(|device| device.name == ask.name) {
                 disks.push(self.disk(work, account, None, Some(ask))?);
             }
@@ -355,7 +345,7 @@ impl Region {
                     true => work
                         .get::<Snapshot>(id)?
                         .ok_or_else(|| Fault::not_found("InvalidSnapshot", "snapshot", id))?,
-                    false => volumes::readable_snapshot(work, account, id)?,
+                    false => snapshots::readable(work, account, id)?,
                 };
                 (snapshot.source, snapshot.gib)
             }
@@ -377,13 +367,39 @@ impl Region {
             shape: Shape::new(kind.as_deref(), gib, ask_or.iops, ask_or.throughput)?,
             delete_on_termination: ask_or
                 .delete_on_termination
-                .unwrap_or_else(|| device.is_none_or(|device| device.delete_on_termination)),
+                .unwrap_or_else(|| device.is_some_and(|device| device.delete_on_termination)),
             encrypted: ask_or.encrypted,
             name,
             snapshot,
             source,
         })
     }
+}
+
+/// Whether block device mappings are well-formed.
+///
+/// # Errors
+/// `InvalidBlockDeviceMapping`.
+pub(super) fn check_devices(asks: &[DeviceAsk]) -> Result<()> {
+    let mapping = |why: String| Fault::new("InvalidBlockDeviceMapping", why);
+    for ask in asks {
+        if ask.name.is_empty() {
+            return Err(mapping("Each block device mapping needs a DeviceName".into()));
+        }
+        if asks.iter().filter(|other| other.name == ask.name).count() > 1 {
+            return Err(mapping(format!("The device '{}' is mapped more than once", ask.name)));
+        }
+        if let Some(name) = &ask.ephemeral {
+            let known = name.strip_prefix("ephemeral").is_some_and(|n| n.parse::<u8>().is_ok_and(|n| n < 24));
+            // Types without an instance store ignore such a mapping, as EC2 does.
+            if !known {
+                return Err(mapping(format!(
+                    "'{name}' is no instance store volume: ephemeral0 to ephemeral23"
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What can be seen of the request alone.

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
 //! | launch_templates.rs | requests to launch, kept |
-//! | images.rs, volumes.rs, keys.rs | images and snapshots; volumes; key pairs |
+//! | images.rs, snapshots.rs, volumes.rs, keys.rs | images; snapshots; volumes; key pairs |
 //! | network.rs, groups.rs, tags.rs | what each account begins with, addresses; security groups; tags |
 
 mod groups;
@@ -21,12 +21,13 @@ mod launch_templates;
 pub mod metadata;
 mod network;
 mod reconcile;
+mod snapshots;
 mod tags;
 mod volumes;
 mod work;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 
 use jiff::Timestamp;
 
@@ -37,12 +38,13 @@ use crate::store::Store;
 use crate::types::Table;
 
 pub use groups::RuleAsk;
-pub use images::NewImage;
+pub use images::{ImageCopy, NewImage, Registration};
 pub use instances::{Attribute, Change};
 pub use keys::{Algorithm, NewKey};
 pub use launch::{DeviceAsk, Launch};
 pub use launch_templates::{Data as TemplateData, NewTemplate, TemplateName};
 pub use reconcile::Reconciler;
+pub use snapshots::SnapshotCopy;
 pub use volumes::NewVolume;
 pub use work::Work;
 
@@ -68,6 +70,8 @@ pub struct Region {
     host: Arc<dyn Host>,
     /// Where the next free address of a subnet is looked for.
     hints: Mutex<HashMap<String, u32>>,
+    /// The regions beside this one, from which it may copy.
+    neighbours: OnceLock<BTreeMap<String, Weak<Region>>>,
     /// Held by verbs that are right only if nothing new comes meanwhile, and shared by the others: a check that nobody uses
     /// a thing is no record that could hold still.
     turn: RwLock<()>,
@@ -76,7 +80,27 @@ pub struct Region {
 impl Region {
     /// A region on its store and its host.
     pub fn new(settings: Settings, store: Arc<dyn Store>, host: Arc<dyn Host>) -> Region {
-        Region { settings, store, host, hints: Mutex::default(), turn: RwLock::new(()) }
+        let (hints, neighbours, turn) = Default::default();
+        Region { settings, store, host, hints, neighbours, turn }
+    }
+
+    /// Tells the regions of each other, once, before any of them is asked for something.
+    pub fn meet(regions: &BTreeMap<String, Arc<Region>>) {
+        let all: BTreeMap<_, _> = regions.iter().map(|(name, r)| (name.clone(), Arc::downgrade(r))).collect();
+        for region in regions.values() {
+            // Told already: they do not change.
+            let _ = region.neighbours.set(all.clone());
+        }
+    }
+
+    /// The host of the region of this name.
+    fn host_of(&self, region: &str) -> Result<Arc<dyn Host>> {
+        if region == self.settings.name {
+            return Ok(self.host.clone());
+        }
+        let found = self.neighbours.get().and_then(|all| all.get(region)).and_then(Weak::upgrade);
+        let missing = || Fault::value("sourceRegion", region, "There is no such region.");
+        found.map(|found| found.host.clone()).ok_or_else(missing)
     }
 
     /// How it is set up.

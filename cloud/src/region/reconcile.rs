@@ -504,7 +504,13 @@ impl Region {
         if snapshot.complete || snapshot.failed.is_some() {
             return Ok(None);
         }
-        let taken = self.host.create_snapshot(id, &snapshot.volume);
+        let taken = match &snapshot.copy_of {
+            None => self.host.create_snapshot(id, &snapshot.volume),
+            Some(from) => self
+                .host_of(&from.region)?
+                .content(&from.source)
+                .and_then(|content| self.host.copy_snapshot(id, &content)),
+        };
         self.transact(|work| {
             let Some(mut snapshot) = work.get::<Snapshot>(id)? else { return Ok(()) };
             snapshot.complete = taken.is_ok();

@@ -1,11 +1,11 @@
-//! Volumes and snapshots.
+//! Volumes.
 
 use crate::fault::{Fault, Result};
 use crate::host::Source;
 use crate::id;
-use crate::model::{Device, Image, Instance, InstanceState, Snapshot, Tags, Volume, VolumeState};
+use crate::model::{Device, Instance, InstanceState, Tags, Volume, VolumeState};
 
-use super::{Region, Work, now, recall, remember, tags};
+use super::{Region, now, recall, remember, snapshots, tags};
 
 /// A volume's type, size and speed, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,21 +88,6 @@ impl Shape {
     }
 }
 
-/// A snapshot that the account may read.
-pub(super) fn readable_snapshot(work: &mut Work<'_>, account: &str, id: &str) -> Result<Snapshot> {
-    id::check(id, "snap", "InvalidSnapshotID")?;
-    let missing = || Fault::not_found("InvalidSnapshot", "snapshot", id);
-    let of_account = |s: &Snapshot| s.account == account && !s.deleting;
-    let snapshot = work.get::<Snapshot>(id)?.filter(of_account).ok_or_else(missing)?;
-    match snapshot.complete {
-        true => Ok(snapshot),
-        false => Err(Fault::new(
-            "IncorrectState",
-            format!("The snapshot '{id}' is not completed; wait until it is"),
-        )),
-    }
-}
-
 /// What CreateVolume asks for.
 #[derive(Debug, Clone, Default)]
 pub struct NewVolume {
@@ -149,7 +134,7 @@ impl Region {
             }
             let (source, least) = match &new.snapshot {
                 Some(id) => {
-                    let snapshot = readable_snapshot(work, account, id)?;
+                    let snapshot = snapshots::readable(work, account, id)?;
                     (snapshot.source, snapshot.gib)
                 }
                 None => (Source::Empty, 0),
@@ -312,69 +297,6 @@ impl Region {
             Ok((holder.id, was))
         })
     }
-
-    /// Takes a snapshot of a volume. It is `pending` when this returns.
-    ///
-    /// # Errors
-    /// `IncorrectState`, `InvalidVolume.*`.
-    pub fn create_snapshot(
-        &self,
-        account: &str,
-        volume: &str,
-        description: &str,
-        tags: &Tags,
-    ) -> Result<Snapshot> {
-        tags::check(tags)?;
-        self.transact(|work| {
-            let volume: Volume = tags::own(work, account, volume)?;
-            let snapshot = snapshot_of(&volume, description, tags.clone())?;
-            work.put(&snapshot)?;
-            Ok(snapshot)
-        })
-    }
-
-    /// Deletes a snapshot that no image needs.
-    ///
-    /// # Errors
-    /// `InvalidSnapshot.InUse`, `InvalidSnapshot.*`.
-    pub fn delete_snapshot(&self, account: &str, id: &str) -> Result<()> {
-        self.transact_alone(|work| {
-            let mut snapshot: Snapshot = tags::own(work, account, id)?;
-            if snapshot.deleting {
-                return Err(Fault::not_found("InvalidSnapshot", "snapshot", id));
-            }
-            let uses =
-                |image: &Image| image.devices.iter().any(|device| device.snapshot.as_deref() == Some(id));
-            if let Some(image) = work.all::<Image>("")?.iter().find(|image| uses(image)) {
-                let why = format!("The snapshot {id} is currently in use by {}", image.id);
-                return Err(Fault::new("InvalidSnapshot.InUse", why));
-            }
-            snapshot.deleting = true;
-            work.put(&snapshot)
-        })
-    }
-}
-
-/// A snapshot of a volume, begun.
-pub(super) fn snapshot_of(volume: &Volume, description: &str, tags: Tags) -> Result<Snapshot> {
-    if volume.state != VolumeState::Ready {
-        let why = format!("The volume '{}' is not 'available' or 'in-use'", volume.id);
-        return Err(Fault::new("IncorrectState", why));
-    }
-    let id = id::new("snap");
-    Ok(Snapshot {
-        source: Source::Snapshot(id.clone()),
-        id,
-        account: volume.account.clone(),
-        volume: volume.id.clone(),
-        gib: volume.gib,
-        started: now(),
-        description: description.into(),
-        complete: false,
-        failed: None,
-        deleting: false,
-        tags,
-    })
 }
 
 #[cfg(test)]

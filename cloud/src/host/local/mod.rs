@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use hutch_imagestore::store::Store;
 
-use super::{End, Host, HostError, Machine, Result, Source, Status, Template};
+use super::{Content, End, Host, HostError, Machine, Result, Source, Status, Template};
 use machine::{ANSWER, Dir, FLUSH, Kept, Live, Phase, end_of};
 use volumes::{Volumes, failed};
 
@@ -330,6 +330,14 @@ impl Host for Local {
             return Err(HostError::Failed(format!("the machine that has {volume} cannot be held: {error}")));
         }
         self.shared.volumes.create_snapshot(id, volume)
+    }
+
+    fn content(&self, source: &Source) -> Result<Content> {
+        self.shared.volumes.content(source)
+    }
+
+    fn copy_snapshot(&self, id: &str, content: &Content) -> Result<()> {
+        self.shared.volumes.copy_snapshot(id, content)
     }
 
     fn delete_snapshot(&self, id: &str) -> Result<()> {

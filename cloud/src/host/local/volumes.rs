@@ -21,7 +21,7 @@ use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Format, Qcow2Disk, RawDisk,
 use hutch_imagestore::store::{Store, StoreError};
 use serde::{Deserialize, Serialize};
 
-use super::super::{HostError, Result, Source, Template};
+use super::super::{Content, HostError, Result, Source, Template};
 
 /// Names that end so are of files that are being written.
 const NEW: &str = "new";
@@ -165,6 +165,39 @@ impl Volumes {
             Unopened::Disk(e) => disk_failed(volume, &e),
         })?;
         write(&snapshot, |file| copy(&disk, file).map_err(|e| disk_failed(volume, &e)))
+    }
+
+    /// See [`Host::content`](super::super::Host::content).
+    ///
+    /// # Errors
+    /// [`HostError::Missing`].
+    pub fn content(&self, source: &Source) -> Result<Content> {
+        let missing = || HostError::Missing("content of an empty volume".into());
+        self.base_of(source)?.map(Content::File).ok_or_else(missing)
+    }
+
+    /// See [`Host::copy_snapshot`](super::super::Host::copy_snapshot). On one file system it is another name of the same
+    /// bytes, which never change, so it takes no time and no room; on another all data are copied.
+    ///
+    /// # Errors
+    /// [`HostError::NoRoom`]; it cannot be read. There is no snapshot then.
+    pub fn copy_snapshot(&self, id: &str, content: &Content) -> Result<()> {
+        let snapshot = path(&self.snapshots, id, "raw")?;
+        let Content::File(from) = content else {
+            return Err(HostError::Failed("a simulated snapshot has no bytes to copy".into()));
+        };
+        if snapshot.exists() {
+            return Ok(());
+        }
+        match fs::hard_link(from, &snapshot) {
+            Ok(()) => sync_dir(&self.snapshots),
+            Err(e) if e.kind() == io::ErrorKind::CrossesDevices => {
+                let file = File::open(from).map_err(|e| failed(from, e))?;
+                let disk = RawDisk::open(file, true).map_err(|e| disk_failed(id, &e))?;
+                write(&snapshot, |file| copy(&disk, file).map_err(|e| disk_failed(id, &e)))
+            }
+            Err(e) => Err(failed(&snapshot, e)),
+        }
     }
 
     /// Removes a snapshot, if it is there.

@@ -9,10 +9,15 @@ const MIB: u64 = 1 << 20;
 
 /// A directory with one template, `micro`: 4 MiB that begin with `template`.
 fn home() -> tempfile::TempDir {
+    home_of("template")
+}
+
+/// A directory whose template begins with `text`.
+fn home_of(text: &str) -> tempfile::TempDir {
     let home = tempfile::tempdir().unwrap();
     let pending = Store::open(home.path()).unwrap().begin("micro").unwrap();
     pending.disk().set_len(4 * MIB).unwrap();
-    pending.disk().write_all_at(b"template", 0).unwrap();
+    pending.disk().write_all_at(text.as_bytes(), 0).unwrap();
     let origin = Origin { format: Format::Raw, sha256: "0".repeat(64), architecture: Architecture::X86_64 };
     pending.commit(origin).unwrap();
     home
@@ -153,4 +158,36 @@ fn a_crash_at_any_step_leaves_a_volume_or_none() {
         volumes.create("vol-a", 0, &source).unwrap();
         assert_eq!(start_of(&*disk(&volumes, "vol-a")), "template", "{left:?}");
     }
+}
+
+#[test]
+fn a_copy_of_a_snapshot_is_whole_without_it() {
+    let (home, other) = (home(), home_of("elsewhere"));
+    let (volumes, elsewhere) = (open(&home), open(&other));
+    volumes.create("vol-a", 4 * MIB, &Source::Empty).unwrap();
+    put(&*disk(&volumes, "vol-a"), b"kept");
+    volumes.create_snapshot("snap-a", "vol-a").unwrap();
+    let content = volumes.content(&Source::Snapshot("snap-a".into())).unwrap();
+    for place in [&volumes, &elsewhere] {
+        place.copy_snapshot("snap-b", &content).unwrap();
+        place.copy_snapshot("snap-b", &content).unwrap();
+    }
+    elsewhere.copy_snapshot("snap-t", &volumes.content(&Source::Template("micro".into())).unwrap()).unwrap();
+    volumes.delete_snapshot("snap-a").unwrap();
+    assert!(matches!(volumes.content(&Source::Snapshot("snap-a".into())), Err(HostError::Missing(_))));
+    for (place, snapshot, holds) in
+        [(&volumes, "snap-b", "kept"), (&elsewhere, "snap-b", "kept"), (&elsewhere, "snap-t", "template")]
+    {
+        let id = format!("vol-{snapshot}");
+        place.create(&id, 4 * MIB, &Source::Snapshot(snapshot.into())).unwrap();
+        let disk = disk(place, &id);
+        assert_eq!(start_of(&*disk), holds);
+        put(&*disk, b"changed");
+    }
+    // What a volume writes is its own.
+    volumes.create("vol-c", 4 * MIB, &Source::Snapshot("snap-b".into())).unwrap();
+    assert_eq!(start_of(&*disk(&volumes, "vol-c")), "kept");
+    let gone = home.path().join("snapshots/gone.raw");
+    assert!(volumes.copy_snapshot("snap-c", &Content::File(gone)).is_err());
+    assert_eq!(names(&home, "snapshots"), ["snap-b.raw"], "nothing is left of it");
 }

@@ -1,0 +1,122 @@
+//! Snapshots.
+
+use hutch_cloud::model::Snapshot;
+use hutch_cloud::region::SnapshotCopy;
+
+use super::images::{permissions, permit, permitted};
+use super::{Answer, Context, Operation, chosen, done, tag_set, time};
+use crate::node;
+use crate::query::{Fault, Node};
+
+pub(super) const OPERATIONS: &[(&str, Operation)] = &[
+    ("CreateSnapshot", create),
+    ("CopySnapshot", copy),
+    ("DeleteSnapshot", delete),
+    ("DescribeSnapshots", describe),
+    ("DescribeSnapshotAttribute", attribute),
+    ("ModifySnapshotAttribute", modify),
+    ("ResetSnapshotAttribute", reset),
+];
+
+/// A snapshot, as answers tell it.
+fn told(c: &Context<'_>, s: &Snapshot) -> Node {
+    let (status, progress) = match (&s.failed, s.complete) {
+        (Some(_), _) => ("error", ""),
+        (None, true) => ("completed", "100%"),
+        (None, false) => ("pending", "0%"),
+    };
+    node! {
+        "snapshotId": &s.id,
+        "volumeId": &s.volume,
+        "status": status,
+        "statusMessage": s.failed.as_ref(),
+        "startTime": time(s.started),
+        "progress": progress,
+        "ownerId": &s.account,
+        "volumeSize": s.gib,
+        "description": &s.description,
+        "encrypted": false,
+        "storageTier": "standard",
+        // Tags are their owner's own.
+        "tagSet": tag_set(&s.tags).filter(|_| s.account == c.account),
+    }
+}
+
+fn create(c: &Context<'_>) -> Answer {
+    let description = c.params.str("Description").unwrap_or_default();
+    let tags = c.tag_specifications()?.remove("snapshot").unwrap_or_default();
+    Ok(told(c, &c.region.create_snapshot(c.account, c.params.required("VolumeId")?, description, &tags)?))
+}
+
+fn copy(c: &Context<'_>) -> Answer {
+    let p = c.params;
+    if p.boolean("Encrypted")? == Some(true) {
+        return Err(Fault::new("UnsupportedOperation", "hutch does not encrypt snapshots yet"));
+    }
+    let ask = SnapshotCopy {
+        snapshot: p.required("SourceSnapshotId")?.into(),
+        description: p.str("Description").map(str::to_owned),
+        tags: c.tag_specifications()?.remove("snapshot").unwrap_or_default(),
+    };
+    let made = c.region.copy_snapshot(c.account, c.source_region()?, &ask)?;
+    Ok(node! { "snapshotId": &made.id, "tagSet": tag_set(&made.tags) })
+}
+
+fn delete(c: &Context<'_>) -> Answer {
+    c.region.delete_snapshot(c.account, c.params.required("SnapshotId")?)?;
+    Ok(done())
+}
+
+fn describe(c: &Context<'_>) -> Answer {
+    let ids = c.ids("SnapshotId");
+    let (owners, by) = (c.params.strings("Owner"), c.params.strings("RestorableBy"));
+    let mut all = c.region.all::<Snapshot>()?;
+    all.retain(|s| !s.deleting && s.readable(c.account));
+    let own = |s: &Snapshot, who: &str| who == s.account || who == "self" && s.account == c.account;
+    all.retain(|s| owners.is_empty() || owners.iter().any(|owner| own(s, owner)));
+    let restores = |s: &Snapshot, who: &str| match who {
+        "all" => s.public,
+        "self" => s.account == c.account || s.shared.iter().any(|account| account == c.account),
+        who => s.account == who || s.shared.iter().any(|account| account == who),
+    };
+    all.retain(|s| by.is_empty() || by.iter().any(|who| restores(s, who)));
+    let found = chosen(all, &ids, |s| &s.id, ("snap", "InvalidSnapshot", "snapshot"))?;
+    c.describe("snapshotSet", found.iter().map(|s| (s.id.clone(), told(c, s))).collect(), &ids)
+}
+
+fn attribute(c: &Context<'_>) -> Answer {
+    let id = c.params.required("SnapshotId")?;
+    hutch_cloud::id::check(id, "snap", "InvalidSnapshotID")?;
+    let found = c.region.get::<Snapshot>(id)?.filter(|s| s.account == c.account && !s.deleting);
+    let snapshot = found.ok_or_else(|| Fault::not_found("InvalidSnapshot", "snapshot", id))?;
+    let answer = Node::empty().with("snapshotId", &snapshot.id);
+    match c.params.required("Attribute")? {
+        "createVolumePermission" => {
+            Ok(answer.with("createVolumePermission", permitted(snapshot.public, &snapshot.shared)))
+        }
+        "productCodes" => Ok(answer.with("productCodes", Node::List(vec![]))),
+        other => Err(Fault::value("attribute", other, "It is no attribute of a snapshot.")),
+    }
+}
+
+fn modify(c: &Context<'_>) -> Answer {
+    let changes = permissions(c.params, "CreateVolumePermission", "UserGroup")?;
+    if changes.is_empty() {
+        return Err(Fault::combination("No attributes specified."));
+    }
+    c.region.modify_snapshot(c.account, c.params.required("SnapshotId")?, |snapshot| {
+        permit(&changes, &mut snapshot.public, &mut snapshot.shared);
+    })?;
+    Ok(done())
+}
+
+fn reset(c: &Context<'_>) -> Answer {
+    let name = c.params.required("Attribute")?;
+    if name != "createVolumePermission" {
+        return Err(Fault::value("attribute", name, "Only createVolumePermission can be reset."));
+    }
+    c.region.modify_snapshot(c.account, c.params.required("SnapshotId")?, |snapshot| {
+        (snapshot.public, snapshot.shared) = (false, Vec::new());
+    })?;
+    Ok(done())
+}
