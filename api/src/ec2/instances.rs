@@ -273,7 +273,7 @@ fn run(asked: &Context<'_>) -> Answer {
         image: p.required("ImageId")?.into(),
         min,
         max,
-        instance_type: p.str("InstanceType").unwrap_or("m1.small").into(),
+        instance_type: p.str("InstanceType").unwrap_or("t3.micro").into(),
         key_name: owned("KeyName"),
         groups: match interface {
             Some(interface) => interface.strings("SecurityGroupId"),
