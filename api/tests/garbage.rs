@@ -6,6 +6,7 @@ use std::time::Duration;
 use hutch_api::ec2::{Regions, serve, served};
 use hutch_api::query::{Call, Identity, Params};
 use hutch_cloud::host::Simulated;
+use hutch_cloud::limits::Limits;
 use hutch_cloud::region::{Region, Settings};
 use hutch_cloud::store::Sqlite;
 use hutch_cloud::types::Table;
@@ -18,6 +19,7 @@ fn regions() -> Regions {
         name: "home-1".into(),
         zones: vec!['a'],
         types: Table::built_in(),
+        limits: Limits::default(),
         owner: ACCOUNT.into(),
         resume: false,
     };

@@ -12,6 +12,7 @@
 pub mod fault;
 pub mod host;
 pub mod id;
+pub mod limits;
 pub mod metadata;
 pub mod model;
 pub mod region;

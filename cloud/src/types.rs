@@ -40,6 +40,27 @@ impl Table {
         toml::from_str(BUILT_IN).expect("the built-in table is well-formed")
     }
 
+    /// The built-in table, with the types of `text` beside them or in their place: `[family]`, then
+    /// `size = { vcpus = 1, memory = 512 }`.
+    ///
+    /// # Errors
+    /// What is wrong with it, and where.
+    pub fn read(text: &str) -> Result<Table, String> {
+        let own: Table = toml::from_str(text).map_err(|e| e.to_string())?;
+        let mut table = Table::built_in();
+        for (family, sizes) in own.0 {
+            for (size, kind) in sizes {
+                if !(1..=32).contains(&kind.vcpus) || !(128..=1 << 20).contains(&kind.memory_mib) {
+                    return Err(format!(
+                        "{family}.{size} has 1 to 32 vcpus and a memory of 128 to 1048576 MiB"
+                    ));
+                }
+                table.0.entry(family.clone()).or_default().insert(size, kind);
+            }
+        }
+        Ok(table)
+    }
+
     /// All of them, by their whole names.
     pub fn all(&self) -> Vec<(String, &InstanceType)> {
         let family = |(family, sizes): (&String, &'_ BTreeMap<String, InstanceType>)| {
@@ -81,6 +102,20 @@ mod tests {
                 let sane = (1..=32).contains(&kind.vcpus) && (512..=1 << 20).contains(&kind.memory_mib);
                 assert!(sane, "{family}.{size}");
             }
+        }
+    }
+
+    #[test]
+    fn the_owners_table_lies_over_the_built_in_one() {
+        let table = Table::read(
+            "[t3]\nmicro = { vcpus = 1, memory = 256 }\n[own]\nbig = { vcpus = 3, memory = 3000 }",
+        );
+        let table = table.unwrap();
+        assert_eq!(table.get("t3.micro"), Ok(&InstanceType { vcpus: 1, memory_mib: 256 }));
+        assert_eq!(table.get("own.big"), Ok(&InstanceType { vcpus: 3, memory_mib: 3000 }));
+        assert!(table.get("t3.small").is_ok());
+        for bad in ["[t3]\nmicro = { vcpus = 99, memory = 256 }", "[t3]\nmicro = { vcpu = 1 }", "t3 = 1"] {
+            assert!(Table::read(bad).is_err(), "{bad}");
         }
     }
 

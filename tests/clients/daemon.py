@@ -21,7 +21,7 @@ class Daemon:
     def start(self):
         command = [os.environ["HUTCHD"], "--host", "simulated", "--listen", "127.0.0.1:0"]
         command += ["--state", self.state.name, "--root-key", f"{KEY}:{SECRET}", *self.options]
-        self.log = tempfile.TemporaryFile()
+        self.log, self.command = tempfile.TemporaryFile(), command
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
         line = self.process.stdout.readline()
         if "http://" not in line:
@@ -51,10 +51,11 @@ class Daemon:
 
 class Case(unittest.TestCase):
     OPTIONS = ("--rate", "0")
+    DAEMON = Daemon
 
     @classmethod
     def setUpClass(cls):
-        cls.daemon = Daemon(*cls.OPTIONS)
+        cls.daemon = cls.DAEMON(*cls.OPTIONS)
         cls.ec2 = cls.daemon.client()
         images = cls.ec2.describe_images(Filters=[{"Name": "name", "Values": ["debian-12"]}])["Images"]
         cls.image = images[0]["ImageId"]

@@ -148,11 +148,12 @@ fn offerings(c: &Context<'_>) -> Answer {
 
 fn account_attributes(c: &Context<'_>) -> Answer {
     let names = c.ids("AttributeName");
+    let limits = &c.region.settings().limits;
     let all = [
         ("supported-platforms", "VPC".to_owned()),
         ("default-vpc", c.region.default_vpc(c.account)),
-        ("max-instances", "10000".into()),
-        ("vpc-max-security-groups-per-interface", "5".into()),
+        ("max-instances", limits.instances.unwrap_or(10_000).to_string()),
+        ("vpc-max-security-groups-per-interface", limits.groups_per_interface.to_string()),
         ("max-elastic-ips", "5".into()),
         ("vpc-max-elastic-ips", "5".into()),
     ];

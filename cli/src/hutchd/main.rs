@@ -26,6 +26,7 @@ use hutch_api::ec2::Regions;
 use hutch_api::query::server::{Listener, serve};
 use hutch_cloud::host::local::{Local, Means};
 use hutch_cloud::host::{Host, Simulated};
+use hutch_cloud::limits::Limits;
 use hutch_cloud::region::{Reconciler, Region, Settings};
 use hutch_cloud::store::{Sqlite, Store};
 use hutch_cloud::types::Table;
@@ -147,6 +148,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let _lock = state.map(lock).transpose()?;
     let keys = Keys::open(state, args.root_key.clone())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let types = own(state, "instance-types.toml", |text| Table::read(text).map_err(anyhow::Error::msg))?;
+    let limits = own(state, "limits.toml", |text| Ok(Limits::read(text)?))?;
     let mut regions = Regions::new();
     let mut reconcilers = Vec::new();
     for RegionName(name) in &args.regions {
@@ -154,7 +157,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
         let settings = Settings {
             name: name.clone(),
             zones: letters.clone(),
-            types: Table::built_in(),
+            types: types.clone(),
+            limits: limits.clone(),
             owner: keys.owner().into(),
             resume: args.resume,
         };
@@ -171,6 +175,18 @@ fn run(args: &Args) -> anyhow::Result<()> {
     // Calls are over; each reconciler ends its step. Machines run on.
     drop(reconcilers);
     Ok(())
+}
+
+/// What a file of the state says, which its owner may write; without one, what an empty file would say.
+fn own<T>(state: Option<&Path>, name: &str, read: impl Fn(&str) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let path = state.map(|state| state.join(name));
+    let text = match path.as_deref().map(std::fs::read_to_string) {
+        Some(Err(e)) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        Some(Ok(text)) => Ok(text),
+        _ => Ok(String::new()),
+    };
+    let told = || path.unwrap_or_default().display().to_string();
+    text.map_err(Into::into).and_then(|text| read(&text)).with_context(told)
 }
 
 /// A region on its store and its host.

@@ -6,9 +6,6 @@ use crate::model::{Group, Interface, Name, Peer, Rule, Tags};
 
 use super::{Region, Work, tags};
 
-/// The most rules of a group in each direction.
-const MAX_RULES: usize = 60;
-
 /// A rule as it is asked for.
 pub type RuleAsk = Rule;
 
@@ -55,6 +52,7 @@ impl Region {
                 let why = format!("The security group '{name}' already exists for VPC '{vpc}'");
                 return Err(Fault::new("InvalidGroup.Duplicate", why));
             }
+            self.check_groups(work, &vpc)?;
             let all = Rule {
                 egress: true,
                 protocol: "-1".into(),
@@ -143,9 +141,10 @@ impl Region {
                 group.rules.insert(id.clone(), rule.clone());
                 added.push((id, rule.clone()));
             }
+            let most = self.settings.limits.rules_per_group;
             for egress in [false, true] {
-                if group.rules.values().filter(|rule| rule.egress == egress).count() > MAX_RULES {
-                    let why = format!("A security group has at most {MAX_RULES} rules each way");
+                if group.rules.values().filter(|rule| rule.egress == egress).count() > most as usize {
+                    let why = format!("A security group has at most {most} rules each way");
                     return Err(Fault::new("RulesPerSecurityGroupLimitExceeded", why));
                 }
             }

@@ -81,9 +81,13 @@ impl Region {
     /// # Errors
     /// `IncorrectInstanceState`, `InvalidInstanceID.*`.
     pub fn start_instances(&self, account: &str, ids: &[String]) -> Result<Vec<Change>> {
-        self.change(account, ids, |_, instance| match instance.state {
+        self.change(account, ids, |work, instance| match instance.state {
             InstanceState::Pending | InstanceState::Running => Ok(()),
             InstanceState::Stopped => {
+                let kind = &instance.instance_type;
+                if self.vcpus_left(work, account)?.is_some_and(|left| left < self.vcpus(kind)) {
+                    return Err(self.no_vcpus());
+                }
                 instance.state = InstanceState::Pending;
                 instance.run += 1;
                 instance.force = false;

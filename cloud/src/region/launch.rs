@@ -18,8 +18,6 @@ use super::{Region, Work, now, recall, remember, snapshots, tags};
 const MAX_USER_DATA: usize = 16 << 10;
 /// The most instances of one call.
 const MAX_COUNT: u32 = 1000;
-/// The most groups of an interface.
-pub(super) const MAX_GROUPS: usize = 5;
 /// The most disks of an instance.
 const MAX_DEVICES: usize = 24;
 
@@ -165,9 +163,10 @@ impl Region {
         }
         let groups = self.groups_of(work, account, &subnet.vpc, &launch.groups, &launch.group_names)?;
         let disks = self.disks(work, account, &image, &launch.devices)?;
+        let most = self.room_for(work, account, launch, disks.len())?;
         let (reservation, at) = (id::new("r"), now());
         let mut made = Vec::new();
-        for index in 0..launch.max {
+        for index in 0..most {
             let interface = match self.new_interface(work, &subnet, groups.clone(), launch.private_ip) {
                 Ok(interface) => interface,
                 // Fewer than the most that were asked for will do.
@@ -286,8 +285,9 @@ impl Region {
         }
         groups.sort();
         groups.dedup();
-        if groups.len() > MAX_GROUPS {
-            let why = format!("An interface has at most {MAX_GROUPS} security groups");
+        let most = self.settings.limits.groups_per_interface;
+        if groups.len() > most as usize {
+            let why = format!("An interface has at most {most} security groups");
             return Err(Fault::new("SecurityGroupsPerInterfaceLimitExceeded", why));
         }
         Ok(groups)

@@ -10,6 +10,7 @@
 //! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
 //! | launch_templates.rs | requests to launch, kept |
 //! | images.rs, snapshots.rs, volumes.rs, keys.rs | images; snapshots; volumes; key pairs |
+//! | quota.rs | what an account may have at most |
 //! | network.rs, groups.rs, tags.rs | what each account begins with, addresses; security groups; tags |
 
 mod groups;
@@ -20,6 +21,7 @@ mod launch;
 mod launch_templates;
 pub mod metadata;
 mod network;
+mod quota;
 mod reconcile;
 mod snapshots;
 mod tags;
@@ -33,6 +35,7 @@ use jiff::Timestamp;
 
 use crate::fault::{Fault, Result};
 use crate::host::Host;
+use crate::limits::Limits;
 use crate::model::Record;
 use crate::store::Store;
 use crate::types::Table;
@@ -57,6 +60,8 @@ pub struct Settings {
     pub zones: Vec<char>,
     /// The instance types.
     pub types: Table,
+    /// What each account may have at most.
+    pub limits: Limits,
     /// The account that owns the images of the host's templates.
     pub owner: String,
     /// Start instances again that ran when the host went down.
@@ -156,6 +161,9 @@ impl Region {
     }
 
     fn transact<R>(&self, job: impl FnMut(&mut Work<'_>) -> Result<R>) -> Result<R> {
+        if self.settings.limits.counts() {
+            return self.transact_alone(job);
+        }
         let _turn = self.turn.read().unwrap_or_else(PoisonError::into_inner);
         Work::on(&*self.store, job)
     }

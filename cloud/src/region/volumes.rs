@@ -148,6 +148,7 @@ impl Region {
                 return Err(Fault::value("size", &gib.to_string(), &why));
             }
             let shape = Shape::new(new.kind.as_deref(), gib, new.iops, new.throughput)?;
+            self.check_volumes(work, account, 1)?;
             let volume = Volume {
                 id: id::new("vol"),
                 account: account.into(),

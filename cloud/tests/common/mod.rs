@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hutch_cloud::host::Simulated;
+use hutch_cloud::limits::Limits;
 use hutch_cloud::model::{Image, Instance, InstanceState};
 use hutch_cloud::region::{Launch, Reconciler, Region, Settings};
 use hutch_cloud::store::Sqlite;
@@ -21,7 +22,14 @@ pub struct World {
 
 pub fn settings() -> Settings {
     let zones = vec!['a', 'b'];
-    Settings { name: "home-1".into(), zones, types: Table::built_in(), owner: ACCOUNT.into(), resume: false }
+    Settings {
+        name: "home-1".into(),
+        zones,
+        types: Table::built_in(),
+        limits: Limits::default(),
+        owner: ACCOUNT.into(),
+        resume: false,
+    }
 }
 
 /// Nothing of it outlives the test.
