@@ -36,12 +36,19 @@ pub fn measure(all: &All, table: &mut Table) -> anyhow::Result<()> {
         host(&raw.0, table)?;
         everyone.rotate_left(usize::from(round > 0));
         for who in everyone {
-            make_raw(&raw.0)?;
-            let disk = DiskFile { path: raw.0.clone(), base: None };
-            guest(who, &disk, initrd, all, table).with_context(|| format!("{}, raw", who.name()))?;
-            make_volume(who, &base.0, &top.0)?;
-            let disk = DiskFile { path: top.0.clone(), base: Some(base.0.clone()) };
-            guest(who, &disk, initrd, all, table).with_context(|| format!("{}, volume", who.name()))?;
+            // Each is first in its turn: what comes later finds the host's memory as the other one left it.
+            for volume in [round % 2 == 1, round % 2 == 0] {
+                let disk = if volume {
+                    make_volume(who, &base.0, &top.0)?;
+                    DiskFile { path: top.0.clone(), base: Some(base.0.clone()) }
+                } else {
+                    make_raw(&raw.0)?;
+                    DiskFile { path: raw.0.clone(), base: None }
+                };
+                let kind = if volume { "volume" } else { "raw" };
+                guest(who, &disk, initrd, all, table).with_context(|| format!("{}, {kind}", who.name()))?;
+                let _ = fs::remove_file(&disk.path);
+            }
             eprintln!("disk, round {round}: {}", who.name());
         }
     }

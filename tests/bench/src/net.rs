@@ -17,7 +17,8 @@ use crate::machine::{Guest, Machine, Vmm};
 use crate::table::{Better, Table};
 
 /// The first address that hutch gives, and the host's.
-const GUEST: Ipv4Addr = Ipv4Addr::new(172, 31, 0, 4);
+/// What `hutch boot` gives the first machine: the last address of its subnet but one.
+const GUEST: Ipv4Addr = Ipv4Addr::new(172, 31, 15, 254);
 const HOST: &str = "172.31.0.1/32";
 const PORT: u16 = 22;
 /// QEMU's tap.
