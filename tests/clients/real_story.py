@@ -265,7 +265,7 @@ class Story(unittest.TestCase):
         cloud.aws("authorize-security-group-ingress", *web)
         made = cloud.aws("run-instances", "--image-id", image, "--instance-type", "t3.nano", "--key-name", "me",
                          "--security-group-ids", group, "--user-data", "what it is told", "--block-device-mappings",
-                         '[{"DeviceName": "/dev/sdf", "Ebs": {"VolumeSize": 1}}]')
+                         '[{"DeviceName": "/dev/sdf", "Ebs": {"VolumeSize": 1, "DeleteOnTermination": true}}]')
         one = made["Instances"][0]["InstanceId"]
         ip = made["Instances"][0]["PrivateIpAddress"]
         self.becomes(one, "running")
@@ -305,9 +305,16 @@ class Story(unittest.TestCase):
         self.becomes(one, "running")
         self.prints(one, "boots: 3 disks: 2 READY")
 
-        # An AMI of it, launched beside it: its root is a copy.
-        copy = cloud.aws("create-image", "--instance-id", one, "--name", "copy", "--no-reboot")["ImageId"]
-        ec2.get_waiter("image_available").wait(ImageIds=[copy], WaiterConfig={"Delay": 1, "MaxAttempts": ENOUGH})
+        # An AMI of it, copied, launched beside it when the first is gone: its root is a copy.
+        made = cloud.aws("create-image", "--instance-id", one, "--name", "made", "--no-reboot")["ImageId"]
+        available = ec2.get_waiter("image_available")
+        available.wait(ImageIds=[made], WaiterConfig={"Delay": 1, "MaxAttempts": ENOUGH})
+        disks = ec2.describe_images(ImageIds=[made])["Images"][0]["BlockDeviceMappings"]
+        copy = ec2.copy_image(SourceRegion=REGION, SourceImageId=made, Name="copy")["ImageId"]
+        available.wait(ImageIds=[copy], WaiterConfig={"Delay": 1, "MaxAttempts": ENOUGH})
+        ec2.deregister_image(ImageId=made)
+        for disk in disks:
+            ec2.delete_snapshot(SnapshotId=disk["Ebs"]["SnapshotId"])
         two = ec2.run_instances(ImageId=copy, MinCount=1, MaxCount=1, InstanceType="t3.nano", SecurityGroupIds=[group])
         two = two["Instances"][0]["InstanceId"]
         self.becomes(two, "running")
