@@ -108,6 +108,8 @@ class LaunchTemplates(Case):
             ("InvalidLaunchTemplateName.MalformedException", self.ec2.create_launch_template,
              dict(LaunchTemplateName="no blanks", LaunchTemplateData={"InstanceType": "t3.nano"})),
             ("MissingParameter", self.ec2.describe_launch_template_versions, dict(Versions=["1"])),
+            ("InvalidParameterValue", self.ec2.create_launch_template_version,
+             dict(name, LaunchTemplateData={"UserData": "x" * 70_000})),
         ]:
             self.fails(code, call, **more)
         self.assertEqual(self.ec2.describe_launch_templates(LaunchTemplateNames=["many"])["LaunchTemplates"][0]

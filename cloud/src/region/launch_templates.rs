@@ -8,8 +8,10 @@ use crate::model::{LaunchTemplate, LaunchTemplateVersion, Name, Tags};
 
 use super::{Region, Work, now, recall, remember, tags};
 
-/// The most versions of a template that can be there at a time, as EC2 has it.
-const MAX_VERSIONS: u64 = 10_000;
+/// The most versions of a template that can be there at a time. EC2 has 10,000.
+const MAX_VERSIONS: usize = 1_000;
+/// The most bytes of a version: user data as they are sent, and room for all else.
+const MAX_DATA: usize = 64 << 10;
 /// The most bytes of a description.
 const MAX_DESCRIPTION: usize = 255;
 
@@ -71,9 +73,13 @@ fn check(description: &str, data: &Data) -> Result<()> {
         let why = format!("A version's description has at most {MAX_DESCRIPTION} bytes.");
         return Err(Fault::value("versionDescription", "…", &why));
     }
-    match data.is_empty() {
-        true => Err(Fault::missing("LaunchTemplateData")),
-        false => Ok(()),
+    match data.iter().map(|(name, value)| name.len() + value.len()).sum() {
+        0 => Err(Fault::missing("LaunchTemplateData")),
+        1..=MAX_DATA => Ok(()),
+        size => {
+            let why = format!("A version has at most {MAX_DATA} bytes.");
+            Err(Fault::value("LaunchTemplateData", &format!("{size} bytes"), &why))
+        }
     }
 }
 
@@ -176,7 +182,7 @@ impl Region {
             };
             let data = merge(before);
             check(description, &data)?;
-            let have = work.all::<LaunchTemplateVersion>(&format!("{}/", template.id))?.len() as u64;
+            let have = work.all::<LaunchTemplateVersion>(&format!("{}/", template.id))?.len();
             if have >= MAX_VERSIONS {
                 let why = format!("The launch template {} has {have} versions; delete some", template.id);
                 return Err(Fault::new("VersionLimitExceeded", why));
