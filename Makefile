@@ -34,7 +34,8 @@ stories:
 
 # Whole Debians with cloud-init: some fifteen minutes each in the lab.
 stories-full:
-	HUTCH_FULL="debian-12 debian-13" tests/lab/enter cargo test --locked -p hutch-tests --test debian -- --ignored --nocapture --test-threads=1
+	HUTCH_FULL="debian-12 debian-13" tests/lab/enter sh -c \
+	  'cargo test --locked -p hutch-tests --test debian -- --ignored --nocapture --test-threads=1 && tests/clients/run debian'
 
 # Licences and sources of all that is linked.
 deny:
