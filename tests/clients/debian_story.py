@@ -55,7 +55,7 @@ class Debian(unittest.TestCase):
         say(said)
         for word in ["DataSourceEc2Local", "status: done", one["id"], "debian L ", "virtio-vol"]:
             self.assertIn(word, said)
-        name = "ip-" + one["address"].replace(".", "-")
+        name = "ip-" + one["ip"].replace(".", "-")
         self.assertIn(f"by user data on {name}", said)
         self.assertIn("\naws\n", said)
         before = self.guest("cat /proc/sys/kernel/random/boot_id")
