@@ -34,7 +34,7 @@ mod vmm;
 use std::process::ExitCode;
 
 use cloud::instances::{self, Verb};
-use cloud::reach;
+use cloud::{events, reach};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use nix::errno::Errno;
@@ -67,6 +67,8 @@ enum Command {
     Cp(reach::Cp),
     /// Print what an instance wrote to its console.
     Logs(instances::Logs),
+    /// Tell of each change of a state as it comes.
+    Events(events::Args),
     /// Use an instance's console. On a terminal, Ctrl-] detaches.
     Console(reach::Console),
     /// Tag an instance, or anything else by its id.
@@ -101,6 +103,7 @@ fn main() -> ExitCode {
         Command::Terminate(args) => instances::act(Verb::Terminate, &args),
         Command::Cp(args) => reach::cp(&args),
         Command::Logs(args) => instances::logs(&args),
+        Command::Events(args) => events::run(&args),
         Command::Console(args) => reach::console(&args),
         Command::Tag(args) => instances::tag(&args),
         Command::Env(args) => reach::env(&args),

@@ -74,6 +74,24 @@ class People(Case):
         self.assertIn("there is no AMI mine", self.hutch("run", "mine", code=240))
         self.hutch("terminate", one, "copy")
 
+    def test_changes_are_told_as_they_come(self):
+        one = json.loads(self.hutch("run", "debian-12", "--name", "told", "-o", "json"))[0]["id"]
+        environment = dict(os.environ, HUTCH_ENDPOINT=self.daemon.url, AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET)
+        command = [HUTCH, "events", "--json", "--timeout", "60"]
+        watch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        self.assertIn("watched", watch.stderr.readline())
+        self.hutch("stop", "told")
+        said = []
+        # Others may come and go at the same time.
+        while not said or said[-1]["id"] != one or said[-1]["to"] != "stopped":
+            said.append(json.loads(watch.stdout.readline()))
+        own = [event for event in said if event["id"] == one]
+        self.assertEqual((own[0]["from"], own[0]["name"]), ("running", "told"))
+        self.assertIn("User initiated", own[-1]["reason"])
+        watch.kill()
+        watch.communicate()
+        self.hutch("terminate", "told")
+
     def test_other_programs_are_told_where_it_is(self):
         said = self.hutch("env")
         self.assertIn(f"export AWS_ENDPOINT_URL='{self.daemon.url}'", said)

@@ -5,9 +5,11 @@
 //!   instances.rs  run, ps, start, stop, reboot, terminate, tag, logs
 //!   reach.rs      console, cp, env, aws; where `hutch ssh` goes
 //!   images.rs     AMIs: create, copy, share, deregister
+//!   events.rs     what changes, as it comes
 //! ```
 
 pub mod client;
+pub mod events;
 pub mod images;
 pub mod instances;
 pub mod reach;
