@@ -240,6 +240,9 @@ pub struct ImageDevice {
     pub gib: u64,
     /// The volume type.
     pub kind: String,
+    /// I/O operations a second, where the type has to be told.
+    #[serde(default)]
+    pub iops: Option<u64>,
     /// The volume goes with the instance.
     pub delete_on_termination: bool,
 }

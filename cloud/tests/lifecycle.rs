@@ -410,6 +410,7 @@ fn copies_are_for_whom_their_originals_are() {
     quiet();
     // It is its owner's alone, and needs nothing of the original.
     region.deregister_image(ACCOUNT, &image).unwrap();
+    assert_eq!(region.copy_image(OTHER, region, &same).unwrap(), again);
     region.delete_snapshot(ACCOUNT, &snapshot).unwrap();
     quiet();
     let copied = region.get::<Image>(&theirs).unwrap().unwrap();

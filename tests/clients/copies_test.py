@@ -74,6 +74,14 @@ class Copies(Case):
         devices = {d["DeviceName"]: d["Ebs"] for d in self.available(self.ec2, image)["BlockDeviceMappings"]}
         self.assertEqual({name: (ebs["VolumeSize"], ebs["DeleteOnTermination"]) for name, ebs in devices.items()},
                          {"/dev/xvda": (9, False), "/dev/sdg": (4, False)})
+        # A type that has to be told its speed keeps it.
+        fast = self.run_one(BlockDeviceMappings=[{"DeviceName": "/dev/sdf", "Ebs": {"VolumeSize": 4, "VolumeType": "io1", "Iops": 150}}])
+        self.wait("instance_running", fast)
+        image = self.available(self.ec2, self.ec2.create_image(InstanceId=fast, Name="fast")["ImageId"])
+        self.assertEqual(image["BlockDeviceMappings"][1]["Ebs"]["Iops"], 150)
+        made = self.ec2.run_instances(ImageId=image["ImageId"], MinCount=1, MaxCount=1)["Instances"][0]
+        told = self.ec2.describe_volumes(Filters=[{"Name": "attachment.instance-id", "Values": [made["InstanceId"]]}])["Volumes"]
+        self.assertEqual({v["VolumeType"]: v["Iops"] for v in told}, {"gp3": 3000, "io1": 150})
         self.fails("InvalidBlockDeviceMapping", self.ec2.create_image, InstanceId=instance, Name="no root",
                    BlockDeviceMappings=[{"DeviceName": "/dev/xvda", "NoDevice": ""}])
 

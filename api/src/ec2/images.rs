@@ -33,6 +33,7 @@ fn told(c: &Context<'_>, image: &Image) -> Node {
                 "volumeSize": device.gib,
                 "deleteOnTermination": device.delete_on_termination,
                 "volumeType": &device.kind,
+                "iops": device.iops,
                 "encrypted": false,
             },
         }

@@ -66,6 +66,11 @@ pub struct ImageCopy {
     pub request: String,
 }
 
+/// The speed of a type that has none by itself.
+fn provisioned(kind: &str, iops: Option<u64>) -> Option<u64> {
+    iops.filter(|_| matches!(kind, "io1" | "io2"))
+}
+
 /// A disk of an image as it is asked for.
 fn device(work: &mut Work<'_>, account: &str, ask: &DeviceAsk, root: &str) -> Result<ImageDevice> {
     let snapshot = ask.snapshot.as_ref().map(|id| snapshots::readable(work, account, id)).transpose()?;
@@ -82,6 +87,7 @@ fn device(work: &mut Work<'_>, account: &str, ask: &DeviceAsk, root: &str) -> Re
         name: ask.name.clone(),
         snapshot: snapshot.map(|snapshot| snapshot.id),
         gib,
+        iops: provisioned(&shape.kind, shape.iops),
         kind: shape.kind,
         delete_on_termination: ask.delete_on_termination.unwrap_or(ask.name == root),
     })
@@ -151,6 +157,7 @@ impl Region {
                 snapshot: Some(snapshot.into()),
                 gib,
                 kind: "gp3".into(),
+                iops: None,
                 delete_on_termination: true,
             }],
             public: true,
@@ -202,11 +209,14 @@ impl Region {
                     return Err(Fault::new("InvalidBlockDeviceMapping", why));
                 }
                 let kind = ask.and_then(|ask| ask.kind.clone()).unwrap_or(volume.kind);
+                let iops = ask.and_then(|ask| ask.iops).or(provisioned(&kind, volume.iops));
+                let shape = Shape::new(Some(&kind), gib, iops, None)?;
                 let goes = ask.and_then(|ask| ask.delete_on_termination);
                 devices.push(ImageDevice {
                     name: device.name.clone(),
                     snapshot: Some(snapshot.id),
-                    kind: Shape::new(Some(&kind), gib, ask.and_then(|ask| ask.iops), None)?.kind,
+                    iops: provisioned(&shape.kind, shape.iops),
+                    kind: shape.kind,
                     gib,
                     delete_on_termination: goes.unwrap_or(device.delete_on_termination),
                 });
@@ -287,6 +297,12 @@ impl Region {
         check_name(&ask.name)?;
         tags::check(&ask.tags)?;
         tags::check(&ask.snapshot_tags)?;
+        let token = ask.client_token.as_ref().map(|token| format!("CopyImage/{account}/{token}"));
+        // The original may be gone when the call is sent again.
+        let made = self.transact(|work| recall(work, token.as_deref(), &ask.request))?;
+        if let Some(id) = made.and_then(|made| made.first().cloned()) {
+            return Ok(id);
+        }
         let (of, disks) = from.transact(|work| {
             let image = from.launchable(work, account, &ask.image)?;
             let mut disks = Vec::new();
@@ -297,7 +313,6 @@ impl Region {
             }
             Ok((image, disks))
         })?;
-        let token = ask.client_token.as_ref().map(|token| format!("CopyImage/{account}/{token}"));
         self.transact(|work| {
             let made = recall(work, token.as_deref(), &ask.request)?;
             if let Some(id) = made.and_then(|made| made.first().cloned()) {

@@ -363,8 +363,11 @@ impl Region {
             ));
         }
         let kind = ask_or.kind.clone().or_else(|| device.map(|device| device.kind.clone()));
+        // The image's speed goes with the image's type.
+        let iops =
+            ask_or.iops.or_else(|| device.filter(|d| kind.as_ref() == Some(&d.kind)).and_then(|d| d.iops));
         Ok(Disk {
-            shape: Shape::new(kind.as_deref(), gib, ask_or.iops, ask_or.throughput)?,
+            shape: Shape::new(kind.as_deref(), gib, iops, ask_or.throughput)?,
             delete_on_termination: ask_or
                 .delete_on_termination
                 .unwrap_or_else(|| device.is_some_and(|device| device.delete_on_termination)),
