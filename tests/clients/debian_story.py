@@ -22,6 +22,7 @@ class Debian(unittest.TestCase):
     def setUp(self):
         os.environ["LAB_TIMEOUT"] = str(HOUR)
         self.cloud = real_story.Cloud()
+        self.addCleanup(self.cloud.log.close)
         image = subprocess.run([ROOT / "images/build-debian", "debian-12"], stdout=subprocess.PIPE, text=True, check=True)
         hutch = self.cloud.programs / "hutch"
         host(hutch, "image", "--state", self.cloud.state, "import", image.stdout.strip(), "--name", "debian-12",
