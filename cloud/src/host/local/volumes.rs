@@ -158,7 +158,8 @@ impl Volumes {
     pub fn create_snapshot(&self, id: &str, volume: &str) -> Result<()> {
         let snapshot = path(&self.snapshots, id, "raw")?;
         if snapshot.exists() {
-            return Ok(());
+            // Whoever gave it the name may have been killed before the name was durable.
+            return sync_dir(&self.snapshots);
         }
         let disk = read_only(&self.files(volume)?).map_err(|e| match e {
             Unopened::File(path, e) => failed(&path, e),
@@ -187,7 +188,8 @@ impl Volumes {
             return Err(HostError::Failed("a simulated snapshot has no bytes to copy".into()));
         };
         if snapshot.exists() {
-            return Ok(());
+            // Whoever gave it the name may have been killed before the name was durable.
+            return sync_dir(&self.snapshots);
         }
         match fs::hard_link(from, &snapshot) {
             Ok(()) => sync_dir(&self.snapshots),
