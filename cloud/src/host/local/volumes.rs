@@ -96,7 +96,8 @@ impl Volumes {
     pub fn create(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {
         let record_path = path(&self.volumes, id, "json")?;
         if record_path.exists() {
-            return Ok(());
+            // As of a snapshot: its name may not be durable yet.
+            return sync_dir(&self.volumes);
         }
         let base = self.base_of(source)?;
         let least = match &base {
