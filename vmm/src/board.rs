@@ -1,17 +1,19 @@
-//! The machine's PCI board: every device of the plan in its slot, behind the transport.
+//! The machine's PCI board: every device in its slot, behind the transport. Disks come and go while it runs.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hutch_blockdev::Disk;
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::hotplug::Hotplug;
+use crate::drives::{Drive, Drives};
 use crate::pci::{PciBus, Vm};
-use crate::plan::{PCI_WINDOW, Plan, parse_mac};
-use crate::virtio::blk::{Blk, DiskCounts};
+use crate::plan::{MAX_DEVICES, PCI_WINDOW, Plan, parse_mac};
+use crate::virtio::blk::Blk;
 use crate::virtio::net::{Net, NetCounts};
 use crate::virtio::pci::{BAR_SIZE, VirtioPci};
 use crate::virtio::rng::Rng;
@@ -21,7 +23,7 @@ use crate::virtio::{Memory, VirtioDevice};
 #[derive(Default)]
 pub struct Backends {
     /// Disks, in the order of the plan.
-    pub disks: Vec<(Arc<dyn Disk>, Arc<DiskCounts>)>,
+    pub drives: Drives,
     /// The queues of each tap, in the order of the plan.
     pub taps: Vec<(Vec<File>, Arc<NetCounts>)>,
 }
@@ -52,49 +54,134 @@ impl Vm for KvmVm {
     }
 }
 
+/// A device in its slot.
+struct Placed {
+    device: Arc<Mutex<VirtioPci>>,
+    /// A disk's serial.
+    serial: Option<String>,
+}
+
+/// What is in the slots.
+#[derive(Default)]
+struct Slots {
+    placed: BTreeMap<usize, Placed>,
+    /// Slots are filled in turn: what a guest still says of one that was just emptied does not meet the next device.
+    next: usize,
+}
+
 /// The board of one run.
 pub struct Board {
     /// Its bus.
     pub bus: PciBus,
-    devices: Vec<Arc<Mutex<VirtioPci>>>,
+    /// What its guest is told of slots.
+    pub hotplug: Arc<Hotplug>,
+    placed: Mutex<Slots>,
+    drives: Drives,
+    id: String,
+    disk_queues: u16,
+    memory: Arc<Memory>,
+    vm: Arc<dyn Vm>,
 }
 
 impl Board {
-    /// Builds every device of the plan: entropy, then disks, then interfaces, each in the next slot.
+    /// Builds every device there is: entropy, then disks, then interfaces, each in the next slot. Disks that were leaving
+    /// are gone: their guest is.
     ///
     /// # Errors
-    /// A tap that is none, or no more descriptors.
+    /// A tap that is none, no free slot, no more descriptors.
     pub fn new(plan: &Plan, backends: &Backends, memory: &Arc<Memory>, vm: Arc<dyn Vm>) -> io::Result<Board> {
-        let mut board = Board { bus: PciBus::new(), devices: Vec::new() };
         let config = plan.config();
-        let mut add = |name: String, device: Box<dyn VirtioDevice>| {
-            // The plan has checked that the slots suffice.
-            let bar = PCI_WINDOW.start as u32 + board.bus.next() as u32 * BAR_SIZE;
-            let id = format!("{}: {name}", config.id);
-            let device = Arc::new(Mutex::new(VirtioPci::new(id, device, bar, memory.clone(), vm.clone())?));
-            board.devices.push(device.clone());
-            board.bus.add(device).map_err(|_| io::Error::other("no free PCI slot"))
+        let board = Board {
+            bus: PciBus::new(),
+            hotplug: Arc::new(Hotplug::new()?),
+            placed: Mutex::default(),
+            drives: backends.drives.clone(),
+            id: config.id.clone(),
+            disk_queues: config.cpus.min(4) as u16,
+            memory: memory.clone(),
+            vm,
         };
-        add("entropy".into(), Box::<Rng>::default())?;
-        for ((disk, counts), asked) in backends.disks.iter().zip(&config.disks) {
-            let queues = config.cpus.min(4) as u16;
-            let blk = Blk::new(disk.clone(), &asked.serial, queues, counts.clone());
-            add(asked.serial.clone(), Box::new(blk))?;
+        board.add("entropy".into(), Box::<Rng>::default(), None)?;
+        backends.drives.remove_leaving();
+        for drive in backends.drives.all() {
+            board.add_drive(&drive)?;
         }
         for ((taps, counts), asked) in backends.taps.iter().zip(&config.nets) {
             let taps = taps.iter().map(File::try_clone).collect::<io::Result<Vec<_>>>()?;
             let mac = parse_mac(&asked.mac).unwrap_or_default();
-            add(
-                format!("interface {}", asked.mac),
-                Box::new(Net::new(mac, asked.mtu, taps, counts.clone())?),
-            )?;
+            let net = Net::new(mac, asked.mtu, taps, counts.clone())?;
+            board.add(format!("interface {}", asked.mac), Box::new(net), None)?;
         }
         Ok(board)
     }
 
+    fn lock(&self) -> MutexGuard<'_, Slots> {
+        self.placed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a device into the first free slot and returns that.
+    fn add(&self, name: String, device: Box<dyn VirtioDevice>, serial: Option<String>) -> io::Result<usize> {
+        let mut slots = self.lock();
+        let full = || {
+            io::Error::other(format!(
+                "no PCI slot is free for {name}; a machine has {MAX_DEVICES} for disks and interfaces"
+            ))
+        };
+        let slot = self.bus.free(slots.next).ok_or_else(full)?;
+        let bar = PCI_WINDOW.start as u32 + slot as u32 * BAR_SIZE;
+        let id = format!("{}: {name}", self.id);
+        let device = VirtioPci::new(id, device, bar, self.memory.clone(), self.vm.clone())?;
+        let device = Arc::new(Mutex::new(device));
+        self.bus.put(slot, device.clone()).map_err(|_| full())?;
+        slots.placed.insert(slot, Placed { device, serial });
+        slots.next = slot + 1;
+        Ok(slot)
+    }
+
+    fn add_drive(&self, drive: &Drive) -> io::Result<usize> {
+        let blk = Blk::new(drive.disk.clone(), &drive.serial, self.disk_queues, drive.counts.clone());
+        self.add(drive.serial.clone(), Box::new(blk), Some(drive.serial.clone()))
+    }
+
+    /// Adds a disk while the guest runs, and tells it.
+    ///
+    /// # Errors
+    /// No free slot, no more descriptors.
+    pub fn plug(&self, drive: &Drive) -> io::Result<()> {
+        self.hotplug.fill(self.add_drive(drive)?);
+        Ok(())
+    }
+
+    /// Asks the guest to let a disk go; with `force`, takes it away. Its drive has been marked as leaving.
+    pub fn unplug(&self, serial: &str, force: bool) {
+        let slot = {
+            let slots = self.lock();
+            let found = slots.placed.iter().find(|(_, placed)| placed.serial.as_deref() == Some(serial));
+            found.map(|(slot, _)| *slot)
+        };
+        match slot {
+            Some(slot) if force => self.eject(slot),
+            Some(slot) => self.hotplug.ask(slot),
+            // The guest has let it go before it was asked.
+            None => self.drives.remove(serial),
+        }
+    }
+
+    /// Empties a slot: the guest let it go, whether or not it was asked to.
+    pub fn eject(&self, slot: usize) {
+        let Some(placed) = self.lock().placed.remove(&slot) else { return };
+        // No access reaches it any more, then its threads end, then its disk may go.
+        drop(self.bus.take(slot));
+        placed.device.lock().unwrap_or_else(PoisonError::into_inner).stop();
+        drop(placed.device);
+        if let Some(serial) = placed.serial {
+            self.drives.remove(&serial);
+        }
+    }
+
     fn each(&self, act: impl Fn(&mut VirtioPci)) {
-        for device in &self.devices {
-            act(&mut device.lock().unwrap_or_else(PoisonError::into_inner));
+        for placed in self.lock().placed.values() {
+            act(&mut placed.device.lock().unwrap_or_else(PoisonError::into_inner));
         }
     }
 
@@ -117,5 +204,98 @@ impl Board {
 impl Drop for Board {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::bus::Registers;
+    use crate::config::DiskFormat;
+    use crate::pci::msix::tests::FakeVm;
+
+    fn drive(serial: &str) -> Drive {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        Drive::open("i-1", serial, vec![(file, DiskFormat::Raw)], false).unwrap()
+    }
+
+    fn board(drives: &Drives) -> Board {
+        let config = serde_json::json!({
+            "id": "i-1", "uuid": "ec2e1916-9099-7caf-fd21-012345abcdef", "cpus": 1, "memory_mib": 16, "kvm": 0,
+            "boot": { "kernel": 0, "cmdline": "" },
+        });
+        let plan = Plan::new(serde_json::from_value(config).unwrap()).unwrap();
+        let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+        let backends = Backends { drives: drives.clone(), taps: Vec::new() };
+        Board::new(&plan, &backends, &memory, Arc::new(FakeVm::default())).unwrap()
+    }
+
+    /// The device id in a slot; 0xffff where there is nothing.
+    fn found(board: &Board, slot: u64) -> u16 {
+        let mut id = [0; 2];
+        board.bus.ecam().read((slot << 15) + 2, &mut id);
+        u16::from_le_bytes(id)
+    }
+
+    const DISK: u16 = 0x1042;
+
+    #[test]
+    fn a_disk_is_there_once_plugged_and_gone_once_let_go() {
+        let drives = Drives::default();
+        assert!(drives.add(drive("vol1")));
+        let board = board(&drives);
+        assert_eq!((found(&board, 2), found(&board, 3)), (DISK, 0xffff));
+        let second = drive("vol2");
+        let file = Arc::downgrade(&second.disk);
+        assert!(drives.add(second.clone()));
+        board.plug(&second).unwrap();
+        drop(second);
+        assert_eq!(found(&board, 3), DISK);
+        assert!(board.hotplug.line().read().is_ok(), "the guest is told");
+
+        assert!(drives.leave("vol2").is_some());
+        board.unplug("vol2", false);
+        assert_eq!(found(&board, 3), DISK, "the guest has to let it go");
+        assert!(board.hotplug.line().read().is_ok());
+        board.eject(3);
+        assert_eq!((found(&board, 3), drives.all().len()), (0xffff, 1));
+        assert!(file.upgrade().is_none(), "its files are closed");
+
+        // What a guest ejects unasked is gone for this run and still attached.
+        board.eject(2);
+        board.eject(2);
+        board.eject(31);
+        assert_eq!((found(&board, 2), drives.all().len()), (0xffff, 1));
+        assert!(drives.leave("vol1").is_some());
+        board.unplug("vol1", false);
+        assert!(drives.all().is_empty(), "it had let it go before");
+    }
+
+    #[test]
+    fn force_takes_a_disk_away_and_the_next_run_is_without_those_that_were_leaving() {
+        let drives = Drives::default();
+        assert!(drives.add(drive("vol1")) && drives.add(drive("vol2")));
+        let first = board(&drives);
+        assert!(drives.leave("vol1").is_some());
+        first.unplug("vol1", true);
+        assert_eq!((found(&first, 2), found(&first, 3)), (0xffff, DISK));
+        assert!(drives.leave("vol2").is_some());
+        first.unplug("vol2", false);
+        drop(first);
+        let second = board(&drives);
+        assert_eq!((found(&second, 2), drives.all().len()), (0xffff, 0));
+    }
+
+    #[test]
+    fn when_all_slots_are_taken_another_disk_is_refused() {
+        let drives = Drives::default();
+        let board = board(&drives);
+        let fill = (0..).find(|i| board.plug(&drive(&format!("vol{i}"))).is_err());
+        assert_eq!(fill, Some(MAX_DEVICES));
+        let said = board.plug(&drive("volx")).unwrap_err().to_string();
+        assert!(said.contains("volx") && said.contains("30"), "{said}");
     }
 }

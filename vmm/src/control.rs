@@ -7,6 +7,11 @@
 //! {"command":"pause"}         → {"ok":true}       every vCPU and device is held when the answer comes, and all that
 //!                                                 the guest wrote is in the disks' files
 //! {"command":"resume"}        → {"ok":true}
+//! {"command":"attach-disk","serial":"vol…","formats":["qcow2","raw"],"read_only":false} with a descriptor for each format, the
+//!     top one first          → {"ok":true}       the guest is told of the new disk, over PCI
+//! {"command":"detach-disk","serial":"vol…","force":false}
+//!                             → {"ok":true}       the guest is asked to let it go; once it has, `status` does not name the
+//!                                                 disk any more; with `force`, it is gone at once
 //! {"command":"kill"}          → {"ok":true}       the machine ends now, its report says `killed`
 //! {"command":"console"}       → {"ok":true,"text":"…"}   what is in the console's ring
 //! {"command":"console","follow":true} → {"ok":true}, and from then on the connection is the console: the guest's bytes
@@ -15,23 +20,26 @@
 //! A follower that is too slow for the ring finds `[hutch: N bytes of the console were lost here]` in its stream.
 //! Anything else is answered with `{"ok":false,"error":"…"}` and changes nothing.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use hutch_blockdev::Disk;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::config::DiskFormat;
 use crate::console::{self, Console, Reader};
 use crate::counts::{Counts, Devices};
 use crate::devices::serial::Input;
+use crate::drives::Drive;
 use crate::machine::Handle;
+use crate::passing::Receiver;
 
 /// A request is at most so many bytes.
 const LINE_MAX: u64 = 64 << 10;
@@ -50,6 +58,17 @@ enum Request {
     Pause,
     Resume,
     Kill,
+    AttachDisk {
+        serial: String,
+        formats: Vec<DiskFormat>,
+        #[serde(default)]
+        read_only: bool,
+    },
+    DetachDisk {
+        serial: String,
+        #[serde(default)]
+        force: bool,
+    },
     Console {
         #[serde(default)]
         follow: bool,
@@ -71,8 +90,6 @@ pub struct Control {
     pub counts: Arc<Counts>,
     /// Its devices' counters.
     pub devices: Devices,
-    /// Its disks.
-    pub disks: Vec<Arc<dyn Disk>>,
 }
 
 impl Control {
@@ -103,17 +120,19 @@ impl Control {
     }
 
     fn connection(&self, mut stream: UnixStream) -> io::Result<()> {
-        let mut reader = BufReader::new(stream.try_clone()?);
+        let mut reader = BufReader::new(Receiver::new(stream.try_clone()?));
         loop {
             let mut line = String::new();
             let n = reader.by_ref().take(LINE_MAX).read_line(&mut line)?;
             if n == 0 || !line.ends_with('\n') {
                 return Ok(());
             }
+            // They come with the first byte of their request; what no request is for is closed.
+            let fds = reader.get_mut().descriptors();
             let request = serde_json::from_str(&line);
             let follow = matches!(request, Ok(Request::Console { follow: true }));
             let answer = match request {
-                Ok(request) => self.answer(&request),
+                Ok(request) => self.answer(request, fds),
                 Err(e) => json!({ "ok": false, "error": format!("{}: no such request: {e}", self.id) }),
             };
             stream.write_all(format!("{answer}\n").as_bytes())?;
@@ -124,7 +143,7 @@ impl Control {
     }
 
     /// Makes the connection the console, until the client hangs up or the machine ends.
-    fn attach(&self, mut typed: BufReader<UnixStream>, stream: &UnixStream) -> io::Result<()> {
+    fn attach(&self, mut typed: BufReader<Receiver>, stream: &UnixStream) -> io::Result<()> {
         let gone = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let show = || {
@@ -156,7 +175,7 @@ impl Control {
     }
 
     /// Hands on what is typed. While the guest reads none of it the client is held back, not the guest.
-    fn hear(&self, typed: &mut BufReader<UnixStream>, stream: &UnixStream) -> io::Result<()> {
+    fn hear(&self, typed: &mut BufReader<Receiver>, stream: &UnixStream) -> io::Result<()> {
         loop {
             let bytes = typed.fill_buf()?;
             if bytes.is_empty() {
@@ -174,8 +193,12 @@ impl Control {
         }
     }
 
-    fn answer(&self, request: &Request) -> Value {
+    fn answer(&self, request: Request, fds: Vec<OwnedFd>) -> Value {
         let console = || self.console.lock().unwrap_or_else(PoisonError::into_inner);
+        let done = |result: Result<(), String>| match result {
+            Ok(()) => json!({ "ok": true }),
+            Err(why) => json!({ "ok": false, "error": format!("{}: {why}", self.id) }),
+        };
         match request {
             Request::Status => {
                 let counters = self.counts.counters(console().total());
@@ -192,7 +215,7 @@ impl Control {
             Request::Pause => {
                 let was_paused = self.handle.is_paused();
                 self.handle.pause();
-                match self.disks.iter().try_for_each(|disk| disk.flush()) {
+                match self.devices.drives.all().iter().try_for_each(|drive| drive.disk.flush()) {
                     Ok(()) => json!({ "ok": true }),
                     Err(e) => {
                         if !was_paused {
@@ -202,6 +225,18 @@ impl Control {
                     }
                 }
             }
+            Request::AttachDisk { serial, formats, read_only } => {
+                if fds.len() != formats.len() {
+                    let (came, named) = (fds.len(), formats.len());
+                    return done(Err(format!("disk {serial}: {came} descriptors came for {named} formats")));
+                }
+                let layers = fds.into_iter().map(File::from).zip(formats).collect();
+                match Drive::open(&self.id, &serial, layers, read_only) {
+                    Ok(drive) => done(self.handle.attach(drive)),
+                    Err(why) => json!({ "ok": false, "error": why }),
+                }
+            }
+            Request::DetachDisk { serial, force } => done(self.handle.detach(&serial, force)),
             Request::Resume => {
                 self.handle.resume();
                 json!({ "ok": true })

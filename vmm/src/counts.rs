@@ -12,7 +12,7 @@ use nix::sys::time::TimeValLike;
 use serde::Serialize;
 
 use crate::config::Counters;
-use crate::virtio::blk::DiskCounts;
+use crate::drives::{Drive, Drives};
 use crate::virtio::net::NetCounts;
 
 /// Why KVM returned to us.
@@ -87,8 +87,8 @@ impl Counts {
 /// The devices' counters, by what the plan calls them; they count over all reboots.
 #[derive(Clone, Default)]
 pub struct Devices {
-    /// Serial of each disk, in the order of the plan.
-    pub disks: Vec<(String, Arc<DiskCounts>)>,
+    /// The disks.
+    pub drives: Drives,
     /// MAC of each interface, in the order of the plan.
     pub nets: Vec<(String, Arc<NetCounts>)>,
 }
@@ -108,6 +108,8 @@ pub struct DiskStatus {
     pub errors: u64,
     /// A write waits for room on the host at present.
     pub no_space: bool,
+    /// The guest was asked to let it go.
+    pub leaving: bool,
 }
 
 /// What one interface did.
@@ -130,15 +132,16 @@ pub struct NetStatus {
 impl Devices {
     /// The disks' counters now.
     pub fn disk_status(&self) -> Vec<DiskStatus> {
-        let status = |(serial, counts): &(String, Arc<DiskCounts>)| DiskStatus {
-            serial: serial.clone(),
+        let status = |Drive { serial, counts, leaving, .. }: Drive| DiskStatus {
+            serial,
             requests: counts.requests.load(Relaxed),
             read_bytes: counts.bytes[0].load(Relaxed),
             written_bytes: counts.bytes[1].load(Relaxed),
             errors: counts.errors.load(Relaxed),
             no_space: counts.no_space.load(Relaxed),
+            leaving: leaving.is_some(),
         };
-        self.disks.iter().map(status).collect()
+        self.drives.all().into_iter().map(status).collect()
     }
 
     /// The interfaces' counters now.
@@ -158,14 +161,20 @@ impl Devices {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::DiskFormat;
 
     #[test]
     fn devices_tell_each_counter_under_its_own_name() {
-        let devices = Devices {
-            disks: vec![("vol1".into(), Arc::default()), ("vol2".into(), Arc::default())],
-            nets: vec![("02:00:00:00:00:01".into(), Arc::default())],
-        };
-        let disk = &devices.disks[1].1;
+        let drives = Drives::default();
+        for serial in ["vol1", "vol2"] {
+            let file = tempfile::tempfile().unwrap();
+            let drive = Drive::open("i-1", serial, vec![(file, DiskFormat::Raw)], false).unwrap();
+            assert!(drives.add(drive));
+        }
+        assert!(drives.leave("vol1").is_some());
+        let devices =
+            Devices { drives: drives.clone(), nets: vec![("02:00:00:00:00:01".into(), Arc::default())] };
+        let disk = &drives.all()[1].counts;
         disk.requests.store(1, Relaxed);
         disk.bytes[0].store(2, Relaxed);
         disk.bytes[1].store(3, Relaxed);
@@ -179,8 +188,9 @@ mod tests {
         net.dropped.store(9, Relaxed);
         let disks = serde_json::to_value(devices.disk_status()).unwrap();
         assert_eq!((&disks[0]["serial"], &disks[0]["no_space"]), (&"vol1".into(), &false.into()));
+        assert_eq!(disks[0]["leaving"], true);
         let expected = serde_json::json!({ "serial": "vol2", "requests": 1, "read_bytes": 2, "written_bytes": 3,
-            "errors": 4, "no_space": true });
+            "errors": 4, "no_space": true, "leaving": false });
         assert_eq!(disks[1], expected);
         let expected = serde_json::json!([{ "mac": "02:00:00:00:00:01", "received_frames": 5,
             "received_bytes": 7, "sent_frames": 6, "sent_bytes": 8, "dropped": 9 }]);

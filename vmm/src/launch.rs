@@ -7,8 +7,8 @@
 //! ```
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -23,6 +23,7 @@ use nix::unistd::pipe2;
 use serde_json::Value;
 
 use crate::config::{DiskConfig, DiskFormat, FdNumber, LayerConfig, Report};
+use crate::passing;
 
 /// The longest answer at a control socket, in bytes; a console's ring, escaped, is the largest.
 const ANSWER_MAX: usize = 1 << 20;
@@ -138,11 +139,7 @@ impl Inherit {
     /// The process has too many descriptors.
     pub fn disk(&mut self, layers: &[(File, Format)], serial: String, read_only: bool) -> Result<DiskConfig> {
         let mut lend = |(file, format): &(File, Format)| {
-            let format = match format {
-                Format::Raw => DiskFormat::Raw,
-                Format::Qcow2 => DiskFormat::Qcow2,
-            };
-            Ok(LayerConfig { fd: self.lend(file)?, format })
+            Ok(LayerConfig { fd: self.lend(file)?, format: disk_format(*format) })
         };
         let layers = layers.iter().map(&mut lend).collect::<Result<Vec<_>>>()?;
         Ok(DiskConfig { serial, layers, read_only })
@@ -231,11 +228,46 @@ pub fn ask(
     request: &Value,
     limit: Duration,
 ) -> Result<(BufReader<UnixStream>, UnixStream, Value)> {
+    ask_with(socket, request, &[], limit)
+}
+
+/// Hands a disk to the machine behind a control socket: its files, the top one first, which it then has open too.
+///
+/// # Errors
+/// Those of [`ask`].
+pub fn attach_disk(
+    socket: &Path,
+    layers: &[(File, Format)],
+    serial: &str,
+    read_only: bool,
+    limit: Duration,
+) -> Result<()> {
+    let formats: Vec<_> = layers.iter().map(|(_, format)| disk_format(*format)).collect();
+    let request = serde_json::json!({
+        "command": "attach-disk", "serial": serial, "formats": formats, "read_only": read_only,
+    });
+    let files: Vec<_> = layers.iter().map(|(file, _)| file.as_fd()).collect();
+    ask_with(socket, &request, &files, limit).map(drop)
+}
+
+fn disk_format(format: Format) -> DiskFormat {
+    match format {
+        Format::Raw => DiskFormat::Raw,
+        Format::Qcow2 => DiskFormat::Qcow2,
+    }
+}
+
+fn ask_with(
+    socket: &Path,
+    request: &Value,
+    fds: &[BorrowedFd<'_>],
+    limit: Duration,
+) -> Result<(BufReader<UnixStream>, UnixStream, Value)> {
     let silent = |source| LaunchError::Silent { path: socket.into(), source };
-    let mut stream = UnixStream::connect(socket).map_err(silent)?;
+    let stream = UnixStream::connect(socket).map_err(silent)?;
     let until = Instant::now() + limit;
     stream.set_write_timeout(Some(limit)).map_err(silent)?;
-    let sent = stream.write_all(format!("{request}\n").as_bytes());
+    let sent = passing::send(&stream, format!("{request}\n").as_bytes(), fds);
     let mut reader = BufReader::new(stream.try_clone().map_err(silent)?);
     let answer = line(&mut reader, until).map_err(silent)?;
     // A machine with too many clients says so and hangs up before it has read anything.
@@ -253,6 +285,7 @@ pub fn ask(
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::os::unix::net::UnixListener;
 
     use super::*;

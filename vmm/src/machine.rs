@@ -24,7 +24,8 @@ use crate::bus::{Bus, Shared};
 use crate::config::{EXIT_PORT, End, Report};
 use crate::console::{self, Console};
 use crate::counts::{Counts, Devices};
-use crate::devices::{exit, power, rtc, serial};
+use crate::devices::{exit, hotplug, power, rtc, serial};
+use crate::drives::{Drive, Drives};
 use crate::ending::{Ending, Outcome};
 use crate::gate::Gate;
 use crate::memory;
@@ -37,6 +38,8 @@ const TSS: usize = 0xfffb_d000;
 const IDENTITY_MAP: u64 = 0xfffb_c000;
 /// A kernel that panicked may print its stack for this long before the machine ends.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How often a guest that has not looked at its slots is told again.
+const REMIND: Duration = Duration::from_secs(1);
 /// Readers of the console have this long to take its end.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -110,8 +113,10 @@ struct Reach {
     killed: AtomicBool,
     button: EventFd,
     gate: Arc<Gate>,
-    /// The devices of the run that is under way. Whoever pauses, resumes, starts or ends a run holds this lock.
+    /// The devices of the run that is under way. Whoever pauses, resumes, starts or ends a run, or changes its disks, holds
+    /// this lock.
     board: Mutex<Option<Arc<Board>>>,
+    drives: Drives,
 }
 
 impl Reach {
@@ -163,6 +168,40 @@ impl Handle {
         self.0.gate.open();
     }
 
+    /// Adds a disk: the guest that runs is told, the next one finds it.
+    ///
+    /// # Errors
+    /// There is one of this serial, or no free slot; nothing changed.
+    pub fn attach(&self, drive: Drive) -> Result<(), String> {
+        let board = self.0.board();
+        if !self.0.drives.add(drive.clone()) {
+            return Err(format!("disk {} is attached already", drive.serial));
+        }
+        let plugged = board.as_ref().map_or(Ok(()), |board| board.plug(&drive));
+        plugged.map_err(|e| {
+            // It was never the guest's.
+            let _ = self.0.drives.leave(&drive.serial);
+            self.0.drives.remove(&drive.serial);
+            format!("disk {}: {e}", drive.serial)
+        })
+    }
+
+    /// Asks the guest to let a disk go, which it does in its own time, or never; with `force` the disk is gone when this
+    /// returns. It may be asked again.
+    ///
+    /// # Errors
+    /// There is none of this serial.
+    pub fn detach(&self, serial: &str, force: bool) -> Result<(), String> {
+        let board = self.0.board();
+        let ask = self.0.drives.leave(serial).ok_or_else(|| format!("there is no disk {serial}"))?;
+        match &*board {
+            Some(board) if force || ask => board.unplug(serial, force),
+            Some(_) => {}
+            None => self.0.drives.remove(serial),
+        }
+        Ok(())
+    }
+
     /// Whether the machine is paused or about to be.
     pub fn is_paused(&self) -> bool {
         self.0.gate.is_closed()
@@ -195,6 +234,7 @@ impl Machine {
                 button,
                 gate: Arc::default(),
                 board: Mutex::default(),
+                drives: files.backends.drives.clone(),
             }),
             kvm,
             kernel: files.kernel,
@@ -224,18 +264,11 @@ impl Machine {
 
     /// The devices' counters, for readers.
     pub fn devices(&self) -> Devices {
-        let config = self.plan.config();
-        let disks = config.disks.iter().zip(&self.backends.disks);
-        let nets = config.nets.iter().zip(&self.backends.taps);
+        let nets = self.plan.config().nets.iter().zip(&self.backends.taps);
         Devices {
-            disks: disks.map(|(disk, (_, counts))| (disk.serial.clone(), counts.clone())).collect(),
+            drives: self.backends.drives.clone(),
             nets: nets.map(|(net, (_, counts))| (net.mac.clone(), counts.clone())).collect(),
         }
-    }
-
-    /// Its disks, in the order of the plan.
-    pub fn disks(&self) -> Vec<Arc<dyn hutch_blockdev::Disk>> {
-        self.backends.disks.iter().map(|(disk, _)| disk.clone()).collect()
     }
 
     /// Runs the machine until it ends, reboots included. `handle` receives the way to end it from outside.
@@ -302,10 +335,11 @@ impl Machine {
         smbios::write(&memory, &self.plan.config().id, self.plan.uuid())
             .map_err(self.host("SMBIOS tables"))?;
         let vm = Arc::new(self.create_vm(&memory)?);
-        vm.register_irqfd(&self.reach.button, acpi::EVENT_GSI).map_err(self.error("KVM_IRQFD"))?;
-        let ports = Arc::new(self.ports(&vm, ending)?);
+        vm.register_irqfd(&self.reach.button, acpi::BUTTON_GSI).map_err(self.error("KVM_IRQFD"))?;
         let board = Board::new(&self.plan, &self.backends, &memory, Arc::new(KvmVm(vm.clone())));
         let board = Arc::new(board.map_err(self.host("devices"))?);
+        vm.register_irqfd(board.hotplug.line(), acpi::HOTPLUG_GSI).map_err(self.error("KVM_IRQFD"))?;
+        let ports = Arc::new(self.ports(&vm, ending, &board)?);
         let mut mmio = Bus::default();
         for (region, device) in [
             (ECAM, Arc::new(Mutex::new(board.bus.ecam())) as Shared),
@@ -340,7 +374,7 @@ impl Machine {
             *current = Some(board.clone());
             threads
         };
-        let outcome = self.watch(ending);
+        let outcome = self.watch(ending, &board.hotplug);
         // In this order: nobody can start a device any more, then none runs, then the memory may go.
         drop(threads);
         *self.reach.board() = None;
@@ -349,12 +383,16 @@ impl Machine {
         Ok(outcome)
     }
 
-    /// Waits for the end; a panicked kernel that hangs is ended here.
-    fn watch(&self, ending: &Ending) -> Outcome {
+    /// Waits for the end; a panicked kernel that hangs is ended here, and one that has not looked at its slots is reminded.
+    fn watch(&self, ending: &Ending, hotplug: &hotplug::Hotplug) -> Outcome {
         // While the machine is paused, its kernel says nothing.
-        let mut left = LAST_WORDS;
+        let (mut left, mut reminded) = (LAST_WORDS, Instant::now());
         loop {
             let looked = Instant::now();
+            if looked.duration_since(reminded) >= REMIND {
+                hotplug.remind();
+                reminded = looked;
+            }
             if let Some(outcome) = ending.wait(Some(looked + Duration::from_millis(100))) {
                 return outcome;
             }
@@ -391,7 +429,7 @@ impl Machine {
         Ok(vm)
     }
 
-    fn ports(&self, vm: &VmFd, ending: &Arc<Ending>) -> Result<Bus, MachineError> {
+    fn ports(&self, vm: &VmFd, ending: &Arc<Ending>, board: &Arc<Board>) -> Result<Bus, MachineError> {
         let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(self.host("eventfd"))?;
         vm.register_irqfd(&line, serial::IRQ).map_err(self.error("KVM_IRQFD"))?;
         let mut bus = Bus::default();
@@ -401,6 +439,9 @@ impl Machine {
         put(serial::PORT, 8, serial::SerialPort::new(self.console.clone(), self.input.clone(), line))?;
         put(rtc::PORT, 2, Arc::new(Mutex::new(rtc::CmosClock::default())))?;
         put(power::PORT, power::LEN, Arc::new(Mutex::new(power::Power(ending.clone()))))?;
+        let (hotplug, board) = (board.hotplug.clone(), Arc::downgrade(board));
+        let eject = move |slot| board.upgrade().iter().for_each(|board| board.eject(slot));
+        put(hotplug::PORT, hotplug::LEN, Arc::new(Mutex::new(hotplug::Ports { hotplug, eject })))?;
         put(power::KEYBOARD_PORT, 1, Arc::new(Mutex::new(power::KeyboardReset(ending.clone()))))?;
         if self.plan.config().exit_port {
             let counts = self.counts.clone();

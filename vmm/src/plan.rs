@@ -1,6 +1,7 @@
 //! A [`MachineConfig`] checked whole and laid out: nothing after this step may fail for a reason that was visible before it.
 
 use crate::config::MachineConfig;
+use crate::drives;
 use crate::x86_64::smbios::parse_uuid;
 
 /// Where RAM below 4 GiB ends at the latest; above it lie the PCI window, ECAM, the I/O APIC and the local APICs.
@@ -62,7 +63,7 @@ pub enum PlanError {
         why: &'static str,
     },
     /// A disk is described wrongly.
-    #[error("{id}: disk {index}: {why}")]
+    #[error("{id}: disk {index} {why}")]
     Disk {
         /// The machine.
         id: String,
@@ -135,16 +136,11 @@ impl Plan {
             return Err(PlanError::Slots { id, count });
         }
         for (index, disk) in config.disks.iter().enumerate() {
-            let why = if disk.layers.is_empty() {
-                "has no layers"
-            } else if disk.layers.len() > 16 {
-                "has more than 16 layers; flatten it"
-            } else if disk.serial.len() > 20 || !disk.serial.bytes().all(|b| b.is_ascii_alphanumeric()) {
-                "its serial is not at most 20 ASCII letters and digits (virtio 1.2, 5.2.6)"
-            } else {
-                continue;
-            };
-            return Err(PlanError::Disk { id, index, why });
+            let twice = config.disks.iter().take(index).any(|other| other.serial == disk.serial);
+            let wrong = drives::wrong(&disk.serial, disk.layers.len());
+            if let Some(why) = wrong.or(twice.then_some("has the serial of another disk")) {
+                return Err(PlanError::Disk { id, index, why });
+            }
         }
         for (index, net) in config.nets.iter().enumerate() {
             let why = match parse_mac(&net.mac) {
@@ -260,8 +256,10 @@ mod tests {
         let layer = LayerConfig { fd: 5, format: DiskFormat::Raw };
         let disk =
             |serial: &str, n| DiskConfig { serial: serial.into(), layers: vec![layer; n], read_only: false };
-        for bad in [disk("vol1", 0), disk("vol1", 17), disk("vol-1", 1), disk(&"v".repeat(21), 1)] {
-            let good = disk("vol0123456789abcdef0", 1);
+        let good = disk("vol0123456789abcdef0", 1);
+        let long = disk(&"v".repeat(21), 1);
+        for bad in [disk("vol1", 0), disk("vol1", 17), disk("vol-1", 1), disk("", 1), long, good.clone()] {
+            let good = good.clone();
             assert!(matches!(refused(|c| c.disks = vec![good, bad]), PlanError::Disk { index: 1, .. }));
         }
         let thirty = vec![disk("v", 1); 31];

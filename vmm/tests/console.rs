@@ -72,9 +72,7 @@ fn with_socket(code: &[u8], act: impl FnOnce(&Path) + Send + 'static) -> Option<
     let mut acting = None;
     let report = machine.run(|handle| {
         let id = "i-0123456789abcdef0".into();
-        Control { id, handle: handle.clone(), console, input, counts, devices, disks: vec![] }
-            .serve(listener)
-            .unwrap();
+        Control { id, handle: handle.clone(), console, input, counts, devices }.serve(listener).unwrap();
         acting = Some(std::thread::spawn(move || {
             let acted = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| act(&path)));
             handle.kill();

@@ -13,8 +13,9 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, Signal};
 
 use hutch_vmm::board::Backends;
-use hutch_vmm::config::{Counters, DiskFormat, End, FdNumber, MachineConfig, Report, RunAs};
+use hutch_vmm::config::{Counters, End, FdNumber, MachineConfig, Report, RunAs};
 use hutch_vmm::control::Control;
+use hutch_vmm::drives::Drive;
 use hutch_vmm::machine::{Files, Machine};
 use hutch_vmm::plan::Plan;
 
@@ -75,7 +76,7 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
     let terminate = block_termination().map_err(|e| format!("{id}: signals: {e}"))?;
     let mut machine = Machine::new(plan, files).map_err(|e| e.to_string())?;
     let (console, input) = (machine.console(), machine.input());
-    let (counts, devices, disks) = (machine.counts(), machine.devices(), machine.disks());
+    let (counts, devices) = (machine.counts(), machine.devices());
     let mut trouble = None;
     let report = machine.run(|handle| {
         let killer = handle.clone();
@@ -96,7 +97,7 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
         });
         let served = control.map_or(Ok(()), |listener| {
             let handle = handle.clone();
-            Control { id: id.clone(), handle, console, input, counts, devices, disks }.serve(listener)
+            Control { id: id.clone(), handle, console, input, counts, devices }.serve(listener)
         });
         if let Err(e) = signals.and(tethered).and(served) {
             trouble = Some(format!("{id}: cannot start a thread: {e}"));
@@ -110,19 +111,10 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
 fn backends(config: &MachineConfig, fds: &mut Inherited) -> Result<Backends, String> {
     let mut backends = Backends::default();
     for disk in &config.disks {
-        let mut layers = Vec::new();
-        for layer in &disk.layers {
-            let format = match layer.format {
-                DiskFormat::Raw => hutch_blockdev::Format::Raw,
-                DiskFormat::Qcow2 => hutch_blockdev::Format::Qcow2,
-            };
-            layers.push((fds.file(layer.fd, &disk.serial)?, format));
-        }
-        let opened = hutch_blockdev::open_layers(layers, disk.read_only).map_err(|e| {
-            let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
-            format!("{}: disk {}: {e}{cause}", config.id, disk.serial)
-        })?;
-        backends.disks.push((opened, Arc::default()));
+        let layers = disk.layers.iter().map(|layer| Ok((fds.file(layer.fd, &disk.serial)?, layer.format)));
+        let layers = layers.collect::<Result<_, String>>()?;
+        // The plan has checked that there are no two of one serial.
+        let _ = backends.drives.add(Drive::open(&config.id, &disk.serial, layers, disk.read_only)?);
     }
     for net in &config.nets {
         let taps = net.taps.iter().map(|fd| fds.file(*fd, "tap")).collect::<Result<Vec<_>, _>>()?;

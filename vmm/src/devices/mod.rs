@@ -6,9 +6,11 @@
 //!   0x00f4  exit.rs    a guest command's exit code, and the mark of user space
 //!   0x03f8  serial.rs  16550A
 //!   0x0600  power.rs   ACPI sleep control and status, reset
+//!   0x0610  hotplug.rs PCI slots that are filled and emptied
 //! ```
 
 pub mod exit;
+pub mod hotplug;
 pub mod power;
 pub mod rtc;
 pub mod serial;

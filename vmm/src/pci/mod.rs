@@ -9,7 +9,7 @@ pub mod config;
 pub mod msix;
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -43,30 +43,53 @@ pub trait PciDevice: Send {
 /// A device in its slot.
 pub type Slot = Arc<Mutex<dyn PciDevice>>;
 
-/// The bus: slot 0 is the host bridge.
-#[derive(Clone, Default)]
-pub struct PciBus {
-    slots: Vec<Slot>,
+/// The bus, shared by all that hold it: slot 0 is the host bridge, devices come and go in the others.
+#[derive(Clone)]
+pub struct PciBus(Arc<RwLock<[Option<Slot>; PCI_SLOTS]>>);
+
+impl Default for PciBus {
+    fn default() -> PciBus {
+        PciBus::new()
+    }
 }
 
 impl PciBus {
     /// A bus with its host bridge.
     pub fn new() -> PciBus {
-        PciBus { slots: vec![Arc::new(Mutex::new(HostBridge(config::ConfigSpace::host_bridge())))] }
+        let mut slots: [Option<Slot>; PCI_SLOTS] = Default::default();
+        slots[0] = Some(Arc::new(Mutex::new(HostBridge(config::ConfigSpace::host_bridge()))));
+        PciBus(Arc::new(RwLock::new(slots)))
     }
 
-    /// The number of the next free slot; [`PCI_SLOTS`] when all are taken.
-    pub fn next(&self) -> usize {
-        self.slots.len()
+    /// The first free slot from `from` on, or before it.
+    pub fn free(&self, from: usize) -> Option<usize> {
+        let slots = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let free = |slot: &usize| slots.get(*slot).is_some_and(Option::is_none);
+        (from..PCI_SLOTS).chain(0..from).find(free)
     }
 
-    /// Puts a device into the next slot; it is handed back when there is none.
-    pub fn add(&mut self, device: Slot) -> Result<(), Slot> {
-        if self.slots.len() >= PCI_SLOTS {
-            return Err(device);
+    /// Puts a device into a slot that is free; else it is handed back.
+    pub fn put(&self, slot: usize, device: Slot) -> Result<(), Slot> {
+        let mut slots = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        match slots.get_mut(slot) {
+            Some(place @ None) => *place = Some(device),
+            _ => return Err(device),
         }
-        self.slots.push(device);
         Ok(())
+    }
+
+    /// Takes a device out of its slot. When this returns, no access of the guest reaches it any more.
+    pub fn take(&self, slot: usize) -> Option<Slot> {
+        let mut slots = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        // The bridge stays.
+        slots.get_mut(slot).filter(|_| slot > 0)?.take()
+    }
+
+    /// Does `act` with the device in a slot, if there is one.
+    fn with<R>(&self, slot: usize, act: impl FnOnce(&mut dyn PciDevice) -> R) -> Option<R> {
+        let slots = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let mut device = slots.get(slot)?.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(act(&mut *device))
     }
 
     /// The bus's config space, as memory-mapped registers.
@@ -85,26 +108,25 @@ pub struct Ecam(PciBus);
 
 impl Ecam {
     /// The slot and register; conventional functions have 256 bytes, and only function 0 is there.
-    fn find(&self, offset: u64, len: usize) -> Option<(&Slot, usize)> {
+    fn find(offset: u64, len: usize) -> Option<(usize, usize)> {
         let (slot, function, register) = (offset >> 15 & 0x1f, offset >> 12 & 7, (offset & 0xfff) as usize);
-        (function == 0 && register + len <= config::SIZE).then_some(())?;
-        Some((self.0.slots.get(slot as usize)?, register))
+        (function == 0 && register + len <= config::SIZE).then_some((slot as usize, register))
     }
 }
 
 impl Registers for Ecam {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        match self.find(offset, data.len()) {
-            Some((slot, register)) => {
-                slot.lock().unwrap_or_else(PoisonError::into_inner).config_read(register, data);
-            }
-            None => data.fill(0xff),
+        let found = Ecam::find(offset, data.len());
+        let read =
+            found.and_then(|(slot, register)| self.0.with(slot, |device| device.config_read(register, data)));
+        if read.is_none() {
+            data.fill(0xff);
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let Some((slot, register)) = self.find(offset, data.len()) {
-            slot.lock().unwrap_or_else(PoisonError::into_inner).config_write(register, data);
+        if let Some((slot, register)) = Ecam::find(offset, data.len()) {
+            self.0.with(slot, |device| device.config_write(register, data));
         }
     }
 }
@@ -119,7 +141,8 @@ impl Window {
     fn with(&self, offset: u64, len: usize, act: impl FnOnce(&mut dyn PciDevice, u64)) -> bool {
         let Some(first) = self.start.checked_add(offset) else { return false };
         let Some(end) = first.checked_add(len as u64) else { return false };
-        for slot in &self.bus.slots {
+        let slots = self.bus.0.read().unwrap_or_else(PoisonError::into_inner);
+        for slot in slots.iter().flatten() {
             let mut device = slot.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(bar) = device.bar()
                 && bar.start <= first
@@ -184,12 +207,21 @@ mod tests {
     }
 
     #[test]
-    fn the_bus_ends_at_32_slots() {
-        let mut bus = PciBus::new();
-        let bridge = || Arc::new(Mutex::new(HostBridge(config::ConfigSpace::host_bridge())));
-        while bus.next() < PCI_SLOTS {
-            assert!(bus.add(bridge()).is_ok());
+    fn devices_come_and_go_in_31_slots() {
+        let (bus, bridge) =
+            (PciBus::new(), || Arc::new(Mutex::new(HostBridge(config::ConfigSpace::host_bridge()))));
+        let mut ecam = bus.ecam();
+        while let Some(slot) = bus.free(3) {
+            assert!(bus.put(slot, bridge()).is_ok());
+            assert!(bus.put(slot, bridge()).is_err(), "it is taken");
         }
-        assert!(bus.add(bridge()).is_err());
+        assert!(bus.put(PCI_SLOTS, bridge()).is_err());
+        let mut word = [0; 4];
+        ecam.read(7 << 15, &mut word);
+        assert_eq!(word, [0x86, 0x80, 0x57, 0x0d]);
+        assert!(bus.take(7).is_some() && bus.take(7).is_none());
+        ecam.read(7 << 15, &mut word);
+        assert_eq!((word, bus.free(0), bus.free(8), bus.free(99)), ([0xff; 4], Some(7), Some(7), Some(7)));
+        assert!(bus.take(0).is_none() && bus.take(99).is_none(), "the bridge stays");
     }
 }

@@ -1,12 +1,12 @@
 //! ACPI tables of a hardware-reduced machine (ACPI 6.5, chapter 5): RSDP → XSDT → FADT (→ DSDT), MADT, MCFG.
 //!
-//! The DSDT names what a stock kernel cannot find by itself: COM1, the PCI root with its windows, a power button
-//! and the generic event device that carries its interrupt, and `\_S5`.
+//! The DSDT names what a stock kernel cannot find by itself: COM1, the PCI root with its windows and its slots, a power
+//! button, the generic event device that carries their interrupts, and `\_S5`.
 
-use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method,
-    Name, Notify, Package, Path, ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Equal, Field, FieldAccessType,
+    FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, MethodCall,
+    Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
@@ -15,17 +15,23 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use crate::devices::{power, serial};
-use crate::plan::{ECAM, PCI_WINDOW, Plan};
+use crate::devices::{hotplug, power, serial};
+use crate::plan::{ECAM, PCI_SLOTS, PCI_WINDOW, Plan};
 
 /// Where the RSDP lies: the first address a kernel without UEFI looks at (ACPI 6.5, 5.2.5.1).
 pub const RSDP: u64 = 0xe_0000;
 /// Tables end below SMBIOS.
 const END: u64 = 0xf_0000;
-/// The interrupt line of the generic event device.
-pub const EVENT_GSI: u32 = 5;
+/// The interrupt lines of the generic event device: the power button, and slots that were filled or are to be emptied.
+pub const BUTTON_GSI: u32 = 5;
+/// See [`BUTTON_GSI`].
+pub const HOTPLUG_GSI: u32 = 6;
+/// What a slot's device is told (ACPI 6.5, 5.6.6): look at it, and let it go.
+const DEVICE_CHECK: u8 = 1;
+const EJECT_REQUEST: u8 = 3;
 const LOCAL_APIC: u32 = 0xfee0_0000;
 const IO_APIC: u32 = 0xfec0_0000;
 const OEM: [u8; 6] = *b"HUTCH ";
@@ -117,7 +123,9 @@ fn dsdt() -> impl Aml {
     let pci_seg = Name::new("_SEG".into(), &ZERO);
     let pci_bbn = Name::new("_BBN".into(), &ZERO);
     let pci_crs = Name::new("_CRS".into(), &pci_crs);
-    let pci = Device::new("PCI0".into(), vec![&pci_hid, &pci_cid, &pci_uid, &pci_seg, &pci_bbn, &pci_crs]);
+    let slots = slots();
+    let pci =
+        Device::new("PCI0".into(), vec![&pci_hid, &pci_cid, &pci_uid, &pci_seg, &pci_bbn, &pci_crs, &slots]);
 
     // Linux trusts MCFG only where the window is also reserved by a motherboard resource (PCI Firmware 3.3, 4.1.2).
     let ecam = Memory32Fixed::new(true, ECAM.start as u32, ECAM.len as u32);
@@ -131,19 +139,19 @@ fn dsdt() -> impl Aml {
     let button_uid = Name::new("_UID".into(), &ZERO);
     let button = Device::new("PWRB".into(), vec![&button_hid, &button_uid]);
 
-    // The generic event device (ACPI 6.5, 5.6.9): its one edge interrupt is the power button.
-    let event_line = edge(EVENT_GSI);
-    let event_crs = ResourceTemplate::new(vec![&event_line]);
+    // The generic event device (ACPI 6.5, 5.6.9): an edge interrupt for each of what it tells.
+    let (button_line, slots_line) = (edge(BUTTON_GSI), edge(HOTPLUG_GSI));
+    let event_crs = ResourceTemplate::new(vec![&button_line, &slots_line]);
     let event_hid = Name::new("_HID".into(), &"ACPI0013");
     let event_uid = Name::new("_UID".into(), &ZERO);
     let event_crs = Name::new("_CRS".into(), &event_crs);
     let button_path = Path::new("\\_SB_.PWRB");
     let pressed = Notify::new(&button_path, &0x80u8);
-    let which = acpi_tables::aml::Arg(0);
-    let gsi = EVENT_GSI as u8;
-    let ours = Equal::new(&which, &gsi);
-    let on_event = If::new(&ours, vec![&pressed]);
-    let event_evt = Method::new("_EVT".into(), 1, true, vec![&on_event]);
+    let (button_gsi, slots_gsi) = (BUTTON_GSI as u8, HOTPLUG_GSI as u8);
+    let (is_button, is_slots) = (Equal::new(&Arg(0), &button_gsi), Equal::new(&Arg(0), &slots_gsi));
+    let look = MethodCall::new("\\_SB_.PCI0.PCNT".into(), vec![]);
+    let (on_button, on_slots) = (If::new(&is_button, vec![&pressed]), If::new(&is_slots, vec![&look]));
+    let event_evt = Method::new("_EVT".into(), 1, true, vec![&on_button, &on_slots]);
     let event = Device::new("GED_".into(), vec![&event_hid, &event_uid, &event_crs, &event_evt]);
 
     Scope::new("\\_SB_".into(), vec![&com1, &pci, &board, &button, &event]).to_aml_bytes(&mut body);
@@ -153,6 +161,49 @@ fn dsdt() -> impl Aml {
     let mut table = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, 1);
     table.append_slice(&body);
     table
+}
+
+/// AML that was rendered before.
+struct Rendered(Vec<u8>);
+
+impl Aml for Rendered {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+/// What stands in the PCI root for slots whose devices come and go: the registers of [`hotplug`], a device with `_EJ0` for
+/// each slot, and the method that hands the registers' bits on to them.
+fn slots() -> Rendered {
+    let mut body = Vec::new();
+    let (port, len) = (hotplug::PORT as u16, hotplug::LEN as u8);
+    OpRegion::new("PCST".into(), OpRegionSpace::SystemIO, &port, &len).to_aml_bytes(&mut body);
+    let register = |name: &[u8; 4]| FieldEntry::Named(*name, 32);
+    let registers = vec![register(b"PCIU"), register(b"PCID"), register(b"B0EJ")];
+    let (access, rule) = (FieldAccessType::DWord, FieldUpdateRule::WriteAsZeroes);
+    Field::new("PCST".into(), access, FieldLockRule::NoLock, rule, registers).to_aml_bytes(&mut body);
+
+    let [filled, leaving, eject] = ["PCIU", "PCID", "B0EJ"].map(Path::new);
+    let mut tell = Vec::new();
+    Store::new(&Local(0), &filled).to_aml_bytes(&mut tell);
+    Store::new(&Local(1), &leaving).to_aml_bytes(&mut tell);
+    // Slot 0 is the bridge's.
+    for slot in 1..PCI_SLOTS {
+        let (name, number, bit) = (format!("S{slot:02X}_"), slot as u8, 1u32 << slot);
+        let adr = Name::new("_ADR".into(), &((slot as u32) << 16));
+        let sun = Name::new("_SUN".into(), &number);
+        let gone = Store::new(&eject, &bit);
+        let ej0 = Method::new("_EJ0".into(), 1, true, vec![&gone]);
+        Device::new(name.as_str().into(), vec![&adr, &sun, &ej0]).to_aml_bytes(&mut body);
+        let path = Path::new(&name);
+        for (bits, what) in [(Local(0), DEVICE_CHECK), (Local(1), EJECT_REQUEST)] {
+            let notify = Notify::new(&path, &what);
+            If::new(&And::new(&ZERO, &bits, &bit), vec![&notify]).to_aml_bytes(&mut tell);
+        }
+    }
+    let tell = Rendered(tell);
+    Method::new("PCNT".into(), 0, true, vec![&tell]).to_aml_bytes(&mut body);
+    Rendered(body)
 }
 
 #[cfg(test)]
@@ -213,7 +264,18 @@ mod tests {
             Ok(out) => {
                 let text = std::fs::read_to_string(dir.path().join("dsdt.dsl")).unwrap_or_default();
                 assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-                for word in ["Device (COM1)", "Device (PCI0)", "Notify (\\_SB.PWRB, 0x80)", "Name (\\_S5,"] {
+                for word in [
+                    "Device (COM1)",
+                    "Device (PCI0)",
+                    "Notify (\\_SB.PWRB, 0x80)",
+                    "Name (\\_S5,",
+                    "\\_SB.PCI0.PCNT ()",
+                    "Device (S1F)",
+                    "Name (_ADR, 0x001F0000)",
+                    "B0EJ = 0x80000000",
+                    "Local1 = PCID",
+                    "Notify (S1F, 0x03)",
+                ] {
                     assert!(text.contains(word), "{word} is missing in {text}");
                 }
             }
