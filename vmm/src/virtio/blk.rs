@@ -35,8 +35,9 @@ const S_IOERR: u8 = 1;
 const S_UNSUPP: u8 = 2;
 /// The header before a request's data: type, reserved, sector.
 const HEADER: usize = 16;
-/// Entries of a queue; a request may have so many segments less its header and status.
-const QUEUE_SIZE: u16 = 256;
+/// Entries of a queue; a request may have so many segments less its header and status. So 1 MiB is one request also where
+/// the guest has no two of its pages beside each other, which would need 258 of them.
+const QUEUE_SIZE: u16 = 512;
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// One discard or write-zeroes request: ranges, and sectors a range (2 GiB).
 const RANGES_MAX: u32 = 64;

@@ -245,3 +245,53 @@ fn queues_and_capacity_are_in_the_configuration() {
     blk.read_config(u64::MAX, &mut config);
     assert_eq!(config, [0; 80]);
 }
+
+/// A disk that takes no time.
+struct NoDisk;
+
+impl Disk for NoDisk {
+    fn size(&self) -> u64 {
+        1 << 40
+    }
+    fn read_only(&self) -> bool {
+        false
+    }
+    unsafe fn read_vectored(&self, _: u64, bufs: &[IoBufMut]) -> hutch_blockdev::Result<()> {
+        std::hint::black_box(bufs);
+        Ok(())
+    }
+    unsafe fn write_vectored(&self, _: u64, bufs: &[IoBuf]) -> hutch_blockdev::Result<()> {
+        std::hint::black_box(bufs);
+        Ok(())
+    }
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> hutch_blockdev::Result<()> {
+        Ok(())
+    }
+    fn discard(&self, _: u64, _: u64) -> hutch_blockdev::Result<()> {
+        Ok(())
+    }
+    fn flush(&self) -> hutch_blockdev::Result<()> {
+        Ok(())
+    }
+    fn grow(&self, _: u64) -> hutch_blockdev::Result<()> {
+        Ok(())
+    }
+}
+
+/// What a request of 1 MiB in 256 pages costs beside its bytes: run it in a release build under `valgrind
+/// --tool=callgrind`, or look at the time it prints.
+#[test]
+#[ignore = "it measures"]
+fn a_request_of_many_pages() {
+    const TIMES: u32 = 2000;
+    let mut blk = Blk::new(Arc::new(NoDisk), "vol1", 1, Arc::default());
+    let mut driver = Driver::new(1);
+    driver.start(&mut blk);
+    let started = std::time::Instant::now();
+    for _ in 0..TIMES {
+        driver.offer_pages(0, &[0; 16], 256, true);
+        assert_eq!(driver.wait_used(0), Some((1 << 20) + 1));
+    }
+    blk.stop();
+    println!("{:?} a request", started.elapsed() / TIMES);
+}

@@ -20,7 +20,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -106,18 +106,17 @@ fn drain(
     memory: &Memory,
     notify: &dyn Notify,
     long: Duration,
-    mut answer: impl FnMut(DescriptorChain<&Memory>) -> Result<u32, chain::ChainError>,
+    mut answer: impl FnMut(chain::Chain) -> Result<u32, chain::ChainError>,
 ) -> Result<u32, Broken> {
     let queue = &mut active.queue;
     let (mut answers, mut untold, mut told) = (0, 0, Instant::now());
     loop {
         queue.disable_notification(memory)?;
         while answers < VISIT
-            && let Some(chain) = queue.iter(memory)?.next()
+            && let Some(chain) = chain::next(queue, memory)?
         {
-            let head = chain.head_index();
             let written = answer(chain)?;
-            queue.add_used(memory, head, written)?;
+            queue.add_used(memory, chain.head, written)?;
             (answers, untold) = (answers + 1, untold + 1);
             if untold >= TOGETHER || told.elapsed() >= long {
                 (untold, told) = (0, Instant::now());

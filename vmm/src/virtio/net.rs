@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{self, Buffers, ChainError};
@@ -313,14 +313,13 @@ impl Port {
             let mut have: usize = rooms.iter().map(|r| r.buffers.len()).sum();
             // Without mergeable buffers a frame has one, whatever its size (5.1.6.3.1).
             while have < self.enough && (self.mergeable || rooms.is_empty()) {
-                let Some(chain) = queue.iter(memory)?.next() else { break };
-                let head = chain.head_index();
+                let Some(chain) = chain::next(queue, memory)? else { break };
                 let (_, buffers) = chain::split(memory, chain)?;
                 if buffers.len() < HEADER {
                     return Err(ChainError::Short.into());
                 }
                 have += buffers.len();
-                rooms.push_back(Room { head, buffers });
+                rooms.push_back(Room { head: chain.head, buffers });
             }
             if have >= self.enough || !self.mergeable && !rooms.is_empty() {
                 queue.disable_notification(memory)?;

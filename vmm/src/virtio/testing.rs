@@ -117,6 +117,26 @@ impl Driver {
         self.rings[usize::from(queue)].kick.write(1).unwrap();
     }
 
+    /// One request by a table of its own: `header`, then so many pages (the same one each time), then a byte for the status.
+    pub(crate) fn offer_pages(&mut self, queue: u16, header: &[u8], pages: u16, writable: bool) {
+        let [_, _, _, data] = place(queue);
+        self.memory.write_slice(header, GuestAddress(data)).unwrap();
+        let (table, page, status) = (data + 0x1_0000, data + 0x2_0000, data + 0x100);
+        let flag = if writable { 2 } else { 0 };
+        let page = (0..pages).map(|_| ((page, 4096), flag));
+        let parts = std::iter::once(((data, header.len() as u32), 0)).chain(page).chain([((status, 1), 2)]);
+        let last = pages + 1;
+        for (i, (buffer, flag)) in parts.enumerate() {
+            let (at, i) = (table + i as u64 * 16, i as u16);
+            self.put(buffer.0, at);
+            self.put(buffer.1, at + 8);
+            self.put(flag | u16::from(i < last), at + 12);
+            self.put(i + 1, at + 14);
+        }
+        self.descriptor(queue, 0, (table, (u32::from(pages) + 2) * 16), 4);
+        self.offer(queue);
+    }
+
     /// Makes the last request's chain available again, so many times.
     pub(crate) fn offer_again(&mut self, queue: u16, times: u16) {
         (0..times).for_each(|_| self.offer(queue));
