@@ -177,6 +177,40 @@ pub struct Device {
     pub attached: Timestamp,
     /// The volume goes with the instance.
     pub delete_on_termination: bool,
+    /// How it stands.
+    #[serde(default)]
+    pub state: AttachmentState,
+}
+
+/// How a volume of an instance stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AttachmentState {
+    /// The machine that runs is to get it.
+    Attaching,
+    /// The instance has it.
+    #[default]
+    Attached,
+    /// The guest is asked to let it go.
+    Detaching,
+    /// It is taken from the guest.
+    Forced,
+}
+
+impl AttachmentState {
+    /// EC2's name of the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            AttachmentState::Attaching => "attaching",
+            AttachmentState::Attached => "attached",
+            AttachmentState::Detaching | AttachmentState::Forced => "detaching",
+        }
+    }
+
+    /// It is on its way out.
+    pub fn leaves(self) -> bool {
+        matches!(self, AttachmentState::Detaching | AttachmentState::Forced)
+    }
 }
 
 /// What the metadata service does for an instance.

@@ -66,6 +66,21 @@ fn suite(open: Open<'_>, outlives: bool) {
     assert_eq!(runs(&*host, "i-a"), Some((1, true)));
     assert!(host.delete_volume("vol-a").is_err(), "a machine has it");
     assert!(host.forget("i-a").is_err(), "it runs");
+
+    // Volumes come and go while it runs, once, whatever is asked again.
+    for id in ["vol-h", "vol-i"] {
+        host.create_volume(id, GIB, &Source::Empty).unwrap();
+        assert!(matches!(host.attach("i-none", id), Err(HostError::Missing(_))));
+        host.attach("i-a", id).unwrap();
+        host.attach("i-a", id).unwrap();
+        assert!(host.delete_volume(id).is_err(), "a machine has it");
+    }
+    assert!(matches!(host.attach("i-a", "vol-none"), Err(HostError::Missing(_))));
+    assert!(matches!(host.detach("i-none", "vol-i", true), Err(HostError::Missing(_))));
+    for _ in 0..2 {
+        assert!(host.detach("i-a", "vol-i", true).unwrap(), "it is taken from the guest");
+    }
+    host.delete_volume("vol-i").unwrap();
     host.reboot("i-a").unwrap();
     host.update(&first).unwrap();
     let host = match outlives {
@@ -115,6 +130,7 @@ fn suite(open: Open<'_>, outlives: bool) {
         host.delete_snapshot("snap-a").unwrap();
         host.delete_volume("vol-a").unwrap();
         host.delete_volume("vol-b").unwrap();
+        host.delete_volume("vol-h").unwrap();
     }
     assert_eq!(host.machines().unwrap(), []);
     assert_eq!(host.console("i-a").unwrap(), b"");

@@ -8,7 +8,7 @@ use std::time::Duration;
 use common::{ACCOUNT, OTHER, in_directory, in_memory, settings, world_of};
 use hutch_cloud::host::{End, Host, Simulated};
 use hutch_cloud::model::{
-    Address, Image, Instance, InstanceState, Interface, Peer, Rule, Volume, VolumeState,
+    Address, AttachmentState, Image, Instance, InstanceState, Interface, Peer, Rule, Volume, VolumeState,
 };
 use hutch_cloud::region::{
     Algorithm, Attribute, DeviceAsk, ImageCopy, NewImage, NewVolume, Settings, SnapshotCopy,
@@ -313,6 +313,62 @@ fn a_client_token_makes_one_launch_of_many_calls() {
 }
 
 #[test]
+fn volumes_come_and_go_while_an_instance_runs() {
+    let world = in_memory();
+    let reconciler = world.reconcile();
+    let quiet = || assert!(reconciler.quiet(std::time::Duration::from_secs(20)));
+    let id = world.region.run_instances(ACCOUNT, &world.launch(1)).unwrap()[0].id.clone();
+    let root = world.wait(&id, InstanceState::Running).devices[0].volume.clone();
+    let new = NewVolume { zone: "home-1a".into(), gib: Some(2), ..NewVolume::default() };
+    let data = world.region.create_volume(ACCOUNT, &new).unwrap().id;
+    quiet();
+    let attach = || world.region.attach_volume(ACCOUNT, &data, &id, "/dev/sdg");
+    let detach = |volume: &str| {
+        world.region.detach_volume(ACCOUNT, volume, Some(&id), None, false).map(|(_, was)| was)
+    };
+    let instance = || world.region.get::<Instance>(&id).unwrap().unwrap();
+    assert_eq!(attach().unwrap().state, AttachmentState::Attaching);
+    quiet();
+    assert_eq!(instance().devices[1].state, AttachmentState::Attached);
+    assert_eq!(world.host.told(&id).unwrap().volumes, [root.clone(), data.clone()]);
+    assert_eq!(detach(&root).unwrap_err().code, "OperationNotPermitted");
+    assert_eq!(world.region.delete_volume(ACCOUNT, &data).unwrap_err().code, "VolumeInUse");
+    assert_eq!(detach(&data).unwrap().state, AttachmentState::Detaching);
+    quiet();
+    assert_eq!((instance().devices.len(), world.host.told(&id).unwrap().volumes), (1, vec![root]));
+    assert_eq!(world.region.get::<Volume>(&data).unwrap().unwrap().instance, None);
+    assert_eq!(detach(&data).unwrap_err().code, "IncorrectState");
+
+    // What was on its way when the instance stopped is there, or gone, then.
+    drop(reconciler);
+    attach().unwrap();
+    world.region.stop_instances(ACCOUNT, &one(&id), true).unwrap();
+    let reconciler = world.reconcile();
+    world.wait(&id, InstanceState::Stopped);
+    assert_eq!(instance().devices[1].state, AttachmentState::Attached);
+    world.region.start_instances(ACCOUNT, &one(&id)).unwrap();
+    world.wait(&id, InstanceState::Running);
+    drop(reconciler);
+    detach(&data).unwrap();
+    world.region.stop_instances(ACCOUNT, &one(&id), true).unwrap();
+    let _reconciler = world.reconcile();
+    world.wait(&id, InstanceState::Stopped);
+    assert_eq!(instance().devices.len(), 1);
+    assert_eq!(world.region.get::<Volume>(&data).unwrap().unwrap().instance, None);
+
+    // As many as EC2 lets an instance have.
+    let more = (1..).find_map(|n| {
+        let volume = world.region.create_volume(ACCOUNT, &new).unwrap().id;
+        while world.region.get::<Volume>(&volume).unwrap().unwrap().state != VolumeState::Ready {
+            std::thread::yield_now();
+        }
+        let attached = world.region.attach_volume(ACCOUNT, &volume, &id, &format!("/dev/sd{n}"));
+        attached.err().map(|fault| (n, fault.code))
+    });
+    assert_eq!(more.unwrap(), (27, "AttachmentLimitExceeded".into()));
+}
+
+#[test]
 fn volumes_go_and_stay_as_they_are_told() {
     let world = in_memory();
     let reconciler = world.reconcile();
@@ -336,7 +392,7 @@ fn volumes_go_and_stay_as_they_are_told() {
     world.region.attach_volume(ACCOUNT, &third, &id, "/dev/sdg").unwrap();
     let fault = world.region.attach_volume(ACCOUNT, &third, &id, "/dev/sdh").unwrap_err();
     assert_eq!(fault.code, "VolumeInUse");
-    world.region.detach_volume(ACCOUNT, &data, Some(&id), None).unwrap();
+    world.region.detach_volume(ACCOUNT, &data, Some(&id), None, false).unwrap();
     let elsewhere = NewVolume { zone: "home-1b".into(), gib: Some(2), ..NewVolume::default() };
     let elsewhere = world.region.create_volume(ACCOUNT, &elsewhere).unwrap().id;
     assert!(reconciler.quiet(std::time::Duration::from_secs(20)));

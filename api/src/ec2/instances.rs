@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use hutch_cloud::model::{Group, Instance, InstanceState, Interface, MetadataOptions};
+use hutch_cloud::model::{Device, Group, Instance, InstanceState, Interface, MetadataOptions};
 use hutch_cloud::region::metadata::{private_name, zone_id};
 use hutch_cloud::region::{Attribute, Change, DeviceAsk, Launch};
 
@@ -88,13 +88,16 @@ fn instance(c: &Context<'_>, i: &Instance, around: &Around) -> Node {
     let primary = interfaces.first();
     let ip = primary.map(|interface| interface.ip);
     let private = ip.map(|ip| private_name(c.region, ip)).unwrap_or_default();
-    let status = |i: &Instance| if i.state == InstanceState::Pending { "attaching" } else { "attached" };
+    let status = |device: &Device| match i.state {
+        InstanceState::Pending => "attaching",
+        _ => device.state.name(),
+    };
     let devices = Node::list(&i.devices, |device| {
         node! {
             "deviceName": &device.name,
             "ebs": node! {
                 "volumeId": &device.volume,
-                "status": status(i),
+                "status": status(device),
                 "attachTime": time(device.attached),
                 "deleteOnTermination": device.delete_on_termination,
             },
@@ -489,7 +492,7 @@ fn attribute(c: &Context<'_>) -> Answer {
                 node! {
                     "deviceName": &device.name,
                     "ebs": node! {
-                        "volumeId": &device.volume, "status": "attached", "attachTime": time(device.attached),
+                        "volumeId": &device.volume, "status": device.state.name(), "attachTime": time(device.attached),
                         "deleteOnTermination": device.delete_on_termination,
                     },
                 }

@@ -43,7 +43,7 @@ fn told(c: &Context<'_>, v: &Volume) -> Result<Node, Fault> {
     let holder = v.instance.as_ref().map(|id| c.region.get::<Instance>(id)).transpose()?.flatten();
     let device =
         holder.as_ref().and_then(|i| Some((i, i.devices.iter().find(|device| device.volume == v.id)?)));
-    let attachments = device.map(|(i, device)| attachment(&v.id, &i.id, device, "attached"));
+    let attachments = device.map(|(i, device)| attachment(&v.id, &i.id, device, device.state.name()));
     Ok(node! {
         "volumeId": &v.id,
         "size": v.gib,
@@ -152,13 +152,15 @@ fn attach(c: &Context<'_>) -> Answer {
     let p = c.params;
     let (volume, instance) = (p.required("VolumeId")?, p.required("InstanceId")?);
     let device = c.region.attach_volume(c.account, volume, instance, p.required("Device")?)?;
-    Ok(attachment(volume, instance, &device, "attached"))
+    Ok(attachment(volume, instance, &device, device.state.name()))
 }
 
 fn detach(c: &Context<'_>) -> Answer {
     let p = c.params;
     let volume = p.required("VolumeId")?;
+    let force = p.boolean("Force")?.unwrap_or_default();
     let (instance, device) =
-        c.region.detach_volume(c.account, volume, p.str("InstanceId"), p.str("Device"))?;
-    Ok(attachment(volume, &instance, &device, "detached"))
+        c.region.detach_volume(c.account, volume, p.str("InstanceId"), p.str("Device"), force)?;
+    // Whoever asks next finds it gone, or on its way.
+    Ok(attachment(volume, &instance, &device, "detaching"))
 }

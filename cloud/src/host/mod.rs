@@ -185,11 +185,25 @@ pub trait Host: Send + Sync {
     /// [`HostError::Missing`] volume, [`HostError::NoRoom`]; nothing of the run is left then.
     fn start(&self, machine: &Machine) -> Result<()>;
 
-    /// Tells a machine that runs what has changed of its metadata and its firewall.
+    /// Tells a machine that runs what has changed of its metadata and its firewall; its volumes come and go by
+    /// [`attach`](Host::attach) and [`detach`](Host::detach).
     ///
     /// # Errors
     /// It does not run.
     fn update(&self, machine: &Machine) -> Result<()>;
+
+    /// Gives a machine that runs one more volume, whose guest finds it by itself; the next run is told of it anew.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`]: it does not run, or there is no such volume; nothing changed.
+    fn attach(&self, id: &str, volume: &str) -> Result<()>;
+
+    /// Asks the guest of a machine that runs to let a volume go, or takes it away with `force`. Returns whether the machine
+    /// does not have it any more, without waiting for the guest: asking again is the way to see.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`]: it does not run.
+    fn detach(&self, id: &str, volume: &str, force: bool) -> Result<bool>;
 
     /// Has the machine not run: presses its power button, waits for `patience` at most, then ends it. Its interfaces are
     /// gone when this returns.

@@ -227,12 +227,41 @@ impl Host for Simulated {
         let missing = || HostError::Missing(format!("machine {}", machine.id));
         let kept =
             state.machines.get_mut(&machine.id).filter(|kept| kept.end.is_none()).ok_or_else(missing)?;
-        if kept.machine == *machine {
+        let told = Machine { volumes: kept.machine.volumes.clone(), ..machine.clone() };
+        if kept.machine == told {
             return Ok(());
         }
-        kept.machine = machine.clone();
+        kept.machine = told;
         let kept = kept.clone();
         self.keep("machines", &machine.id, Some(&kept))
+    }
+
+    fn attach(&self, id: &str, volume: &str) -> Result<()> {
+        let mut state = self.lock();
+        if !state.volumes.contains_key(volume) {
+            return Err(HostError::Missing(format!("volume {volume}")));
+        }
+        let uses = |kept: &Kept| kept.end.is_none() && kept.machine.volumes.iter().any(|have| have == volume);
+        let missing = || HostError::Missing(format!("machine {id}"));
+        let user = state.machines.values().find(|kept| uses(kept)).map(|kept| kept.machine.id.clone());
+        let kept = state.machines.get_mut(id).filter(|kept| kept.end.is_none()).ok_or_else(missing)?;
+        match user {
+            Some(user) if user == id => return Ok(()),
+            Some(user) => return Err(HostError::Failed(format!("{user} has the volume {volume}"))),
+            None => kept.machine.volumes.push(volume.into()),
+        }
+        let kept = kept.clone();
+        self.keep("machines", id, Some(&kept))
+    }
+
+    fn detach(&self, id: &str, volume: &str, _force: bool) -> Result<bool> {
+        let mut state = self.lock();
+        let missing = || HostError::Missing(format!("machine {id}"));
+        let kept = state.machines.get_mut(id).filter(|kept| kept.end.is_none()).ok_or_else(missing)?;
+        kept.machine.volumes.retain(|have| have != volume);
+        let kept = kept.clone();
+        self.keep("machines", id, Some(&kept))?;
+        Ok(true)
     }
 
     fn stop(&self, id: &str, _patience: Duration) -> Result<()> {

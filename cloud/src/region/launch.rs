@@ -7,8 +7,8 @@ use crate::fault::{Fault, Result};
 use crate::host::Source;
 use crate::id;
 use crate::model::{
-    Attachment, Device, Group, Image, ImageDevice, Instance, InstanceState, KeyPair, MetadataOptions, Name,
-    Snapshot, Subnet, Tags, Volume, VolumeState,
+    Attachment, AttachmentState, Device, Group, Image, ImageDevice, Instance, InstanceState, KeyPair,
+    MetadataOptions, Name, Snapshot, Subnet, Tags, Volume, VolumeState,
 };
 
 use super::volumes::Shape;
@@ -180,6 +180,7 @@ impl Region {
                 let volume = volume_of(disk, account, &subnet.zone, &id, tags_of(launch, "volume"));
                 work.put(&volume)?;
                 Ok(Device {
+                    state: AttachmentState::Attached,
                     name: disk.name.clone(),
                     volume: volume.id,
                     attached: at,

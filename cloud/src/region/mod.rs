@@ -9,10 +9,11 @@
 //! |---|---|
 //! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
 //! | launch_templates.rs | requests to launch, kept |
-//! | images.rs, snapshots.rs, volumes.rs, keys.rs | images; snapshots; volumes; key pairs |
+//! | images.rs, snapshots.rs, volumes.rs, attachments.rs, keys.rs | images; snapshots; volumes, and who has them; key pairs |
 //! | quota.rs | what an account may have at most |
 //! | network.rs, groups.rs, tags.rs | what each account begins with, addresses; security groups; tags |
 
+mod attachments;
 mod groups;
 mod images;
 mod instances;

@@ -22,7 +22,7 @@ use crate::model::{
 use crate::store::StoreError;
 
 use super::instances::PATIENCE;
-use super::{Region, now, work};
+use super::{Region, attachments, now, work};
 
 /// Steps at a time.
 const WORKERS: usize = 16;
@@ -322,9 +322,9 @@ impl Region {
             InstanceState::Running => self.watch(&instance),
             InstanceState::Stopping => {
                 self.take_down(&instance)?;
-                self.settle(id, instance.state, |_, instance| {
+                self.settle(id, instance.state, |work, instance| {
                     instance.state = InstanceState::Stopped;
-                    Ok(())
+                    attachments::settle_volumes(work, instance)
                 })?;
                 Ok(None)
             }
@@ -421,14 +421,14 @@ impl Region {
                 Ok(()) | Err(HostError::Missing(_)) => {}
                 Err(error) => return Err(Fault::internal(error)),
             }
-            return Ok(None);
+            return self.follow_volumes(instance);
         };
         if end == End::HostDown && self.settings.resume {
             tracing::info!(instance = instance.id, "it ran when the host went down: it is started again");
-            self.settle(&instance.id, InstanceState::Running, |_, instance| {
+            self.settle(&instance.id, InstanceState::Running, |work, instance| {
                 instance.state = InstanceState::Pending;
                 instance.run += 1;
-                Ok(())
+                attachments::settle_volumes(work, instance)
             })?;
             return Ok(None);
         }

@@ -3,7 +3,7 @@
 use crate::fault::{Fault, Result};
 use crate::host::Source;
 use crate::id;
-use crate::model::{Device, Instance, InstanceState, Tags, Volume, VolumeState};
+use crate::model::{Tags, Volume, VolumeState};
 
 use super::{Region, now, recall, remember, snapshots, tags};
 
@@ -194,108 +194,6 @@ impl Region {
                     work.put(&volume)
                 }
             }
-        })
-    }
-
-    /// Attaches a volume to a stopped instance.
-    ///
-    /// # Errors
-    /// `VolumeInUse`, `IncorrectState`, `InvalidVolume.ZoneMismatch`, `InvalidParameterValue`, ids that are not there.
-    pub fn attach_volume(&self, account: &str, id: &str, instance: &str, device: &str) -> Result<Device> {
-        self.transact(|work| {
-            let mut volume: Volume = tags::own(work, account, id)?;
-            let mut instance: Instance = tags::own(work, account, instance)?;
-            if let Some(other) = &volume.instance {
-                let why = format!("{id} is already attached to an instance: {other}");
-                return Err(Fault::new("VolumeInUse", why));
-            }
-            if volume.state != VolumeState::Ready {
-                let why = format!("The volume '{id}' is not 'available'");
-                return Err(Fault::new("IncorrectState", why));
-            }
-            if volume.zone != instance.zone {
-                let why = format!("The volume '{id}' is in {}, the instance in {}", volume.zone, instance.zone);
-                return Err(Fault::new("InvalidVolume.ZoneMismatch", why));
-            }
-            if !device.starts_with("/dev/") && !device.starts_with("xvd") && !device.starts_with("sd") {
-                return Err(Fault::value("device", device, "It is no valid EBS device name, such as /dev/sdf."));
-            }
-            if instance.devices.iter().any(|have| have.name == device) {
-                let why = format!("Attachment point {device} is already in use");
-                return Err(Fault::value("device", device, &why));
-            }
-            match instance.state {
-                InstanceState::Stopped => {}
-                InstanceState::Running => {
-                    let why = "Volumes are attached to running instances in a later version of hutch; stop the instance first";
-                    return Err(Fault::new("UnsupportedOperation", why));
-                }
-                _ => {
-                    let why = format!("Instance '{}' is not 'running' or 'stopped'.", instance.id);
-                    return Err(Fault::new("IncorrectState", why));
-                }
-            }
-            let device = Device {
-                name: device.into(),
-                volume: id.into(),
-                attached: now(),
-                delete_on_termination: false,
-            };
-            instance.devices.push(device.clone());
-            volume.instance = Some(instance.id.clone());
-            work.put(&instance)?;
-            work.put(&volume)?;
-            Ok(device)
-        })
-    }
-
-    /// Detaches a volume from a stopped instance; returns what it was.
-    ///
-    /// # Errors
-    /// `IncorrectState`, `InvalidAttachment.NotFound`, ids that are not there.
-    pub fn detach_volume(
-        &self,
-        account: &str,
-        id: &str,
-        instance: Option<&str>,
-        device: Option<&str>,
-    ) -> Result<(String, Device)> {
-        self.transact(|work| {
-            let mut volume: Volume = tags::own(work, account, id)?;
-            let none = || Fault::new("IncorrectState", format!("Volume '{id}' is in the 'available' state."));
-            let holder = volume.instance.clone().ok_or_else(none)?;
-            let other = || {
-                let why = format!("The volume '{id}' is not attached to the instance as the device that was named");
-                Fault::new("InvalidAttachment.NotFound", why)
-            };
-            let mut holder: Instance = tags::own(work, account, &holder)?;
-            if instance.is_some_and(|instance| instance != holder.id) {
-                return Err(other());
-            }
-            let at = holder.devices.iter().position(|have| have.volume == id).ok_or_else(other)?;
-            if holder.devices.get(at).is_some_and(|have| device.is_some_and(|device| device != have.name)) {
-                return Err(other());
-            }
-            match holder.state {
-                InstanceState::Stopped => {}
-                InstanceState::Running if at == 0 => {
-                    let why = format!("Unable to detach root volume '{id}' from instance '{}'", holder.id);
-                    return Err(Fault::new("OperationNotPermitted", why));
-                }
-                InstanceState::Running => {
-                    let why = "Volumes are detached from running instances in a later version of hutch; stop the instance first";
-                    return Err(Fault::new("UnsupportedOperation", why));
-                }
-                _ => {
-                    let why = format!("Instance '{}' is not 'running' or 'stopped'.", holder.id);
-                    return Err(Fault::new("IncorrectState", why));
-                }
-            }
-            let was = holder.devices.remove(at);
-            volume.instance = None;
-            work.put(&holder)?;
-            work.put(&volume)?;
-            Ok((holder.id, was))
         })
     }
 }

@@ -31,7 +31,7 @@ use serde_json::{Value, json};
 
 use super::super::{End, HostError, Interface, Machine, Result, Status};
 use super::process::{Identity, Process, Waiting};
-use super::volumes::{Volumes, chain, failed, remove, write};
+use super::volumes::{Volumes, chain, failed, remove, serial, write};
 use crate::metadata::Metadata;
 
 /// How long a new machine may take until its first processor runs: reading its kernel from a slow disk, mostly.
@@ -156,8 +156,12 @@ impl Dir {
 
     /// Asks the machine that runs.
     pub fn ask(&self, command: &str, limit: Duration) -> std::result::Result<Value, LaunchError> {
-        launch::ask(&self.0.join("control.sock"), &json!({ "command": command }), limit)
-            .map(|(_, _, answer)| answer)
+        self.ask_all(&json!({ "command": command }), limit)
+    }
+
+    /// Likewise, with all that a request says.
+    pub fn ask_all(&self, request: &Value, limit: Duration) -> std::result::Result<Value, LaunchError> {
+        launch::ask(&self.0.join("control.sock"), request, limit).map(|(_, _, answer)| answer)
     }
 
     /// How its process says it ended; `None` when it could not say.
@@ -293,7 +297,7 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     let kvm = kvm.map_err(|e| failed(Path::new("/dev/kvm"), e))?;
     let lend = |(id, layers): &(&String, Vec<(File, Format)>), inherit: &mut Inherit| {
-        inherit.disk(layers, id.replacen('-', "", 1), false).map_err(|e| launch_failed(&e))
+        inherit.disk(layers, serial(id), false).map_err(|e| launch_failed(&e))
     };
     let config = MachineConfig {
         id: machine.id.clone(),

@@ -4,10 +4,12 @@
 //!   volumes   what machines write to and what is kept of it: qcow2 on templates and snapshots, each with our record
 //!   process   a machine's process: recorded, found again by the next daemon, watched, ended
 //!   machine   a machine's directory and record; how a run of it is started, and adopted
+//!   disks     volumes that come and go while it runs
 //! ```
 //! Machines outlive the daemon that started them. A thread watches each: it sees the end at once, and starts the next
 //! process where the guest only reboots.
 
+mod disks;
 mod machine;
 mod process;
 mod volumes;
@@ -404,7 +406,7 @@ impl Host for Local {
         let _work = lock(&slot.work);
         let mut state = slot.state();
         let (kept, live) = state.running().ok_or_else(missing)?;
-        // Volumes and interfaces are those it was started with.
+        // Interfaces are those it was started with; volumes come and go on their own.
         let mut new = kept.machine.clone();
         new.metadata.clone_from(&machine.metadata);
         for (own, told) in new.interfaces.iter_mut().zip(&machine.interfaces) {
@@ -418,6 +420,14 @@ impl Host for Local {
         }
         kept.machine = new;
         slot.dir.write(kept)
+    }
+
+    fn attach(&self, id: &str, volume: &str) -> Result<()> {
+        self.plug(id, volume)
+    }
+
+    fn detach(&self, id: &str, volume: &str, force: bool) -> Result<bool> {
+        self.unplug(id, volume, force)
     }
 
     fn stop(&self, id: &str, patience: Duration) -> Result<()> {

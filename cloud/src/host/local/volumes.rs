@@ -291,6 +291,11 @@ fn copy(from: &dyn Disk, to: &File) -> std::result::Result<(), DiskError> {
     Ok(())
 }
 
+/// What a guest reads as the serial of a volume's disk: its id without the dash, as on EC2.
+pub(super) fn serial(volume: &str) -> String {
+    volume.replacen('-', "", 1)
+}
+
 /// `dir/id.extension`.
 fn path(dir: &Path, id: &str, extension: &str) -> Result<PathBuf> {
     let plain = id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');

@@ -1,0 +1,90 @@
+//! Volumes of a machine that runs: they come, and they go once its guest has let them go.
+//!
+//! The machine's record names a volume before its process has it, and until its process has it no more: whoever comes after a
+//! crash finds in it each volume that may be open.
+
+use hutch_vmm::launch::{self, LaunchError};
+use serde_json::{Value, json};
+
+use super::machine::{ANSWER, Dir, Kept};
+use super::volumes::{chain, serial};
+use super::{Local, Slot, lock};
+use crate::host::{HostError, Result};
+
+impl Local {
+    /// See [`Host::attach`](crate::host::Host::attach).
+    pub(super) fn plug(&self, id: &str, volume: &str) -> Result<()> {
+        let (missing, slot) = (|| HostError::Missing(format!("machine {id}")), self.slot(id));
+        let slot = slot.ok_or_else(missing)?;
+        let _work = lock(&slot.work);
+        slot.state().running().ok_or_else(missing)?;
+        let files = self.shared.volumes.files(volume)?;
+        if has(&slot.dir, volume)? {
+            return Ok(());
+        }
+        // Locked here, so that no other machine has it; the machine gets the same open files, and with them the lock.
+        let layers = files.open()?;
+        record(&slot, |volumes| {
+            volumes.retain(|have| have != volume);
+            volumes.push(volume.into());
+        })?;
+        let socket = slot.dir.0.join("control.sock");
+        let attached = launch::attach_disk(&socket, &layers, &serial(volume), false, ANSWER);
+        if let Err(error) = attached {
+            // It may have heard: its answer alone was lost.
+            if matches!(error, LaunchError::Refused(_)) {
+                record(&slot, |volumes| volumes.retain(|have| have != volume))?;
+            }
+            return Err(HostError::Failed(format!("{volume} is not attached to {id}: {}", chain(&error))));
+        }
+        tracing::info!(instance = id, volume, "attached");
+        Ok(())
+    }
+
+    /// See [`Host::detach`](crate::host::Host::detach).
+    pub(super) fn unplug(&self, id: &str, volume: &str, force: bool) -> Result<bool> {
+        let (missing, slot) = (|| HostError::Missing(format!("machine {id}")), self.slot(id));
+        let slot = slot.ok_or_else(missing)?;
+        let _work = lock(&slot.work);
+        slot.state().running().ok_or_else(missing)?;
+        if has(&slot.dir, volume)? {
+            let request = json!({ "command": "detach-disk", "serial": serial(volume), "force": force });
+            match slot.dir.ask_all(&request, ANSWER) {
+                // What it refuses is a disk that went at this moment.
+                Ok(_) | Err(LaunchError::Refused(_)) => {}
+                Err(error) => return Err(silent(id, &error)),
+            }
+            if has(&slot.dir, volume)? {
+                return Ok(false);
+            }
+        }
+        record(&slot, |volumes| volumes.retain(|have| have != volume))?;
+        tracing::info!(instance = id, volume, "detached");
+        Ok(true)
+    }
+}
+
+/// Whether the machine's process has the volume.
+fn has(dir: &Dir, volume: &str) -> Result<bool> {
+    let status = dir.ask("status", ANSWER).map_err(|e| silent(&dir.0.display().to_string(), &e))?;
+    let disks = status.get("disks").and_then(Value::as_array);
+    let serial = serial(volume);
+    Ok(disks.is_some_and(|disks| disks.iter().any(|disk| disk.get("serial") == Some(&json!(serial)))))
+}
+
+fn silent(id: &str, error: &LaunchError) -> HostError {
+    HostError::Failed(format!("{id}: its machine does not say which disks it has: {}", chain(error)))
+}
+
+/// Changes which volumes the record names.
+fn record(slot: &Slot, change: impl FnOnce(&mut Vec<String>)) -> Result<()> {
+    let mut state = slot.state();
+    let Some(kept) = state.kept.as_mut().filter(|kept| kept.runs()) else { return Ok(()) };
+    let mut new: Kept = kept.clone();
+    change(&mut new.machine.volumes);
+    if new.machine.volumes != kept.machine.volumes {
+        slot.dir.write(&new)?;
+        *kept = new;
+    }
+    Ok(())
+}
