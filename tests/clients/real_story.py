@@ -31,6 +31,10 @@ STORY = r"""
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
 (head -c 1 /dev/input/event0 >/dev/null; echo BUTTON; umount /root; poweroff -f) &
 echo boot >>/root/boots; sync
+(while sleep 1; do
+  now=; for d in /sys/block/vd?; do read s <$d/serial; read n <$d/size; now="$now $s=$n"; done
+  [ "$now" = "$was" ] || echo "disks:$now;"; was=$now
+done 2>/dev/null) &
 printf '#!/bin/sh\n[ $1 = bound ] && ip addr add $ip/20 dev eth0 && ip route add default via $router\n' >/tmp/s
 chmod +x /tmp/s; ip link set eth0 up; udhcpc -i eth0 -nq -t 99 -s /tmp/s >/dev/null
 M=http://169.254.169.254/latest
@@ -279,6 +283,17 @@ class Story(unittest.TestCase):
         self.eventually(lambda: not self.web(ip), "port 80 is closed")
         say("port 80 is open, and closed")
 
+        # A volume comes while it runs: the guest finds it by itself, by its id, and writes to it.
+        data = cloud.aws("create-volume", "--availability-zone",
+                         self.instance(one)["Placement"]["AvailabilityZone"], "--size", "2")["VolumeId"]
+        state = lambda: ec2.describe_volumes(VolumeIds=[data])["Volumes"][0]
+        self.eventually(lambda: state()["State"] == "available", "the volume is made")
+        told = cloud.aws("attach-volume", "--volume-id", data, "--instance-id", one, "--device", "/dev/sdg")
+        self.assertEqual(told["State"], "attaching")
+        self.eventually(lambda: state()["Attachments"][0]["State"] == "attached", "the volume is attached")
+        disk = f"{data.replace('-', '')}={2 << 21}"
+        self.prints(one, disk)
+
         # Killed, the daemon leaves its guests alone, and finds them again.
         before = self.cloud.machines()
         cloud.end("KILL")
@@ -293,9 +308,19 @@ class Story(unittest.TestCase):
         # A reboot boots what is on the disk now; it stays running.
         cloud.aws("reboot-instances", "--instance-ids", one)
         self.prints(one, "BUTTON")
-        self.prints(one, "boots: 2 disks: 2 READY")
+        self.prints(one, "boots: 2 disks: 3 READY")
         self.assertEqual(self.instance(one)["State"]["Name"], "running")
         self.eventually(lambda: f"hello from {one}" in self.web(ip), "it is served after the reboot")
+
+        # And the volume goes, when the guest has let it go.
+        self.prints(one, disk)
+        self.eventually(lambda: disk in self.console(one).rpartition("disks:")[2], "the guest has it")
+        told = cloud.aws("detach-volume", "--volume-id", data)
+        self.assertEqual(told["State"], "detaching")
+        self.eventually(lambda: state()["State"] == "available", "the volume is detached")
+        self.eventually(lambda: disk not in self.console(one).rpartition("disks:")[2], "the guest has it no more")
+        ec2.delete_volume(VolumeId=data)
+        say("a volume was attached to a guest that runs, and detached")
 
         # Stopped and started: another run, the same disks.
         cloud.aws("stop-instances", "--instance-ids", one)
