@@ -296,7 +296,7 @@ mod tests {
             (vec![one], 15, ChainError::Endless),
             (vec![one], 0, ChainError::Endless),
             (vec![(0x2000, 16, INDIRECT, 0)], 16, ChainError::Endless),
-            (vec![one], u32::MAX & !15, ChainError::Endless),
+            (vec![one], !15, ChainError::Endless),
             (vec![one], 0xfff0, ChainError::Endless),
             (vec![(0x2000, 16, NEXT | WRITE, 1), one], 32, ChainError::Order),
             (vec![(0x1fff0, 17, 0, 0)], 16, ChainError::Outside),
