@@ -160,6 +160,13 @@ impl Region {
         work::all(&*self.store, prefix)
     }
 
+    /// What `job` gives while no verb of these regions is done, so that their records and hosts hold still together.
+    pub fn at_rest<R>(regions: &BTreeMap<String, Arc<Region>>, job: impl FnOnce() -> R) -> R {
+        let turns = regions.values().map(|region| region.turn.write());
+        let _turns: Vec<_> = turns.map(|turn| turn.unwrap_or_else(PoisonError::into_inner)).collect();
+        job()
+    }
+
     fn transact<R>(&self, job: impl FnMut(&mut Work<'_>) -> Result<R>) -> Result<R> {
         if self.settings.limits.counts() {
             return self.transact_alone(job);
@@ -173,6 +180,14 @@ impl Region {
         let _turn = self.turn.write().unwrap_or_else(PoisonError::into_inner);
         Work::on(&*self.store, job)
     }
+}
+
+/// How many records of a kind, such as `which`, a store has.
+///
+/// # Errors
+/// The store's.
+pub fn count<T: Record>(store: &dyn Store, which: impl Fn(&T) -> bool) -> Result<usize> {
+    Ok(work::all::<T>(store, "")?.into_iter().filter(which).count())
 }
 
 /// Now, to the millisecond, which is what EC2 tells.
