@@ -10,9 +10,10 @@
 //! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
 //! | launch_templates.rs | requests to launch, kept |
 //! | images.rs, snapshots.rs, volumes.rs, keys.rs | images; snapshots; volumes; key pairs |
-//! | quota.rs | what an account may have at most |
+//! | quota.rs, account.rs | what an account may have at most; what it has set for itself |
 //! | network.rs, groups.rs, tags.rs | what each account begins with, addresses; security groups; tags |
 
+mod account;
 mod groups;
 mod images;
 mod instances;
@@ -40,6 +41,7 @@ use crate::model::Record;
 use crate::store::Store;
 use crate::types::Table;
 
+pub use account::{AccountSettings, MetadataDefaults};
 pub use groups::RuleAsk;
 pub use images::{ImageCopy, NewImage, Registration};
 pub use instances::{Attribute, Change};
