@@ -51,6 +51,9 @@ pub enum BackupError {
     /// There is something already.
     #[error("{0} is not empty; name a directory that is not there yet")]
     NotEmpty(PathBuf),
+    /// A file system's own directory.
+    #[error("{0} is a mount point, and no other directory can be put in its place; name one below it")]
+    Mounted(PathBuf),
     /// A backup within what it is of.
     #[error("{0} lies in the state that is backed up; name a directory outside of it")]
     Inside(PathBuf),

@@ -50,13 +50,18 @@ pub fn check(backup: &Path, progress: &Progress) -> Result<Manifest> {
 /// Makes the state `state`, which is not there or empty, of a backup: all of it, or, after an error, nothing.
 ///
 /// # Errors
-/// [`BackupError::NotEmpty`], [`BackupError::Busy`], those of [`check`], the file system's.
+/// [`BackupError::NotEmpty`], [`BackupError::Mounted`], [`BackupError::Busy`], those of [`check`], the file system's.
 pub fn restore(backup: &Path, state: &Path, progress: &Progress) -> Result<Manifest> {
     is_free(state)?;
-    let manifest = check(backup, progress)?;
     let (parent, name) = (state.parent().filter(|path| !path.as_os_str().is_empty()), state.file_name());
     let parent = parent.unwrap_or(Path::new("."));
     let name = name.unwrap_or_default().to_string_lossy();
+    if let (Ok(own), Ok(above)) = (fs::metadata(state), fs::metadata(parent))
+        && own.dev() != above.dev()
+    {
+        return Err(BackupError::Mounted(state.to_owned()));
+    }
+    let manifest = check(backup, progress)?;
     fs::create_dir_all(parent).map_err(io_error("make", parent))?;
     let new = parent.join(format!(".{name}.restore"));
     let lock = hold(&new)?;

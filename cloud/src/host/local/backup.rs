@@ -19,6 +19,8 @@ use crate::backup::{self, BackupError, Captured, Target, allocated};
 
 /// Where files are pinned, below the host's directory.
 const PINNED: &str = "pinned";
+/// Where machines are, below the host's directory.
+const MACHINES: &str = "machines";
 /// Where templates are, below a state.
 const IMAGES: &str = "images";
 /// How long a volume may be neither free nor of a machine that runs: while one starts or ends.
@@ -32,8 +34,7 @@ struct Moment {
     pinned: PathBuf,
     /// The templates' ids, and the modes of their directories.
     images: Vec<(String, u32)>,
-    /// The machines, and what their consoles said.
-    machines: Vec<(Kept, Vec<u8>)>,
+    machines: Vec<Kept>,
     bytes: u64,
     /// What is counted already: a file may have many names.
     seen: HashSet<(u64, u64)>,
@@ -93,9 +94,14 @@ pub fn capture(shared: Arc<Shared>) -> Result<Box<dyn Captured>> {
         // Its process is of this host at this time, and must not be taken for one of where it is restored.
         (kept.process, kept.restart, kept.phase) = (None, false, Phase::Running);
         kept.end = kept.end.or(Some(End::HostDown));
-        let console = slot.dir.console(u64::MAX)?;
-        moment.bytes += console.len() as u64;
-        moment.machines.push((kept, console));
+        let to = moment.pinned.join(MACHINES).join(&kept.machine.id);
+        fs::create_dir_all(&to).map_err(|e| failed(&to, e))?;
+        match moment.pin(&slot.dir.0, &to, "log") {
+            // It is being forgotten.
+            Err(_) if !slot.dir.0.exists() => continue,
+            pinned => pinned?,
+        }
+        moment.machines.push(kept);
     }
     Ok(Box::new(moment))
 }
@@ -125,10 +131,12 @@ impl Captured for Moment {
             target.file(&snapshot, &below(&format!("{dir}/snapshots"), &snapshot), true)?;
         }
         self.copy_volumes(target, &format!("{dir}/volumes"))?;
-        for (kept, console) in &self.machines {
-            let dir = format!("{dir}/machines/{}", kept.machine.id);
+        for kept in &self.machines {
+            let logs = Dir(self.pinned.join(MACHINES).join(&kept.machine.id));
+            let dir = format!("{dir}/{MACHINES}/{}", kept.machine.id);
             let text = serde_json::to_vec(kept).map_err(|e| BackupError::Records(e.to_string()))?;
-            target.bytes(&format!("{dir}/console.log"), console)?;
+            // What it says meanwhile may begin the file anew: it is read as it is.
+            target.bytes(&format!("{dir}/console.log"), &logs.console(u64::MAX)?)?;
             target.bytes(&format!("{dir}/machine.json"), &text)?;
         }
         Ok(())
