@@ -34,7 +34,7 @@ mod vmm;
 use std::process::ExitCode;
 
 use cloud::instances::{self, Verb};
-use cloud::{events, reach};
+use cloud::{backup, events, reach, top};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use nix::errno::Errno;
@@ -69,6 +69,12 @@ enum Command {
     Logs(instances::Logs),
     /// Tell of each change of a state as it comes.
     Events(events::Args),
+    /// Show what instances use: processor, memory, disks, network.
+    Top(top::Args),
+    /// Copy all that hutchd keeps, while machines run.
+    Backup(backup::Backup),
+    /// Make a state of a backup.
+    Restore(backup::Restore),
     /// Use an instance's console. On a terminal, Ctrl-] detaches.
     Console(reach::Console),
     /// Tag an instance, or anything else by its id.
@@ -104,6 +110,9 @@ fn main() -> ExitCode {
         Command::Cp(args) => reach::cp(&args),
         Command::Logs(args) => instances::logs(&args),
         Command::Events(args) => events::run(&args),
+        Command::Top(args) => top::run(&args),
+        Command::Backup(args) => backup::backup(&args),
+        Command::Restore(args) => backup::restore(&args),
         Command::Console(args) => reach::console(&args),
         Command::Tag(args) => instances::tag(&args),
         Command::Env(args) => reach::env(&args),

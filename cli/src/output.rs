@@ -31,6 +31,11 @@ pub struct Form {
 }
 
 impl Form {
+    /// Whether it is printed so, whole.
+    pub fn is(&self, output: Output) -> bool {
+        self.output == output && self.query.is_none()
+    }
+
     /// Prints a list: `rows` for people, `records` for programs and expressions.
     pub fn list<const N: usize>(
         &self,

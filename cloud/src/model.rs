@@ -253,6 +253,12 @@ pub struct Image {
     pub public: bool,
     /// These accounts may.
     pub launch: Vec<String>,
+    /// From when on its owner advises against it.
+    #[serde(default)]
+    pub deprecated: Option<Timestamp>,
+    /// Nobody may launch it for now.
+    #[serde(default)]
+    pub disabled: bool,
     /// It is being made; the snapshots are not complete.
     pub pending: bool,
     /// Why it could not be made.

@@ -201,6 +201,54 @@ class Story(unittest.TestCase):
                               capture_output=True, text=True, timeout=ENOUGH)
         return done.stdout
 
+    def hutch(self, *words):
+        """hutch itself, beside its daemon."""
+        port = 8773 if LAB else PORT
+        command = ["env", f"HUTCH_ENDPOINT=http://127.0.0.1:{port}", f"AWS_ACCESS_KEY_ID={KEY}", f"AWS_SECRET_ACCESS_KEY={SECRET}"]
+        return host(*command, self.cloud.programs / "hutch", *words)
+
+    def test_a_backup_is_made_while_guests_run(self):
+        ec2, cloud = self.ec2, self.cloud
+        image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+        made = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="t3.nano", BlockDeviceMappings=[
+            {"DeviceName": "/dev/sdf", "Ebs": {"VolumeSize": 1, "DeleteOnTermination": True}}])
+        one = made["Instances"][0]["InstanceId"]
+        self.becomes(one, "running")
+        self.prints(one, "boots: 1 disks: 2 READY")
+        figures = json.loads(self.hutch("top", "--once", "-o", "json"))
+        row = next(row for row in figures if row["id"] == one)
+        say(f"top: {row}")
+        self.assertGreater(row["memory"], 10 << 20)
+        self.assertTrue(all(row[name] is not None for name in ["cpu", "disk_read", "disk_written", "net_received", "net_sent"]))
+        machines = cloud.machines()
+        told = json.loads(self.hutch("backup", f"{cloud.state}.backup", "-o", "json"))
+        say(f"backup: {told}")
+        self.assertEqual((told["instances"], told["volumes"]), (1, 2))
+        self.assertEqual(cloud.machines(), machines, "it runs on")
+        self.assertEqual(host("ls", f"{cloud.state}/{REGION}/host").split(), ["machines", "snapshots", "volumes"])
+        ec2.reboot_instances(InstanceIds=[one])
+        self.prints(one, "boots: 2 disks: 2 READY")
+        ec2.terminate_instances(InstanceIds=[one])
+        self.becomes(one, "terminated")
+
+        # The state of the backup, in the place of the one that goes: the guest's disks are as they were then.
+        first = cloud.state
+        cloud.end("TERM")
+        cloud.state = f"{first}.again"
+        say(self.hutch("restore", f"{first}.backup", "--state", cloud.state))
+        cloud.start()
+        self.becomes(one, "stopped")
+        self.assertIn("the host went down", self.instance(one)["StateReason"]["Message"])
+        ec2.start_instances(InstanceIds=[one])
+        self.becomes(one, "running")
+        self.eventually(lambda: self.console(one).count("boots: 2 disks: 2 READY") == 1, "its disks are those of the backup")
+        ec2.terminate_instances(InstanceIds=[one])
+        self.becomes(one, "terminated")
+        cloud.end("TERM")
+        host("rm", "-rf", cloud.state, f"{first}.backup")
+        cloud.state = first
+        cloud.start()
+
     def test_killed_at_any_moment_the_daemon_carries_on(self):
         ec2, cloud = self.ec2, self.cloud
         seed = int(os.environ.get("HUTCH_SEED", random.randrange(1 << 32)))

@@ -17,12 +17,22 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     ("DescribeImageAttribute", attribute),
     ("ModifyImageAttribute", modify),
     ("ResetImageAttribute", reset),
+    ("EnableImageDeprecation", deprecate),
+    ("DisableImageDeprecation", |c| act(c, |c, id| c.region.deprecate_image(c.account, id, None))),
+    ("EnableImage", |c| act(c, |c, id| c.region.disable_image(c.account, id, false))),
+    ("DisableImage", |c| act(c, |c, id| c.region.disable_image(c.account, id, true))),
+    ("ListImagesInRecycleBin", |c| {
+        // Nothing is kept of an image that is deregistered.
+        c.page(Vec::new(), &c.ids("ImageId"))?;
+        Ok(node! { "imageSet": Node::List(vec![]) })
+    }),
 ];
 
 fn told(c: &Context<'_>, image: &Image) -> Node {
     let state = match (&image.failed, image.pending) {
         (Some(_), _) => "failed",
         (None, true) => "pending",
+        (None, false) if image.disabled => "disabled",
         (None, false) => "available",
     };
     let devices = Node::list(&image.devices, |device| {
@@ -60,6 +70,7 @@ fn told(c: &Context<'_>, image: &Image) -> Node {
         "enaSupport": true,
         "platformDetails": "Linux/UNIX",
         "usageOperation": "RunInstances",
+        "deprecationTime": image.deprecated.map(time),
         "sourceInstanceId": image.source_instance.as_ref().filter(|_| own),
         "stateReason": image.failed.as_ref().map(|r| node! { "code": &r.code, "message": &r.message }),
         // Tags are their owner's own.
@@ -95,9 +106,17 @@ fn describe(c: &Context<'_>) -> Answer {
                 who => image.launch.iter().any(|account| account == who),
             })
     };
+    let deprecated = c.params.boolean("IncludeDeprecated")? == Some(true) || !ids.is_empty();
+    let disabled = c.params.boolean("IncludeDisabled")? == Some(true);
+    let now = jiff::Timestamp::now();
+    // Who owns an image or knows its id sees it also when it is deprecated.
+    let shown = |image: &Image| {
+        let over = image.deprecated.is_some_and(|at| at <= now) && image.account != c.account;
+        (deprecated || !over) && (disabled || !image.disabled)
+    };
     let told = found
         .iter()
-        .filter(|image| owned(image) && runs(image))
+        .filter(|image| owned(image) && runs(image) && shown(image))
         .map(|image| (image.id.clone(), told(c, image)));
     c.describe("imagesSet", told.collect(), &ids)
 }
@@ -161,8 +180,20 @@ fn copy(c: &Context<'_>) -> Answer {
 }
 
 fn deregister(c: &Context<'_>) -> Answer {
-    c.region.deregister_image(c.account, c.params.required("ImageId")?)?;
+    act(c, |c, id| c.region.deregister_image(c.account, id))
+}
+
+/// Does something with the image that is named.
+fn act(c: &Context<'_>, job: impl Fn(&Context<'_>, &str) -> Result<(), Fault>) -> Answer {
+    job(c, c.params.required("ImageId")?)?;
     Ok(done())
+}
+
+fn deprecate(c: &Context<'_>) -> Answer {
+    let at = c.params.required("DeprecateAt")?;
+    let bad = |_| Fault::value("DeprecateAt", at, "It is a time such as 2030-01-31T12:00:00Z.");
+    let at: jiff::Timestamp = at.parse().map_err(bad)?;
+    act(c, |c, id| c.region.deprecate_image(c.account, id, Some(at)))
 }
 
 /// The image, of which the account may see the attributes.

@@ -25,6 +25,10 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     ("ModifyInstanceMetadataOptions", modify_metadata),
     ("GetConsoleOutput", console),
     ("GetPasswordData", password),
+    ("GetConsoleScreenshot", |c| {
+        none(c, "has a serial console and no screen; GetConsoleOutput tells what it wrote")
+    }),
+    ("GetInstanceUefiData", |c| none(c, "boots without UEFI (legacy-bios): it has no UEFI variables")),
     ("MonitorInstances", |c| monitor(c, true)),
     ("UnmonitorInstances", |c| monitor(c, false)),
     ("DescribeInstanceCreditSpecifications", credits),
@@ -245,7 +249,7 @@ fn run(asked: &Context<'_>) -> Answer {
     }
     refuse_what_is_to_come(p)?;
     let owned = |name: &str| p.str(name).filter(|text| !text.is_empty()).map(str::to_owned);
-    let mut metadata = MetadataOptions::default();
+    let mut metadata = c.region.account_settings(c.account)?.metadata.options();
     if let Some(options) = p.sub("MetadataOptions") {
         set_metadata(options, &mut metadata)?;
     }
@@ -577,6 +581,11 @@ fn console(c: &Context<'_>) -> Answer {
         "timestamp": time(jiff::Timestamp::now()),
         "output": BASE64_STANDARD.encode(output),
     })
+}
+
+/// What there is none of, whatever instance it is asked of.
+fn none(c: &Context<'_>, why: &str) -> Answer {
+    Err(Fault::new("UnsupportedOperation", format!("The instance '{}' {why}", the(c)?.id)))
 }
 
 fn password(c: &Context<'_>) -> Answer {

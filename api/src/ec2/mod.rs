@@ -1,10 +1,11 @@
 //! EC2's operations: a call's parameters become a verb of `cloud`, and what that gives becomes an answer.
 //!
 //! ```text
-//!   Call ─► OPERATIONS (by name) ─► instances, launch_templates, images, snapshots, volumes, groups, keys, network, places, tags ─► Node
+//!   Call ─► OPERATIONS (by name) ─► instances, launch_templates, images, snapshots, volumes, groups, keys, network, places, tags, account ─► Node
 //!                                        └── filters: what the answer would say decides
 //! ```
 
+mod account;
 mod filters;
 mod groups;
 mod images;
@@ -57,6 +58,7 @@ static OPERATIONS: &[&[(&str, Operation)]] = &[
     network::OPERATIONS,
     places::OPERATIONS,
     tags::OPERATIONS,
+    account::OPERATIONS,
 ];
 
 /// Operations of EC2 that hutch is to have, and has not yet: said so, where a wrong name is said to be wrong.
@@ -70,8 +72,6 @@ const LATER: &[&str] = &[
     "RequestSpotInstances",
     "CancelSpotInstanceRequests",
     "PurchaseReservedInstancesOffering",
-    "GetConsoleScreenshot",
-    "GetInstanceUefiData",
     "CreateVpc",
     "DeleteVpc",
     "CreateSubnet",

@@ -17,7 +17,6 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     ("DescribeSpotPriceHistory", |c| c.describe("spotPriceHistorySet", vec![], &[])),
     ("DescribeReservedInstances", |c| c.describe("reservedInstancesSet", vec![], &[])),
     ("DescribeReservedInstancesOfferings", |c| c.describe("reservedInstancesOfferingsSet", vec![], &[])),
-    ("GetInstanceMetadataDefaults", |_| Ok(node! { "accountLevel": Node::empty() })),
 ];
 
 fn regions(c: &Context<'_>) -> Answer {

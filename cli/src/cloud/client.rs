@@ -79,6 +79,18 @@ impl Client {
     /// # Errors
     /// hutchd does not answer, or refuses: its words and EC2's code.
     pub fn call(&self, action: &str, params: &[(String, String)]) -> anyhow::Result<Value> {
+        self.ask("ec2", action, params)
+    }
+
+    /// Calls an operation that is hutchd's own, beside EC2.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn own(&self, action: &str, params: &[(String, String)]) -> anyhow::Result<Value> {
+        self.ask("hutch", action, params)
+    }
+
+    fn ask(&self, service: &str, action: &str, params: &[(String, String)]) -> anyhow::Result<Value> {
         let fixed = [("Action".to_owned(), action.to_owned()), ("Version".into(), VERSION.into())];
         let pairs = fixed.iter().chain(params);
         let form: Vec<_> =
@@ -87,7 +99,7 @@ impl Client {
         let host = self.at.endpoint.split_once("://").map_or(self.at.endpoint.as_str(), |(_, rest)| rest);
         let host = host.trim_end_matches('/');
         let signed =
-            sigv4::sign(&self.key.id, &self.key.secret, &self.at.region, "ec2", host, body.as_bytes());
+            sigv4::sign(&self.key.id, &self.key.secret, &self.at.region, service, host, body.as_bytes());
         let mut request = self.agent.post(format!("{}/", self.at.endpoint.trim_end_matches('/')));
         for (name, value) in &signed {
             request = request.header(name.as_str(), value);

@@ -6,13 +6,17 @@
 //!   reach.rs      console, cp, env, aws; where `hutch ssh` goes
 //!   images.rs     AMIs: create, copy, share, deregister
 //!   events.rs     what changes, as it comes
+//!   top.rs        what instances use
+//!   backup.rs     all that hutchd keeps, copied; a state made of that
 //! ```
 
+pub mod backup;
 pub mod client;
 pub mod events;
 pub mod images;
 pub mod instances;
 pub mod reach;
+pub mod top;
 
 use anyhow::bail;
 use serde::Serialize;

@@ -3,11 +3,13 @@
 //! ```text
 //!   main.rs      what it may be told; start and end        keys.rs    access keys
 //!   service.rs   calls: who may how often, what is counted          guests.rs  what guests are told of themselves
+//!   owner.rs     backups and figures: what is asked of the daemon beside EC2
 //! ```
 #![forbid(unsafe_code)]
 
 mod guests;
 mod keys;
+mod owner;
 mod service;
 
 use std::fs::{self, DirBuilder, File};
@@ -37,6 +39,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use guests::Guests;
 use keys::{Key, Keys};
+use owner::Owner;
 use service::{Rate, Service};
 
 /// How often templates that were imported meanwhile are looked for.
@@ -170,8 +173,11 @@ fn run(args: &Args) -> anyhow::Result<()> {
     for region in regions.values() {
         reconcilers.push(Reconciler::start(region.clone())?);
     }
-    let service = Arc::new(Service::new(regions, keys, args.rate));
-    runtime.block_on(attend(args, handed, service))?;
+    let owner = Owner::new(state, keys.owner());
+    let service = Arc::new(Service::new(regions, keys, owner, args.rate));
+    let attended = runtime.block_on(attend(args, handed, service.clone()));
+    service.end();
+    attended?;
     // Calls are over; each reconciler ends its step. Machines run on.
     drop(reconcilers);
     Ok(())

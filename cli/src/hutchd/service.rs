@@ -11,6 +11,7 @@ use hutch_api::query::{Backend, Call, Credential, Fault, Node};
 use hutch_cloud::model::Instance;
 
 use crate::keys::Keys;
+use crate::owner::{self, Owner};
 
 /// How many calls at once, and how many a second after that.
 #[derive(Debug, Clone, Copy)]
@@ -44,6 +45,7 @@ type Buckets = HashMap<(String, String, String), (f64, Instant)>;
 pub struct Service {
     regions: Regions,
     keys: Keys,
+    owner: Owner,
     rate: Rate,
     buckets: Mutex<Buckets>,
     counts: Mutex<BTreeMap<(String, String), (u64, f64)>>,
@@ -51,8 +53,13 @@ pub struct Service {
 
 impl Service {
     /// A service of these regions.
-    pub fn new(regions: Regions, keys: Keys, rate: Rate) -> Service {
-        Service { regions, keys, rate, buckets: Mutex::default(), counts: Mutex::default() }
+    pub fn new(regions: Regions, keys: Keys, owner: Owner, rate: Rate) -> Service {
+        Service { regions, keys, owner, rate, buckets: Mutex::default(), counts: Mutex::default() }
+    }
+
+    /// Ends what goes on beside calls.
+    pub fn end(&self) {
+        self.owner.end();
     }
 
     /// What is done from time to time.
@@ -70,7 +77,9 @@ impl Service {
 }
 
 fn is_served(action: &str) -> bool {
-    action == "GetCallerIdentity" || ec2::served().any(|name| name == action)
+    action == "GetCallerIdentity"
+        || owner::ACTIONS.contains(&action)
+        || ec2::served().any(|name| name == action)
 }
 
 impl Backend for Service {
@@ -99,7 +108,10 @@ impl Backend for Service {
     }
 
     fn call(&self, call: &Call) -> Result<Node, Fault> {
-        ec2::serve(&self.regions, call)
+        match call.service.as_str() {
+            owner::SERVICE => self.owner.serve(&self.regions, call),
+            _ => ec2::serve(&self.regions, call),
+        }
     }
 
     fn note(&self, action: &str, code: Option<&str>, took: Duration) {
@@ -154,8 +166,8 @@ mod tests {
     #[test]
     fn a_strangers_names_fill_no_memory() {
         let key = "AKID:secret".parse().unwrap();
-        let service =
-            Service::new(Regions::new(), Keys::open(None, Some(key)).unwrap(), "2:1".parse().unwrap());
+        let (keys, owner) = (Keys::open(None, Some(key)).unwrap(), Owner::new(None, "1"));
+        let service = Service::new(Regions::new(), keys, owner, "2:1".parse().unwrap());
         let admitted = (0..1000).filter(|n| service.admit("1", &format!("r{n}"), &format!("A{n}"))).count();
         assert!(admitted < 100, "{admitted} calls of one account, each of another name");
         assert!(service.admit("1", "r", "RunInstances"), "what is served has a bucket of its own");

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use simulated::Simulated;
 
+use crate::backup::Captured;
 use crate::metadata::Metadata;
 
 /// A machine as its host is told of it.
@@ -107,6 +108,23 @@ pub enum End {
     HostDown,
     /// It failed: what a person is told.
     Failed(String),
+}
+
+/// What a machine has used and moved since its process began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Processor time, in microseconds: the guest's and its devices'.
+    pub cpu_us: u64,
+    /// Memory of the host that it has now.
+    pub memory_bytes: u64,
+    /// Bytes the guest read off its disks.
+    pub disk_read: u64,
+    /// Bytes the guest wrote to its disks.
+    pub disk_written: u64,
+    /// Bytes that came to the guest.
+    pub net_received: u64,
+    /// Bytes that the guest sent.
+    pub net_sent: u64,
 }
 
 /// Why a host did not do what it was asked.
@@ -243,6 +261,20 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// It cannot be read.
     fn console(&self, id: &str) -> Result<Vec<u8>>;
+
+    /// What a machine that runs has used and moved; `None` when it does not run, or nobody counts.
+    ///
+    /// # Errors
+    /// It does not answer.
+    fn figures(&self, _id: &str) -> Result<Option<Figures>> {
+        Ok(None)
+    }
+
+    /// All that it keeps at this moment, to be copied while it goes on. It takes moments, and one at a time is had.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    fn capture(&self) -> Result<Box<dyn Captured>>;
 
     /// Waits until the end of some machine may have to be looked at, for at most `limit`; `seen` is what the last call
     /// returned (0 at first).

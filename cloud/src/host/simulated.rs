@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::backup::{self, Captured, Target};
+
 use super::{Content, End, Host, HostError, Machine, Result, Source, Status, Template};
 
 /// What is kept of a machine.
@@ -131,7 +133,41 @@ fn read_all<T: DeserializeOwned>(dir: &std::path::Path) -> std::io::Result<BTree
     Ok(all)
 }
 
+/// All files of a simulated host, by their names.
+struct Files(BTreeMap<String, Vec<u8>>);
+
+impl Captured for Files {
+    fn bytes(&self) -> u64 {
+        self.0.values().map(|text| text.len() as u64).sum()
+    }
+
+    fn copy(&self, target: &mut Target<'_>, dir: &str) -> backup::Result<()> {
+        self.0.iter().try_for_each(|(name, text)| target.bytes(&format!("{dir}/{name}"), text))
+    }
+}
+
 impl Host for Simulated {
+    fn capture(&self) -> Result<Box<dyn Captured>> {
+        let state = self.lock();
+        let mut files = BTreeMap::new();
+        let mut add = |name: String, text: serde_json::Result<Vec<u8>>| {
+            let text = text.map_err(|e| HostError::Failed(format!("the simulated host's {name}: {e}")))?;
+            files.insert(name, text);
+            Ok(())
+        };
+        for (id, kept) in &state.machines {
+            let end = kept.end.clone().or(Some(End::HostDown));
+            add(format!("machines/{id}"), serde_json::to_vec(&Kept { end, ..kept.clone() }))?;
+        }
+        for (id, volume) in &state.volumes {
+            add(format!("volumes/{id}"), serde_json::to_vec(volume))?;
+        }
+        for (id, bytes) in &state.snapshots {
+            add(format!("snapshots/{id}"), serde_json::to_vec(bytes))?;
+        }
+        Ok(Box::new(Files(files)))
+    }
+
     fn templates(&self) -> Result<Vec<Template>> {
         let named = [("debian-12", 2u64), ("debian-12-lean", 2), ("debian-13", 2), ("micro", 1)];
         let template = |(name, gib): (&str, u64)| Template {

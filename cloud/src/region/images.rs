@@ -1,5 +1,7 @@
 //! Images: those of the host's templates, and those made of instances.
 
+use jiff::{SignedDuration, Timestamp};
+
 use crate::fault::{Fault, Result};
 use crate::host::{Source, Template};
 use crate::id;
@@ -162,6 +164,8 @@ impl Region {
             }],
             public: true,
             launch: Vec::new(),
+            deprecated: None,
+            disabled: false,
             pending: false,
             failed: None,
             source_instance: None,
@@ -236,6 +240,8 @@ impl Region {
                 devices,
                 public: false,
                 launch: Vec::new(),
+                deprecated: None,
+                disabled: false,
                 pending: true,
                 failed: None,
                 source_instance: Some(instance.id),
@@ -279,6 +285,8 @@ impl Region {
                 devices,
                 public: false,
                 launch: Vec::new(),
+                deprecated: None,
+                disabled: false,
                 pending: false,
                 failed: None,
                 source_instance: None,
@@ -328,6 +336,8 @@ impl Region {
                 created: now(),
                 public: false,
                 launch: Vec::new(),
+                deprecated: None,
+                disabled: false,
                 pending: true,
                 source_instance: None,
                 tags: ask.tags.clone(),
@@ -396,7 +406,8 @@ impl Region {
     /// Changes who may launch an image, or what its owner says of it.
     ///
     /// # Errors
-    /// `InvalidAMIID.*`, `AuthFailure`.
+    /// `InvalidAMIID.*`, `AuthFailure`; `OperationNotPermitted`: the account's images are not for everyone;
+    /// `InvalidAMIID.Unavailable`: it is disabled, and so nobody else's.
     pub fn modify_image(
         &self,
         account: &str,
@@ -405,7 +416,64 @@ impl Region {
     ) -> Result<()> {
         self.transact(|work| {
             let mut image = self.image(work, account, id)?;
+            let public = image.public;
             job(&mut image)?;
+            if image.disabled && (image.public || !image.launch.is_empty()) {
+                let why = format!("The image '{id}' is disabled and cannot be shared; enable it first");
+                return Err(Fault::new("InvalidAMIID.Unavailable", why));
+            }
+            let settings = work.get::<super::AccountSettings>(account)?;
+            if image.public && !public && settings.is_some_and(|settings| settings.block_public_images) {
+                let why = "You can't publicly share this image because block public access for AMIs is enabled for \
+                           this account; DisableImageBlockPublicAccess lifts that";
+                return Err(Fault::new("OperationNotPermitted", why));
+            }
+            work.put(&image)
+        })
+    }
+
+    /// Has an image be deprecated from a time on, or, with `None`, not.
+    ///
+    /// # Errors
+    /// `InvalidParameterValue`: a time in the past, or too far away; `InvalidAMIID.*`, `AuthFailure`.
+    pub fn deprecate_image(&self, account: &str, id: &str, at: Option<Timestamp>) -> Result<()> {
+        let minute = |at: Timestamp| at.round(jiff::Unit::Minute).unwrap_or(at);
+        let limit = |from: Timestamp, years: i64| from + SignedDuration::from_hours(years * 24 * 366);
+        self.transact(|work| {
+            let mut image = self.image(work, account, id)?;
+            if let Some(at) = at {
+                let bad = |why: &str| Err(Fault::value("DeprecateAt", &at.to_string(), why));
+                if at < now() {
+                    return bad("It is in the past; name a time to come.");
+                }
+                if at > limit(now(), 10) {
+                    return bad("It is at most 10 years from now.");
+                }
+                if image.public && at > limit(image.created, 2) {
+                    return bad("A public image is deprecated at most 2 years after it was made.");
+                }
+            }
+            image.deprecated = at.map(minute);
+            work.put(&image)
+        })
+    }
+
+    /// Has nobody launch an image any more, and takes it from whom it was shared with; or, with `disabled` false, has its
+    /// owner launch it again.
+    ///
+    /// # Errors
+    /// `InvalidAMIID.Unavailable`: it is not made yet; `InvalidAMIID.*`, `AuthFailure`.
+    pub fn disable_image(&self, account: &str, id: &str, disabled: bool) -> Result<()> {
+        self.transact(|work| {
+            let mut image = self.image(work, account, id)?;
+            if image.pending || image.failed.is_some() {
+                let why = format!("The image '{id}' is not available; wait until it is");
+                return Err(Fault::new("InvalidAMIID.Unavailable", why));
+            }
+            image.disabled = disabled;
+            if disabled {
+                (image.public, image.launch) = (false, Vec::new());
+            }
             work.put(&image)
         })
     }

@@ -252,6 +252,10 @@ impl Region {
             let why = format!("The image '{}' is not available; wait until it is", image.id);
             return Err(Fault::new("InvalidAMIID.Unavailable", why));
         }
+        if image.disabled {
+            let why = format!("The image '{}' is disabled; its owner can enable it (EnableImage)", image.id);
+            return Err(Fault::new("InvalidAMIID.Unavailable", why));
+        }
         Ok(image)
     }
 

@@ -10,9 +10,10 @@
 //! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
 //! | launch_templates.rs | requests to launch, kept |
 //! | images.rs, snapshots.rs, volumes.rs, attachments.rs, keys.rs | images; snapshots; volumes, and who has them; key pairs |
-//! | quota.rs | what an account may have at most |
+//! | quota.rs, account.rs | what an account may have at most; what it has set for itself |
 //! | network.rs, groups.rs, tags.rs | what each account begins with, addresses; security groups; tags |
 
+mod account;
 mod attachments;
 mod groups;
 mod images;
@@ -41,6 +42,7 @@ use crate::model::Record;
 use crate::store::Store;
 use crate::types::Table;
 
+pub use account::{AccountSettings, MetadataDefaults};
 pub use groups::RuleAsk;
 pub use images::{ImageCopy, NewImage, Registration};
 pub use instances::{Attribute, Change};
@@ -161,6 +163,13 @@ impl Region {
         work::all(&*self.store, prefix)
     }
 
+    /// What `job` gives while no verb of these regions is done, so that their records and hosts hold still together.
+    pub fn at_rest<R>(regions: &BTreeMap<String, Arc<Region>>, job: impl FnOnce() -> R) -> R {
+        let turns = regions.values().map(|region| region.turn.write());
+        let _turns: Vec<_> = turns.map(|turn| turn.unwrap_or_else(PoisonError::into_inner)).collect();
+        job()
+    }
+
     fn transact<R>(&self, job: impl FnMut(&mut Work<'_>) -> Result<R>) -> Result<R> {
         if self.settings.limits.counts() {
             return self.transact_alone(job);
@@ -174,6 +183,14 @@ impl Region {
         let _turn = self.turn.write().unwrap_or_else(PoisonError::into_inner);
         Work::on(&*self.store, job)
     }
+}
+
+/// How many records of a kind, such as `which`, a store has.
+///
+/// # Errors
+/// The store's.
+pub fn count<T: Record>(store: &dyn Store, which: impl Fn(&T) -> bool) -> Result<usize> {
+    Ok(work::all::<T>(store, "")?.into_iter().filter(which).count())
 }
 
 /// Now, to the millisecond, which is what EC2 tells.

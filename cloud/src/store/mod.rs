@@ -8,9 +8,10 @@
 
 mod sqlite;
 
+use std::path::Path;
 use std::time::Duration;
 
-pub use sqlite::Sqlite;
+pub use sqlite::{Sqlite, VERSION};
 
 /// Counts committed transactions: 0 before the first; never goes back.
 pub type Revision = u64;
@@ -224,4 +225,10 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// [`StoreError::NoSuchLease`], the database's.
     fn revoke(&self, lease: LeaseId) -> Result<()>;
+
+    /// Writes a copy of all that is committed to the new file `to`, which can be opened as a store; others go on meanwhile.
+    ///
+    /// # Errors
+    /// There is such a file already, or no room; the database's.
+    fn backup(&self, to: &Path) -> Result<()>;
 }

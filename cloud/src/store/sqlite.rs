@@ -23,6 +23,8 @@ const MIGRATIONS: [&str; 1] = ["
     CREATE TABLE state (revision INTEGER NOT NULL, oldest INTEGER NOT NULL);
     INSERT INTO state VALUES (0, 1);
 "];
+/// The version of the stores that are written here.
+pub const VERSION: i64 = MIGRATIONS.len() as i64;
 /// Transactions whose changes are kept, and how many more may gather before the older ones go.
 const KEPT: u64 = 10_000;
 const SLACK: u64 = 1_000;
@@ -72,9 +74,8 @@ impl Sqlite {
         if application != APPLICATION && (application, schema) != (0, 0) {
             return Err(StoreError::Foreign(path));
         }
-        let known = MIGRATIONS.len() as i64;
-        if version > known {
-            return Err(StoreError::Newer { path, found: version, known });
+        if version > VERSION {
+            return Err(StoreError::Newer { path, found: version, known: VERSION });
         }
         let migrate = |connection: &mut Connection| -> rusqlite::Result<()> {
             // What is committed is on the disk.
@@ -93,16 +94,6 @@ impl Sqlite {
         };
         migrate(&mut connection).map_err(failed)?;
         Ok(Sqlite { path, connection: Mutex::new(connection), committed: Condvar::new() })
-    }
-
-    /// Writes a copy of all that is committed to the new file `to`; others go on meanwhile.
-    ///
-    /// # Errors
-    /// [`StoreError::Database`]: there is such a file already, or no room.
-    pub fn backup(&self, to: &Path) -> Result<()> {
-        self.run(|connection| {
-            connection.execute("VACUUM INTO ?1", params![to.display().to_string()]).map(|_| ())
-        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -229,6 +220,12 @@ fn entry(row: &Row<'_>) -> rusqlite::Result<Entry> {
 }
 
 impl Store for Sqlite {
+    fn backup(&self, to: &Path) -> Result<()> {
+        self.run(|connection| {
+            connection.execute("VACUUM INTO ?1", params![to.display().to_string()]).map(|_| ())
+        })
+    }
+
     fn get(&self, key: &str) -> Result<Option<Entry>> {
         let query = "SELECT key, value, revision FROM entries WHERE key = ?1";
         self.run(|connection| connection.prepare_cached(query)?.query_row([key], entry).optional())

@@ -164,6 +164,21 @@ impl Dir {
         launch::ask(&self.0.join("control.sock"), request, limit).map(|(_, _, answer)| answer)
     }
 
+    /// What its devices have moved: bytes its disks read and wrote, its interfaces received and sent.
+    pub fn moved(&self, limit: Duration) -> std::result::Result<[u64; 4], LaunchError> {
+        let status = self.ask("status", limit)?;
+        let sum = |of: &str, what: &str| {
+            let all = status[of].as_array().map_or(&[][..], Vec::as_slice);
+            all.iter().filter_map(|one| one[what].as_u64()).sum()
+        };
+        Ok([
+            sum("disks", "read_bytes"),
+            sum("disks", "written_bytes"),
+            sum("nets", "received_bytes"),
+            sum("nets", "sent_bytes"),
+        ])
+    }
+
     /// How its process says it ended; `None` when it could not say.
     pub fn report(&self) -> Option<VmmEnd> {
         launch::report(File::open(self.0.join("report.json")).ok()?).ok().map(|report| report.end)
@@ -269,6 +284,8 @@ fn launch_failed(error: &LaunchError) -> HostError {
 /// Those of [`super::super::Host::start`]; nothing of it runs then.
 pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> Result<Live> {
     let machine = kept.machine.clone();
+    // Nobody copies them from here on, until they are the machine's.
+    let _taken = volumes.take(&machine.volumes);
     let files = machine.volumes.iter().map(|id| Ok((id, volumes.files(id)?))).collect::<Result<Vec<_>>>()?;
     let disks = files.iter().map(|(id, files)| Ok((*id, files.open()?))).collect::<Result<Vec<_>>>()?;
     let mut inherit = Inherit::default();

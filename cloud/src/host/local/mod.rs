@@ -5,10 +5,12 @@
 //!   process   a machine's process: recorded, found again by the next daemon, watched, ended
 //!   machine   a machine's directory and record; how a run of it is started, and adopted
 //!   disks     volumes that come and go while it runs
+//!   backup    what there is at one moment, and how it is copied; volumes held still
 //! ```
 //! Machines outlive the daemon that started them. A thread watches each: it sees the end at once, and starts the next
 //! process where the guest only reboots.
 
+mod backup;
 mod disks;
 mod machine;
 mod process;
@@ -24,7 +26,9 @@ use std::time::{Duration, Instant};
 
 use hutch_imagestore::store::Store;
 
-use super::{Content, End, Host, HostError, Machine, Result, Source, Status, Template};
+use crate::backup::Captured;
+
+use super::{Content, End, Figures, Host, HostError, Machine, Result, Source, Status, Template};
 use machine::{ANSWER, Dir, FLUSH, Kept, Live, Phase, end_of};
 use volumes::{Volumes, failed};
 
@@ -100,6 +104,7 @@ impl Local {
     /// # Errors
     /// The directories cannot be made or read.
     pub fn open(dir: &Path, templates: Store, means: Means) -> Result<Local> {
+        backup::unpin(dir)?;
         let machines = dir.join("machines");
         fs::create_dir_all(&machines).map_err(|e| failed(&machines, e))?;
         let shared = Arc::new(Shared {
@@ -285,8 +290,16 @@ impl Shared {
     }
 }
 
-/// A machine that is held; dropping this lets it go on.
+/// A machine that is held, all its guest wrote in its disks' files; dropping this lets it go on.
 struct Held<'a>(&'a Dir);
+
+impl Held<'_> {
+    fn new(dir: &Dir) -> std::result::Result<Held<'_>, hutch_vmm::launch::LaunchError> {
+        // From here on it is told to go on, also where it did not answer in time that it is held.
+        let held = Held(dir);
+        dir.ask("pause", FLUSH).map(|_| held)
+    }
+}
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
@@ -319,19 +332,8 @@ impl Host for Local {
 
     /// Copies the volume, so the guest is held as long as that takes.
     fn create_snapshot(&self, id: &str, volume: &str) -> Result<()> {
-        let user = self.slots().into_iter().find(|slot| {
-            let mut state = slot.state();
-            state.running().is_some_and(|(kept, _)| kept.machine.volumes.iter().any(|v| v == volume))
-        });
-        let held = user.as_ref().map(|slot| Held(&slot.dir));
-        if let Some(held) = &held
-            && let Err(error) = held.0.ask("pause", FLUSH)
-            // One that has just ended need not be held.
-            && user.as_ref().is_some_and(|slot| slot.state().running().is_some())
-        {
-            return Err(HostError::Failed(format!("the machine that has {volume} cannot be held: {error}")));
-        }
-        self.shared.volumes.create_snapshot(id, volume)
+        self.shared
+            .hold(volume, Instant::now() + FLUSH, TICK, |_| self.shared.volumes.create_snapshot(id, volume))
     }
 
     fn content(&self, source: &Source) -> Result<Content> {
@@ -436,11 +438,13 @@ impl Host for Local {
             let _work = lock(&slot.work);
             let mut state = slot.state();
             state.stopping = true;
-            state.running().map(|(_, live)| live.process.clone())
+            state.running().map(|(kept, live)| (kept.machine.volumes.clone(), live.process.clone()))
         };
-        if let Some(process) = process {
+        if let Some((volumes, process)) = process {
+            // Not while its disks are copied: who holds it lets it go on then.
+            drop(self.shared.volumes.take(&volumes));
             let failed = |e: std::io::Error| HostError::Failed(format!("{id} cannot be ended: {e}"));
-            // Held, it would not hear of its button.
+            // Held by one that was killed, it would not hear of its button.
             let pressed = !patience.is_zero()
                 && dir_asked(&slot.dir, "resume", patience)
                 && dir_asked(&slot.dir, "power-button", patience);
@@ -494,6 +498,21 @@ impl Host for Local {
 
     fn console(&self, id: &str) -> Result<Vec<u8>> {
         self.slot(id).map_or(Ok(Vec::new()), |slot| slot.dir.console(CONSOLE))
+    }
+
+    fn figures(&self, id: &str) -> Result<Option<Figures>> {
+        let Some(slot) = self.slot(id) else { return Ok(None) };
+        let process = slot.state().running().map(|(_, live)| live.process.clone());
+        let failed = |e: &dyn std::fmt::Display| HostError::Failed(format!("{id} does not tell: {e}"));
+        let usage = process.map(|process| process.usage()).transpose().map_err(|e| failed(&e))?.flatten();
+        let Some((cpu_us, memory_bytes)) = usage else { return Ok(None) };
+        let [disk_read, disk_written, net_received, net_sent] =
+            slot.dir.moved(TICK).map_err(|e| failed(&e))?;
+        Ok(Some(Figures { cpu_us, memory_bytes, disk_read, disk_written, net_received, net_sent }))
+    }
+
+    fn capture(&self) -> Result<Box<dyn Captured>> {
+        backup::capture(self.shared.clone())
     }
 
     fn wait(&self, seen: u64, limit: Duration) -> u64 {

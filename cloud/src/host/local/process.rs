@@ -129,6 +129,31 @@ impl Process {
         }
     }
 
+    /// The processor time that it has used, in microseconds, and the bytes of memory that it has; `None` when it is gone.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn usage(&self) -> io::Result<Option<(u64, u64)>> {
+        let pid = self.identity.pid;
+        let found = fs::read_to_string(format!("/proc/{pid}/stat"))
+            .and_then(|stat| Ok((stat, fs::read_to_string(format!("/proc/{pid}/statm"))?)));
+        // As long as it has not ended, the id is its own.
+        if self.wait(Duration::ZERO)? {
+            return Ok(None);
+        }
+        let (stat, memory) = found?;
+        let odd = || io::Error::other(format!("/proc/{pid}/stat is not understood"));
+        let (_, rest) = stat.rsplit_once(')').ok_or_else(odd)?;
+        // proc(5): utime and stime are fields 14 and 15, counted here from field 3.
+        let ticks: Vec<u64> =
+            rest.split_ascii_whitespace().skip(11).take(2).filter_map(|n| n.parse().ok()).collect();
+        let [user, system] = ticks.as_slice() else { return Err(odd()) };
+        let pages = memory.split_ascii_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok());
+        let tick = 1_000_000 / rustix::param::clock_ticks_per_second().max(1);
+        let page = rustix::param::page_size() as u64;
+        Ok(Some(((user + system) * tick, pages.ok_or_else(odd)? * page)))
+    }
+
     /// Ends it: asks by SIGTERM, and does not ask any more after `patience`.
     ///
     /// # Errors
@@ -203,6 +228,24 @@ mod tests {
             assert_eq!(other.is_of_this_boot(), other.boot == own.boot);
         }
         process.end(LONG).unwrap();
+    }
+
+    #[test]
+    fn what_it_uses_is_told_until_it_ends() {
+        let process = shell("while :; do :; done");
+        let until = Instant::now() + LONG;
+        let (cpu, memory) = loop {
+            let (cpu, memory) = process.usage().unwrap().expect("it runs");
+            if cpu >= 50_000 {
+                break (cpu, memory);
+            }
+            assert!(Instant::now() < until, "it uses no processor");
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        assert!(cpu < 60_000_000, "{cpu} microseconds");
+        assert!((64 << 10..1 << 30).contains(&memory), "{memory} bytes");
+        process.end(LONG).unwrap();
+        assert_eq!(process.usage().unwrap(), None);
     }
 
     #[test]

@@ -14,11 +14,11 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use hutch_blockdev::store::lock;
 use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Format, Qcow2Disk, RawDisk, SECTOR, qcow2};
-use hutch_imagestore::store::{Store, StoreError};
+use hutch_imagestore::store::{Image, Store, StoreError};
 use serde::{Deserialize, Serialize};
 
 use super::super::{Content, HostError, Result, Source, Template};
@@ -56,6 +56,23 @@ pub struct Volumes {
     volumes: PathBuf,
     snapshots: PathBuf,
     templates: Store,
+    /// Those that somebody copies or gives to a machine.
+    taken: Mutex<BTreeSet<String>>,
+    freed: Condvar,
+}
+
+/// Volumes that are one's own for a while.
+pub struct Taken<'a> {
+    all: &'a Volumes,
+    ids: &'a [String],
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let mut taken = self.all.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.retain(|id| !self.ids.contains(id));
+        self.all.freed.notify_all();
+    }
 }
 
 impl Volumes {
@@ -64,7 +81,8 @@ impl Volumes {
     /// # Errors
     /// A directory cannot be made, read or cleaned.
     pub fn open(dir: &Path, templates: Store) -> Result<Volumes> {
-        let all = Volumes { volumes: dir.join("volumes"), snapshots: dir.join("snapshots"), templates };
+        let (volumes, snapshots) = (dir.join("volumes"), dir.join("snapshots"));
+        let all = Volumes { volumes, snapshots, templates, taken: Mutex::default(), freed: Condvar::new() };
         for dir in [&all.volumes, &all.snapshots] {
             fs::create_dir_all(dir).map_err(|e| failed(dir, e))?;
         }
@@ -75,12 +93,52 @@ impl Volumes {
         Ok(all)
     }
 
+    /// Waits until nobody else copies these volumes or gives them to a machine, and keeps others from that.
+    pub fn take<'a>(&'a self, ids: &'a [String]) -> Taken<'a> {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        while ids.iter().any(|id| taken.contains(id)) {
+            taken = self.freed.wait(taken).unwrap_or_else(PoisonError::into_inner);
+        }
+        taken.extend(ids.iter().cloned());
+        Taken { all: self, ids }
+    }
+
+    /// Whether no process may write to a volume now. One that is gone is free.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn is_free(&self, id: &str) -> Result<bool> {
+        let top = path(&self.volumes, id, "qcow2")?;
+        match File::open(&top) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(true),
+            file => Ok(lock(&file.map_err(|e| failed(&top, e))?, true).is_ok()),
+        }
+    }
+
+    /// Where volumes are.
+    pub fn directory(&self) -> &Path {
+        &self.volumes
+    }
+
+    /// Where snapshots are.
+    pub fn snapshots_directory(&self) -> &Path {
+        &self.snapshots
+    }
+
+    /// The templates as they are kept.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn images(&self) -> Result<Vec<Image>> {
+        self.templates.list().map_err(|e| HostError::Failed(chain(&e)))
+    }
+
     /// The templates, the oldest first.
     ///
     /// # Errors
     /// They cannot be read.
     pub fn templates(&self) -> Result<Vec<Template>> {
-        let images = self.templates.list().map_err(|e| HostError::Failed(chain(&e)))?;
+        let images = self.images()?;
         let template = |record: hutch_imagestore::store::Record| Template {
             name: record.name,
             digest: record.source_sha256,
@@ -336,12 +394,12 @@ pub(super) fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| failed(dir, e))
 }
 
-fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(dir).map_err(|e| failed(dir, e))?;
     entries.map(|entry| entry.map(|entry| entry.path()).map_err(|e| failed(dir, e))).collect()
 }
 
-fn has_extension(path: &Path, extension: &str) -> bool {
+pub(super) fn has_extension(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|e| e == extension)
 }
 

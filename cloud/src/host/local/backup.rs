@@ -1,0 +1,256 @@
+//! What this host has at one moment, and how it is copied.
+//!
+//! Files are pinned by one more name each below `pinned/`, so that what is removed meanwhile can be copied all the same.
+//! What a crash leaves of that is removed when the host is opened.
+
+use std::collections::{BTreeSet, HashSet};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::super::{End, HostError, Result};
+use super::machine::{Dir, Kept, Phase};
+use super::volumes::{failed, files, has_extension};
+use super::{Shared, lock};
+use crate::backup::{self, BackupError, Captured, Target, allocated};
+
+/// Where files are pinned, below the host's directory.
+const PINNED: &str = "pinned";
+/// Where machines are, below the host's directory.
+const MACHINES: &str = "machines";
+/// Where templates are, below a state.
+const IMAGES: &str = "images";
+/// How long a volume may be neither free nor of a machine that runs: while one starts or ends.
+const UNSETTLED: Duration = Duration::from_secs(120);
+/// How often it is looked at then.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What the host has at one moment.
+struct Moment {
+    shared: Arc<Shared>,
+    pinned: PathBuf,
+    /// The templates' ids, and the modes of their directories.
+    images: Vec<(String, u32)>,
+    machines: Vec<Kept>,
+    bytes: u64,
+    /// What is counted already: a file may have many names.
+    seen: HashSet<(u64, u64)>,
+}
+
+/// Removes the pins of a backup that was cut off.
+///
+/// # Errors
+/// They cannot be removed.
+pub fn unpin(dir: &Path) -> Result<()> {
+    let pinned = dir.join(PINNED);
+    match fs::remove_dir_all(&pinned) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed(&pinned, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Pins all that is there.
+///
+/// # Errors
+/// It cannot be read, or the file system has no hard links.
+pub fn capture(shared: Arc<Shared>) -> Result<Box<dyn Captured>> {
+    let dir = shared.machines.parent().unwrap_or(Path::new("/")).to_owned();
+    unpin(&dir)?;
+    let (images, machines, seen) = Default::default();
+    let mut moment = Moment { pinned: dir.join(PINNED), images, machines, bytes: 0, seen, shared };
+    let (volumes, snapshots) = (moment.pinned.join("volumes"), moment.pinned.join("snapshots"));
+    for dir in [&volumes, &snapshots] {
+        fs::create_dir_all(dir).map_err(|e| failed(dir, e))?;
+    }
+    let shared = moment.shared.clone();
+    let own = &shared.volumes;
+    // The record first: what has one has the rest, unless it is being removed.
+    for kind in ["json", "qcow2", "base"] {
+        moment.pin(own.directory(), &volumes, kind)?;
+    }
+    moment.pin(own.snapshots_directory(), &snapshots, "raw")?;
+    for image in own.images()? {
+        let (id, from) = (image.record.id.clone(), image.disk());
+        let from = from.parent().unwrap_or(Path::new("/"));
+        let mode = match fs::metadata(from) {
+            Ok(about) => about.mode(),
+            // `hutch image rm` has just removed it.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(failed(from, e)),
+        };
+        let to = moment.pinned.join(IMAGES).join(&id);
+        fs::create_dir_all(&to).map_err(|e| failed(&to, e))?;
+        moment.pin(from, &to, "raw")?;
+        moment.pin(from, &to, "json")?;
+        moment.images.push((id, mode));
+    }
+    let slots: Vec<_> = lock(&moment.shared.slots).values().cloned().collect();
+    for slot in slots {
+        let kept = slot.state().kept.clone().filter(|kept| kept.phase != Phase::Starting);
+        let Some(mut kept) = kept else { continue };
+        // Its process is of this host at this time, and must not be taken for one of where it is restored.
+        (kept.process, kept.restart, kept.phase) = (None, false, Phase::Running);
+        kept.end = kept.end.or(Some(End::HostDown));
+        let to = moment.pinned.join(MACHINES).join(&kept.machine.id);
+        fs::create_dir_all(&to).map_err(|e| failed(&to, e))?;
+        match moment.pin(&slot.dir.0, &to, "log") {
+            // It is being forgotten.
+            Err(_) if !slot.dir.0.exists() => continue,
+            pinned => pinned?,
+        }
+        moment.machines.push(kept);
+    }
+    Ok(Box::new(moment))
+}
+
+impl Drop for Moment {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.pinned.parent().map(unpin) {
+            tracing::warn!(%error, "what a backup pinned stays until the next start");
+        }
+    }
+}
+
+impl Captured for Moment {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn copy(&self, target: &mut Target<'_>, dir: &str) -> backup::Result<()> {
+        // Templates first: volumes and snapshots are other names of their bytes, mostly.
+        for (id, mode) in &self.images {
+            target.directory(&format!("{IMAGES}/{id}"), *mode)?;
+            for file in files(&self.pinned.join(IMAGES).join(id))? {
+                target.file(&file, &below(&format!("{IMAGES}/{id}"), &file), true)?;
+            }
+        }
+        for snapshot in files(&self.pinned.join("snapshots"))? {
+            target.file(&snapshot, &below(&format!("{dir}/snapshots"), &snapshot), true)?;
+        }
+        self.copy_volumes(target, &format!("{dir}/volumes"))?;
+        for kept in &self.machines {
+            let logs = Dir(self.pinned.join(MACHINES).join(&kept.machine.id));
+            let dir = format!("{dir}/{MACHINES}/{}", kept.machine.id);
+            let text = serde_json::to_vec(kept).map_err(|e| BackupError::Records(e.to_string()))?;
+            // What it says meanwhile may begin the file anew: it is read as it is.
+            target.bytes(&format!("{dir}/console.log"), &logs.console(u64::MAX)?)?;
+            target.bytes(&format!("{dir}/machine.json"), &text)?;
+        }
+        Ok(())
+    }
+}
+
+impl Moment {
+    /// Gives all files of a kind one more name each.
+    fn pin(&mut self, from: &Path, to: &Path, kind: &str) -> Result<()> {
+        for path in files(from)?.into_iter().filter(|path| has_extension(path, kind)) {
+            let link = to.join(path.file_name().unwrap_or_default());
+            match fs::hard_link(&path, &link) {
+                Ok(()) => {}
+                // It has just been removed.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(failed(&link, e)),
+            }
+            let about = fs::metadata(&link).map_err(|e| failed(&link, e))?;
+            if self.seen.insert((about.dev(), about.ino())) {
+                self.bytes += allocated(&about) + about.size();
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_volumes(&self, target: &mut Target<'_>, dir: &str) -> backup::Result<()> {
+        let from = self.pinned.join("volumes");
+        let file = |id: &str, kind: &str| from.join(format!("{id}.{kind}"));
+        let mut left = BTreeSet::new();
+        for record in files(&from)?.into_iter().filter(|path| has_extension(path, "json")) {
+            let id = record.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            // One that was being removed when it was pinned is none.
+            if file(&id, "qcow2").exists() {
+                for (kind, fixed) in [("json", false), ("base", true)] {
+                    let path = file(&id, kind);
+                    if path.exists() {
+                        target.file(&path, &below(dir, &path), fixed)?;
+                    }
+                }
+                left.insert(id);
+            }
+        }
+        while let Some(first) = left.first().cloned() {
+            let until = Instant::now() + UNSETTLED;
+            let mut copied = Vec::new();
+            // All volumes of a machine at one moment: they may belong together.
+            self.shared.hold(&first, until, LOOK, |together| {
+                for id in together.iter().filter(|id| left.contains(*id)) {
+                    let path = file(id, "qcow2");
+                    target.file(&path, &below(dir, &path), false)?;
+                    copied.push(id.clone());
+                }
+                Ok::<_, BackupError>(())
+            })?;
+            left.retain(|id| !copied.contains(id));
+        }
+        Ok(())
+    }
+}
+
+/// The name of a file below a directory of the target.
+fn below(dir: &str, path: &Path) -> String {
+    format!("{dir}/{}", path.file_name().unwrap_or_default().to_string_lossy())
+}
+
+impl Shared {
+    /// Does `job` while nobody writes to the volume `id`, nor to those of the machine that has it, which are handed to
+    /// it: a machine that runs is held with its disks flushed, one that is to start waits.
+    ///
+    /// # Errors
+    /// The job's; the machine cannot be held.
+    pub fn hold<E: From<HostError>>(
+        &self,
+        id: &str,
+        until: Instant,
+        look: Duration,
+        job: impl FnOnce(&[String]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        loop {
+            let user = self.user(id);
+            let together = user.as_ref().map_or_else(|| vec![id.to_owned()], |(_, volumes)| volumes.clone());
+            let taken = self.volumes.take(&together);
+            // It may have begun or ended before all of them were ours.
+            if self.user(id).map(|(_, volumes)| volumes) != user.as_ref().map(|(_, volumes)| volumes.clone())
+            {
+                continue;
+            }
+            let why = match &user {
+                Some((dir, _)) => match super::Held::new(dir) {
+                    Ok(_held) => return job(&together),
+                    Err(error) => error.to_string(),
+                },
+                None => match self.volumes.is_free(id)? {
+                    true => return job(&together),
+                    false => "some process has it".into(),
+                },
+            };
+            drop(taken);
+            if Instant::now() >= until {
+                let why = format!("the volume {id} cannot be held still: {why}");
+                return Err(HostError::Failed(why).into());
+            }
+            std::thread::sleep(look);
+        }
+    }
+
+    /// The machine that runs and has this volume, and all volumes that it has.
+    fn user(&self, id: &str) -> Option<(Dir, Vec<String>)> {
+        let slots: Vec<_> = lock(&self.slots).values().cloned().collect();
+        slots.into_iter().find_map(|slot| {
+            let mut state = slot.state();
+            let (kept, _) = state.running()?;
+            let volumes = &kept.machine.volumes;
+            volumes.iter().any(|volume| volume == id).then(|| (slot.dir.clone(), volumes.clone()))
+        })
+    }
+}
