@@ -5,10 +5,12 @@
 //!     ├─ model      the records          ├─ fault, id    EC2's errors and ids
 //!     ├─ store      where they are: ordered keys under transactions
 //!     ├─ host       what runs the machines: a trait, simulated or local
-//!     └─ metadata   what an instance is told        types    what a name such as t3.micro stands for
+//!     ├─ metadata   what an instance is told        types    what a name such as t3.micro stands for
+//!     └─ addresses  which public addresses there are
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod addresses;
 pub mod fault;
 pub mod host;
 pub mod id;

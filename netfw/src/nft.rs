@@ -8,6 +8,8 @@
 //! - **Anti-spoofing first.** It runs at priority raw, before conntrack, so no `established` can come before it.
 //! - **A replace never opens.** Chains are refilled, not deleted, in one transaction; each accept matches a constant.
 
+pub mod nat;
+
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -16,7 +18,7 @@ use std::process::{Command, Stdio};
 use ipnet::Ipv4Net;
 
 use crate::name::{MacAddr, TapName, Uplink};
-use crate::ra::GATEWAY6;
+use crate::ra::{GATEWAY6, METADATA6};
 
 /// The name of our tables.
 pub const TABLE: &str = "hutch";
@@ -156,6 +158,7 @@ impl Ruleset {
 	chain guest_to_host {{
 		iifname "hu*" udp sport 68 udp dport 67 accept
 		iifname "hu*" ct status dnat ct original ip daddr 169.254.169.254 tcp dport {METADATA_PORT} accept
+		iifname "hu*" ct status dnat ct original ip6 daddr {METADATA6} tcp dport {METADATA_PORT} accept
 		iifname "hu*" ip daddr 169.254.169.254 counter name guest_to_host drop
 		iifname "hu*" ct state established,related accept
 		iifname . ip daddr @gateways icmp type echo-request accept
@@ -188,6 +191,7 @@ impl Ruleset {
 	}}
 	chain metadata {{
 		iifname "hu*" ip daddr 169.254.169.254 tcp dport 80 redirect to :{METADATA_PORT}
+		iifname "hu*" ip6 daddr {METADATA6} tcp dport 80 redirect to :{METADATA_PORT}
 	}}
 	chain input {{
 		iifname "hu*" jump guest_to_host

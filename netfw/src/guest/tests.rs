@@ -152,7 +152,7 @@ fn a_guest_that_was_left_is_adopted_while_its_machine_holds_the_tap() {
         net.leave();
         nft::apply(nft::render_teardown()).unwrap();
         let mut adopted = GuestNet::adopt(state, ip, 1500, vec![]).unwrap();
-        let listener = adopted.take_metadata_listener().unwrap();
+        let listener = adopted.take_metadata_listeners();
         assert!(tables().contains("172.31.15.254"), "its rules are there whoever took them away");
         // Its port is served already: the second fails, and takes nothing from the first.
         let second = GuestNet::adopt(state, ip, 1500, vec![]);
