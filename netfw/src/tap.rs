@@ -211,9 +211,9 @@ pub(crate) fn listener6(tap: &TapName, port: u16) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-/// The link that the host's default route leaves by; `None` without one.
+/// The link that the default route of this thread's network namespace leaves by; `None` without one.
 pub fn default_link() -> Option<String> {
-    let table = std::fs::read_to_string("/proc/net/route").ok()?;
+    let table = std::fs::read_to_string("/proc/thread-self/net/route").ok()?;
     let default = |line: &&str| {
         let mut fields = line.split_ascii_whitespace().skip(1);
         fields.next() == Some("00000000") && fields.nth(5) == Some("00000000")

@@ -201,3 +201,6 @@ impl GuestNet {
 pub(super) fn republish(record: &Record) -> Result<(), NetError> {
     record.public.as_ref().map_or(Ok(()), |published| publish(record, published))
 }
+
+#[cfg(test)]
+mod tests;

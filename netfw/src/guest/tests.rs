@@ -4,7 +4,7 @@ use std::process::Command;
 use super::*;
 
 /// Runs `test` in a network namespace of its own; says so where there is none to be had.
-fn in_namespace(test: impl FnOnce(&Path) + Send + 'static) {
+pub(super) fn in_namespace(test: impl FnOnce(&Path) + Send + 'static) {
     let run = move || {
         if let Err(e) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
             eprintln!("SKIPPED: a network namespace: {e}");
@@ -20,7 +20,7 @@ fn in_namespace(test: impl FnOnce(&Path) + Send + 'static) {
     std::thread::spawn(run).join().unwrap();
 }
 
-fn tables() -> String {
+pub(super) fn tables() -> String {
     let out = Command::new("nft").args(["list", "ruleset"]).output().unwrap();
     String::from_utf8(out.stdout).unwrap()
 }
