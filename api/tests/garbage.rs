@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use hutch_api::ec2::{Regions, serve, served};
 use hutch_api::query::{Call, Identity, Params};
+use hutch_cloud::addresses::Pool;
 use hutch_cloud::host::Simulated;
 use hutch_cloud::limits::Limits;
 use hutch_cloud::region::{Region, Settings};
@@ -20,6 +21,7 @@ fn regions() -> Regions {
         zones: vec!['a'],
         types: Table::built_in(),
         limits: Limits::default(),
+        addresses: Pool::default(),
         owner: ACCOUNT.into(),
         resume: false,
     };

@@ -54,7 +54,7 @@ pub struct Service {
 impl Service {
     /// Answers the guest of `net` from now on.
     pub fn start(net: &mut GuestNet, mut metadata: Metadata) -> anyhow::Result<Service> {
-        let listener = net.take_metadata_listener().context("the network has no port for metadata")?;
+        let listeners = net.take_metadata_listeners();
         let [a, b, c, d] = net.ip.octets();
         metadata.hostname = format!("ip-{a}-{b}-{c}-{d}.{REGION}.internal");
         metadata.local_ipv4 = Some(net.ip);
@@ -64,11 +64,15 @@ impl Service {
         let runtime =
             Builder::new_multi_thread().worker_threads(1).thread_name("metadata").enable_all().build()?;
         let document = Arc::new(RwLock::new(Arc::new(Document::from(&metadata))));
-        runtime.spawn(async move {
-            if let Err(e) = imds::serve(listener, document, Secret::random()).await {
-                eprintln!("hutch: the metadata service has ended: {e}");
-            }
-        });
+        let secret = Secret::random();
+        for listener in listeners {
+            let (document, secret) = (document.clone(), secret.clone());
+            runtime.spawn(async move {
+                if let Err(e) = imds::serve(listener, document, secret).await {
+                    eprintln!("hutch: the metadata service has ended: {e}");
+                }
+            });
+        }
         Ok(Service { _runtime: runtime })
     }
 }

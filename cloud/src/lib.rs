@@ -6,10 +6,12 @@
 //!     ├─ store      where they are: ordered keys under transactions
 //!     ├─ host       what runs the machines: a trait, simulated or local
 //!     ├─ metadata   what an instance is told        types    what a name such as t3.micro stands for
+//!     ├─ addresses  which public addresses there are
 //!     └─ backup     all of it, copied while it is used, and a state made of that
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod addresses;
 pub mod backup;
 pub mod fault;
 pub mod host;

@@ -18,6 +18,8 @@ pub struct Limits {
     pub rules_per_group: u32,
     /// Security groups of an interface: EC2 has 5.
     pub groups_per_interface: u32,
+    /// Elastic addresses: EC2 has 5.
+    pub elastic_addresses: u32,
 }
 
 impl Default for Limits {
@@ -29,6 +31,7 @@ impl Default for Limits {
             security_groups: None,
             rules_per_group: 60,
             groups_per_interface: 5,
+            elastic_addresses: 5,
         }
     }
 }

@@ -14,11 +14,14 @@ pub struct Options {
     pub tokens_required: bool,
     /// The IP time to live of an answer with a token: 1 to 64.
     pub hop_limit: u8,
+    /// Whether it answers by IPv6, too.
+    #[serde(default)]
+    pub ipv6: bool,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { enabled: true, tokens_required: false, hop_limit: 1 }
+        Options { enabled: true, tokens_required: false, hop_limit: 1, ipv6: false }
     }
 }
 
@@ -46,6 +49,9 @@ pub struct Metadata {
     pub pending_time: String,
     pub local_ipv4: Option<Ipv4Addr>,
     pub public_ipv4: Option<Ipv4Addr>,
+    /// The public DNS name.
+    #[serde(default)]
+    pub public_hostname: String,
     pub mac: String,
     /// Key pairs' names, and their keys in OpenSSH's format.
     pub public_keys: Vec<(String, String)>,

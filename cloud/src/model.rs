@@ -36,7 +36,7 @@ macro_rules! record {
 record! {
     Instance "instance", Image "image", Volume "volume", Snapshot "snapshot", Interface "interface", Vpc "vpc",
     Subnet "subnet", Group "group", KeyPair "key", Address "address", Token "token", Name "name",
-    LaunchTemplate "launch-template", LaunchTemplateVersion "launch-template-version",
+    LaunchTemplate "launch-template", LaunchTemplateVersion "launch-template-version", Elastic "elastic",
 }
 
 /// Where an instance is in its life.
@@ -224,11 +224,14 @@ pub struct MetadataOptions {
     pub hop_limit: u8,
     /// It tells the instance's tags.
     pub tags: bool,
+    /// It answers by IPv6, too.
+    #[serde(default)]
+    pub ipv6: bool,
 }
 
 impl Default for MetadataOptions {
     fn default() -> MetadataOptions {
-        MetadataOptions { enabled: true, tokens_required: false, hop_limit: 1, tags: false }
+        MetadataOptions { enabled: true, tokens_required: false, hop_limit: 1, tags: false, ipv6: false }
     }
 }
 
@@ -414,8 +417,49 @@ pub struct Interface {
     pub source_dest_check: bool,
     /// The attachment's id, the instance, the device index.
     pub attachment: Option<Attachment>,
+    /// The public address that leads to it.
+    #[serde(default)]
+    pub public: Option<Public>,
+    /// It is given a public address whenever its instance starts, unless it has one.
+    #[serde(default)]
+    pub auto_public: bool,
     /// Its tags.
     pub tags: Tags,
+}
+
+/// A public address as its interface has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Public {
+    /// The address.
+    pub ip: Ipv4Addr,
+    /// The ids of the elastic address and of its association; one that comes and goes with the run of an instance has none.
+    pub elastic: Option<(String, String)>,
+}
+
+/// An elastic address. Who has it is also told by its `Name`, `public/ADDRESS`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Elastic {
+    /// The allocation's id.
+    pub id: String,
+    /// Whose it is.
+    pub account: String,
+    /// The address.
+    pub ip: Ipv4Addr,
+    /// Where it leads.
+    pub association: Option<Association>,
+    /// Its tags.
+    pub tags: Tags,
+}
+
+/// Where an elastic address leads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Association {
+    /// Its id.
+    pub id: String,
+    /// The network interface.
+    pub interface: String,
+    /// The interface's private address.
+    pub private_ip: Ipv4Addr,
 }
 
 /// How an interface is attached.
@@ -482,6 +526,9 @@ pub struct Subnet {
     pub zone: String,
     /// The zone's default.
     pub default: bool,
+    /// Whether instances are given a public address; `None`: as default subnets are.
+    #[serde(default)]
+    pub map_public: Option<bool>,
     /// Its tags.
     pub tags: Tags,
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use hutch_cloud::host::local::{Local, Means, MetadataService, Served};
-use hutch_cloud::host::{Content, End, Host, HostError, Interface, Machine, Simulated, Source};
+use hutch_cloud::host::{Content, End, Host, HostError, Interface, Machine, Public, Simulated, Source};
 use hutch_cloud::metadata::Metadata;
 use hutch_imagestore::store::Store;
 
@@ -13,6 +13,24 @@ const GIB: u64 = 1 << 30;
 
 /// A host, opened anew on what the last one left where `again` says so.
 type Open<'a> = &'a dyn Fn() -> Box<dyn Host>;
+
+/// The machine with a public address.
+fn led(machine: Machine, public: Option<[u8; 4]>) -> Machine {
+    let public = public.map(|ip| Public { ip: ip.into(), lan: false });
+    let interfaces = machine.interfaces.iter().cloned().map(|interface| Interface { public, ..interface });
+    Machine { interfaces: interfaces.collect(), ..machine }
+}
+
+/// The machine with an address and a MAC beside the first one's.
+fn beside(machine: Machine) -> Machine {
+    let other = |interface: Interface| Interface {
+        id: "eni-87654321".into(),
+        mac: "02:00:00:00:00:02".into(),
+        ip: [172, 31, 0, 5].into(),
+        ..interface
+    };
+    Machine { interfaces: machine.interfaces.iter().cloned().map(other).collect(), ..machine }
+}
 
 fn machine(id: &str, run: u64, volumes: &[&str]) -> Machine {
     Machine {
@@ -26,6 +44,7 @@ fn machine(id: &str, run: u64, volumes: &[&str]) -> Machine {
             id: "eni-12345678".into(),
             mac: "02:00:00:00:00:01".into(),
             ip: [172, 31, 0, 4].into(),
+            public: None,
             open_tcp: vec![(80, 80)],
         }],
         metadata: Metadata {
@@ -134,14 +153,66 @@ fn suite(open: Open<'_>, outlives: bool) {
     }
     assert_eq!(host.machines().unwrap(), []);
     assert_eq!(host.console("i-a").unwrap(), b"");
-    host.start(&machine("i-b", 1, &["vol-d"])).unwrap();
+    host.create_volume("vol-f", template.size.max(GIB), &Source::Template(template.name)).unwrap();
+    let host = addresses(host, open, outlives);
     host.stop("i-b", Duration::ZERO).unwrap();
+    host.forget("i-c").unwrap();
+    host.delete_volume("vol-f").unwrap();
     host.forget("i-b").unwrap();
     host.delete_volume("vol-d").unwrap();
 
     // Nothing happened: it waits, and not for ever.
     let seen = host.wait(0, Duration::from_millis(1));
     assert_eq!(host.wait(seen, Duration::from_millis(20)), seen);
+}
+
+/// Public addresses: each leads to one machine, as long as that runs. Leaves `i-b` running on `vol-d`, and `i-c`, which ran on
+/// `vol-f`.
+fn addresses(host: Box<dyn Host>, open: Open<'_>, outlives: bool) -> Box<dyn Host> {
+    let (one, two) = ([198, 19, 0, 1], [198, 19, 0, 2]);
+    let is = |host: &dyn Host, expected: &[([u8; 4], &str)]| {
+        let expected = expected.iter().map(|(ip, id)| ((*ip).into(), (*id).to_owned())).collect();
+        assert_eq!(host.public_addresses().unwrap(), expected);
+    };
+    let b = |run| machine("i-b", run, &["vol-d"]);
+    let c = |run| beside(machine("i-c", run, &["vol-f"]));
+    host.start(&b(1)).unwrap();
+    is(&*host, &[]);
+    for _ in 0..2 {
+        host.update(&led(b(1), Some(one))).unwrap();
+    }
+    is(&*host, &[(one, "i-b")]);
+    // One that leads elsewhere still is left out at the start, and refused later; the rest is done.
+    host.start(&led(c(1), Some(one))).unwrap();
+    is(&*host, &[(one, "i-b")]);
+    assert!(matches!(host.update(&led(c(1), Some(one))), Err(HostError::Busy(_))));
+    host.update(&led(c(1), Some(two))).unwrap();
+    is(&*host, &[(one, "i-b"), (two, "i-c")]);
+    let host = match outlives {
+        true => {
+            drop(host);
+            open()
+        }
+        false => host,
+    };
+    is(&*host, &[(one, "i-b"), (two, "i-c")]);
+    // It moves when it is let go.
+    assert!(matches!(host.update(&led(c(1), Some(one))), Err(HostError::Busy(_))));
+    is(&*host, &[(one, "i-b")]);
+    host.update(&b(1)).unwrap();
+    is(&*host, &[]);
+    host.update(&led(c(1), Some(one))).unwrap();
+    is(&*host, &[(one, "i-c")]);
+    // It goes with the run, whoever ended it, and comes with the next.
+    host.stop("i-c", Duration::ZERO).unwrap();
+    is(&*host, &[]);
+    host.update(&led(b(1), Some(one))).unwrap();
+    host.update(&led(b(1), Some(two))).unwrap();
+    host.start(&led(c(2), Some(one))).unwrap();
+    is(&*host, &[(one, "i-c"), (two, "i-b")]);
+    host.stop("i-c", Duration::ZERO).unwrap();
+    is(&*host, &[(two, "i-b")]);
+    host
 }
 
 #[test]
@@ -192,6 +263,8 @@ fn the_local_host() {
     suite(&|| Box::new(open()), true);
     let left = |name: &str| std::fs::read_dir(dir.path().join(name)).unwrap().count();
     assert_eq!([left("machines"), left("volumes"), left("snapshots")], [0; 3], "nothing is left");
+    let tables = std::process::Command::new("nft").args(["list", "ruleset"]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&tables.stdout), "", "and no address leads anywhere");
     let taps = std::fs::read_dir("/sys/class/net").unwrap();
     assert!(taps.flatten().all(|link| !link.file_name().to_string_lossy().starts_with("hu")));
 

@@ -4,8 +4,10 @@
 //!   GuestNet::up ── firewall (whole, or one more guest) ─► tap ─► address and route, up ─► DHCP, RA
 //!   drop         ── DHCP, RA ─► tap ─► the guest's elements; the last one takes the tables along
 //! ```
-//! Who dies without saying so leaves elements for a tap that is gone, which lead nowhere; the next start and
+//! Its public address, if it has any, comes and goes meanwhile: elastic.rs. Who dies without saying so leaves elements for a tap that is gone, which lead nowhere; the next start and
 //! [`repair`] take them out.
+
+mod elastic;
 
 use std::fs::{self, File};
 use std::io;
@@ -21,8 +23,11 @@ use serde::{Deserialize, Serialize};
 use crate::dhcp::{Lease, Server};
 use crate::name::{MacAddr, TAP_PREFIX, TapName, Uplink};
 use crate::nft::{self, Guest, NftError, Ruleset};
-use crate::ra::{self, GATEWAY6, PREFIX6, Router};
+use crate::ra::{self, GATEWAY6, METADATA6, PREFIX6, Router};
 use crate::tap::{self, Ends, TapError};
+
+pub use elastic::Public;
+use elastic::Published;
 
 /// The default VPC: all guests' addresses are from it.
 pub const VPC: Ipv4Net = match Ipv4Net::new(Ipv4Addr::new(172, 31, 0, 0), 16) {
@@ -95,6 +100,17 @@ pub enum NetError {
     /// There is nothing to adopt.
     #[error("no guest with the address {0} is up; start it")]
     Gone(Ipv4Addr),
+    /// The public address is another guest's still.
+    #[error("{ip} leads to the guest {by}; disassociate it there first")]
+    Led {
+        /// The public address.
+        ip: Ipv4Addr,
+        /// Where it leads.
+        by: Ipv4Addr,
+    },
+    /// The public address is the host's own.
+    #[error("{0} is an address of this host; take it out of addresses.toml")]
+    Own(Ipv4Addr),
     /// All addresses are taken.
     #[error("all addresses of {SUBNET} are taken; stop a guest")]
     Full,
@@ -142,6 +158,8 @@ struct Record {
     subnet: Ipv4Net,
     #[serde(default)]
     open_tcp: Vec<(u16, u16)>,
+    #[serde(default)]
+    public: Option<Published>,
     /// Forwarding was off before the first guest came.
     forwarding_was_off: bool,
 }
@@ -196,7 +214,8 @@ pub struct GuestNet {
     subnet: Ipv4Net,
     state: PathBuf,
     taps: Vec<File>,
-    metadata: Option<TcpListener>,
+    public: Option<Published>,
+    metadata: Vec<TcpListener>,
     server: Option<Server>,
     router: Option<Router>,
     /// Whether the drop undoes it.
@@ -264,6 +283,7 @@ impl GuestNet {
         // Until all of it is served, an error must not take the network from a machine that runs.
         net.undone = false;
         put_rules(&records, default_uplink())?;
+        net.take_up(record)?;
         net.serve(mtu, dns)?;
         net.undone = true;
         Ok(net)
@@ -302,7 +322,8 @@ impl GuestNet {
             subnet,
             state: state.to_owned(),
             taps: Vec::new(),
-            metadata: None,
+            public: None,
+            metadata: Vec::new(),
             server: None,
             router: None,
             undone: true,
@@ -344,6 +365,7 @@ impl GuestNet {
             ip6,
             subnet,
             open_tcp,
+            public: None,
             forwarding_was_off: was_off && uplink.is_some(),
         };
         // Recorded first, so that whatever happens next can be undone by someone else.
@@ -373,6 +395,7 @@ impl GuestNet {
         if let Some(ip6) = self.ip6 {
             ends.push(Ends { host: ra::ROUTER.into(), guest: None });
             ends.push(Ends { host: GATEWAY6.into(), guest: Some(ip6.into()) });
+            ends.push(Ends { host: METADATA6.into(), guest: None });
         }
         tap::configure(&tap, mtu, &ends)?;
         if uplink.is_some() && forwarding_is_off {
@@ -385,9 +408,10 @@ impl GuestNet {
     /// Opens what is served on the tap, which is up.
     fn serve(&mut self, mtu: u16, dns: Vec<Ipv4Addr>) -> Result<(), NetError> {
         let tap = self.guest.tap.clone();
-        let listening = metadata_listener(&tap);
-        self.metadata = Some(listening.map_err(|source| NetError::Metadata { tap: tap.clone(), source })?);
+        let failed = |source| NetError::Metadata { tap: tap.clone(), source };
+        self.metadata = vec![metadata_listener(&tap).map_err(failed)?];
         if self.ip6.is_some() {
+            self.metadata.push(tap::listener6(&tap, nft::METADATA_PORT).map_err(failed)?);
             let started = Router::start(&tap, PREFIX6, mtu);
             self.router = Some(started.map_err(|source| NetError::Router { tap: tap.clone(), source })?);
         }
@@ -398,9 +422,10 @@ impl GuestNet {
         Ok(())
     }
 
-    /// Where the guest's requests to 169.254.169.254 arrive, and nobody else's.
-    pub fn take_metadata_listener(&mut self) -> Option<TcpListener> {
-        self.metadata.take()
+    /// Where the guest's requests to 169.254.169.254 arrive, and nobody else's; and, where the host has IPv6, those to
+    /// fd00:ec2::254.
+    pub fn take_metadata_listeners(&mut self) -> Vec<TcpListener> {
+        std::mem::take(&mut self.metadata)
     }
 
     /// The tap's queues, for the machine; the tap lives as long as anyone holds one.
@@ -411,11 +436,12 @@ impl GuestNet {
 
 /// Puts the whole firewall of these guests into the kernel.
 fn put_rules(records: &[Record], uplink: Option<Uplink>) -> Result<(), NetError> {
+    let public = nft::nat::render(&elastic::pairs(records), uplink.as_ref());
     let mut rules = Ruleset::new(VPC, uplink);
     for guest in records.iter().filter_map(Record::guest) {
         rules.add(guest)?;
     }
-    Ok(nft::apply(&rules.render())?)
+    Ok(nft::apply(&(rules.render() + &public))?)
 }
 
 fn default_uplink() -> Option<Uplink> {
@@ -433,13 +459,16 @@ impl Drop for GuestNet {
     fn drop(&mut self) {
         self.server = None;
         self.router = None;
-        self.metadata = None;
+        self.metadata.clear();
         self.taps.clear();
         if !self.undone {
             return;
         }
         // What cannot be undone now is undone by the next start.
         let Ok(_lock) = lock(&self.state) else { return };
+        if let Ok(records) = records(&self.state) {
+            records.iter().filter(|record| record.ip == self.ip).for_each(elastic::withdraw);
+        }
         let _ = fs::remove_file(record_path(&self.state, &self.guest.tap.to_string()));
         let _ = nft::apply(&nft::render_remove(&self.guest));
         let _ = finish(&self.state, true);
@@ -453,15 +482,18 @@ impl Drop for GuestNet {
 pub fn repair(state: &Path) -> Result<usize, NetError> {
     let _lock = lock(state)?;
     let before = records(state)?.len();
-    let after = clean(state)?.len();
-    finish(state, before != after || nft::is_present())?;
-    Ok(before - after)
+    let alive = clean(state)?;
+    // An uplink that went down has forgotten what it announces.
+    alive.iter().try_for_each(elastic::republish)?;
+    finish(state, before != alive.len() || nft::is_present())?;
+    Ok(before - alive.len())
 }
 
 /// Removes records and elements of taps that are gone; returns the others.
 fn clean(state: &Path) -> Result<Vec<Record>, NetError> {
     let (alive, dead): (Vec<_>, Vec<_>) = records(state)?.into_iter().partition(Record::alive);
     for record in dead {
+        elastic::withdraw(&record);
         if let Some(guest) = record.guest() {
             // Without tables there are no elements either.
             let _ = nft::apply(&nft::render_remove(&guest));
@@ -476,7 +508,7 @@ fn clean(state: &Path) -> Result<Vec<Record>, NetError> {
 /// though its record be lost, the tables stay: they are what drops by the prefix.
 fn finish(state: &Path, changed: bool) -> Result<(), NetError> {
     if changed && records(state)?.is_empty() && !any_tap() {
-        nft::apply(nft::render_teardown())?;
+        nft::apply(&[nft::render_teardown(), nft::nat::render_teardown()].concat())?;
         let was_off = state.join("forwarding-was-off");
         if was_off.exists() {
             let _ = fs::write(FORWARDING, "0");

@@ -3,7 +3,7 @@
 //! ```text
 //!   guest.rs   a guest's network, up and down      dhcp.rs   its lease
 //!   nft.rs     the firewall, rendered and swapped  tap.rs    its link, addressed and routed by netlink
-//!   ra.rs      its IPv6 prefix
+//!   ra.rs      its IPv6 prefix                      nft/nat.rs, guest/elastic.rs   its public address
 //!   name.rs    checked names: nothing else gets into a ruleset's text
 //! ```
 
@@ -15,4 +15,4 @@ pub mod ra;
 mod served;
 pub mod tap;
 
-pub use guest::{Address, GuestNet, NetError, SUBNET, VPC, repair};
+pub use guest::{Address, GuestNet, NetError, Public, SUBNET, VPC, repair};

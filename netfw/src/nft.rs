@@ -8,6 +8,8 @@
 //! - **Anti-spoofing first.** It runs at priority raw, before conntrack, so no `established` can come before it.
 //! - **A replace never opens.** Chains are refilled, not deleted, in one transaction; each accept matches a constant.
 
+pub mod nat;
+
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -16,13 +18,14 @@ use std::process::{Command, Stdio};
 use ipnet::Ipv4Net;
 
 use crate::name::{MacAddr, TapName, Uplink};
-use crate::ra::GATEWAY6;
+use crate::ra::{GATEWAY6, METADATA6, ROUTER};
 
 /// The name of our tables.
 pub const TABLE: &str = "hutch";
 
 /// The port of the host where a guest's metadata service listens, on the guest's tap only. Guests reach it by no other
-/// address than 169.254.169.254, port 80; the host's own way to that address, where it has one, stays as it was.
+/// address than 169.254.169.254 and fd00:ec2::254, port 80; the host's own way to the former, where it has one, stays as it
+/// was. To IPv6 whatever the host sends to itself comes from the link that has the address, so that is told apart by the firewall.
 pub const METADATA_PORT: u16 = 16925;
 
 /// One guest as the firewall knows it. It may speak from this tap, with this MAC, from these addresses; nothing else.
@@ -156,6 +159,7 @@ impl Ruleset {
 	chain guest_to_host {{
 		iifname "hu*" udp sport 68 udp dport 67 accept
 		iifname "hu*" ct status dnat ct original ip daddr 169.254.169.254 tcp dport {METADATA_PORT} accept
+		iifname "hu*" ct status dnat ct original ip6 daddr {METADATA6} tcp dport {METADATA_PORT} accept
 		iifname "hu*" ip daddr 169.254.169.254 counter name guest_to_host drop
 		iifname "hu*" ct state established,related accept
 		iifname . ip daddr @gateways icmp type echo-request accept
@@ -188,8 +192,10 @@ impl Ruleset {
 	}}
 	chain metadata {{
 		iifname "hu*" ip daddr 169.254.169.254 tcp dport 80 redirect to :{METADATA_PORT}
+		iifname "hu*" ip6 daddr {METADATA6} tcp dport 80 redirect to :{METADATA_PORT}
 	}}
 	chain input {{
+		iifname "lo" ip6 daddr {{ {METADATA6}, {GATEWAY6}, {ROUTER} }} tcp dport {METADATA_PORT} drop
 		iifname "hu*" jump guest_to_host
 	}}
 	chain output {{

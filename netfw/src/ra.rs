@@ -22,6 +22,8 @@ pub const PREFIX6: Ipv6Net = match Ipv6Net::new(Ipv6Addr::new(0xfd68, 0x7574, 0x
 };
 /// The host's own address in it.
 pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd68, 0x7574, 0x6368, 0, 0, 0, 0, 1);
+/// Where a guest asks for its metadata by IPv6: EC2's address, on every tap.
+pub const METADATA6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 /// ICMPv6 types (RFC 4861, 4.1 and 4.2).
 const SOLICITATION: u8 = 133;
 const ADVERTISEMENT: u8 = 134;
@@ -35,7 +37,8 @@ pub fn address(prefix: Ipv6Net, mac: MacAddr) -> Ipv6Addr {
     Ipv6Addr::from(u128::from(prefix.network()) | u128::from(identifier))
 }
 
-/// What the guest is told: the prefix, on its link and for addresses of its own, for ever; and the MTU.
+/// What the guest is told: the prefix, on its link and for addresses of its own, for ever; that the metadata service is on
+/// its link, which needs no route then; and the MTU.
 fn advertisement(prefix: Ipv6Net, mtu: u16) -> Vec<u8> {
     let mut packet = vec![ADVERTISEMENT, 0, 0, 0, 64, 0, 0, 0];
     // Reachable and retransmission times: the guest's own.
@@ -45,6 +48,10 @@ fn advertisement(prefix: Ipv6Net, mtu: u16) -> Vec<u8> {
     packet.extend([0xff; 8]);
     packet.extend([0; 4]);
     packet.extend(prefix.network().octets());
+    packet.extend([3, 4, 128, 0x80]);
+    packet.extend([0xff; 8]);
+    packet.extend([0; 4]);
+    packet.extend(METADATA6.octets());
     // MTU (4.6.4).
     packet.extend([5, 1, 0, 0]);
     packet.extend(u32::from(mtu).to_be_bytes());
@@ -99,11 +106,13 @@ mod tests {
     #[test]
     fn an_advertisement_is_what_the_rfc_has() {
         let packet = advertisement("fd68:7574:6368::/64".parse().unwrap(), 1500);
-        assert_eq!(packet.len(), 16 + 32 + 8);
+        assert_eq!(packet.len(), 16 + 2 * 32 + 8);
         // No flags; a router lifetime of 0.
         assert_eq!(packet[4..8], [64, 0, 0, 0]);
         assert_eq!(packet[16..20], [3, 4, 64, 0xc0]);
         assert_eq!(packet[32..38], [0xfd, 0x68, 0x75, 0x74, 0x63, 0x68]);
-        assert_eq!(packet[48..], [5, 1, 0, 0, 0, 0, 5, 220]);
+        assert_eq!(packet[48..52], [3, 4, 128, 0x80]);
+        assert_eq!(packet[64..80], METADATA6.octets());
+        assert_eq!(packet[80..], [5, 1, 0, 0, 0, 0, 5, 220]);
     }
 }

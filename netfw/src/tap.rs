@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddrV6, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use netlink_packet_core::{
@@ -200,9 +200,20 @@ pub(crate) fn bound(tap: &TapName, kind: SockType, port: u16) -> io::Result<Owne
     Ok(fd)
 }
 
-/// The link that the host's default route leaves by; `None` without one.
+/// A listener for IPv6 on `port` that only this tap reaches. Each tap can have one on the same port.
+pub(crate) fn listener6(tap: &TapName, port: u16) -> io::Result<TcpListener> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None)?;
+    socket.set_only_v6(true)?;
+    socket.set_reuse_address(true)?;
+    socket.bind_device(Some(tap.to_string().as_bytes()))?;
+    socket.bind(&SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0).into())?;
+    socket.listen(64)?;
+    Ok(socket.into())
+}
+
+/// The link that the default route of this thread's network namespace leaves by; `None` without one.
 pub fn default_link() -> Option<String> {
-    let table = std::fs::read_to_string("/proc/net/route").ok()?;
+    let table = std::fs::read_to_string("/proc/thread-self/net/route").ok()?;
     let default = |line: &&str| {
         let mut fields = line.split_ascii_whitespace().skip(1);
         fields.next() == Some("00000000") && fields.nth(5) == Some("00000000")
@@ -210,18 +221,18 @@ pub fn default_link() -> Option<String> {
     table.lines().skip(1).find(default)?.split_ascii_whitespace().next().map(str::to_owned)
 }
 
-/// A conversation with the kernel about links, addresses and routes.
-struct Route(Socket);
+/// A conversation with the kernel about links, addresses, routes and neighbours.
+pub(crate) struct Route(Socket);
 
 impl Route {
-    fn open() -> io::Result<Route> {
+    pub(crate) fn open() -> io::Result<Route> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         Ok(Route(socket))
     }
 
-    fn ask(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+    pub(crate) fn ask(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         let mut packet = NetlinkMessage::from(message);
         packet.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
         packet.finalize();

@@ -353,6 +353,23 @@ class Story(unittest.TestCase):
         self.assertEqual(self.cloud.machines(), before)
         say("hutchd was killed, the guest runs on and is told its metadata")
 
+        # An elastic address leads to the same port, as the group says; and to none when it is disassociated.
+        address = cloud.aws("allocate-address")
+        public, allocation = address["PublicIp"], address["AllocationId"]
+        associated = cloud.aws("associate-address", "--allocation-id", allocation, "--instance-id", one)["AssociationId"]
+        self.eventually(lambda: f"hello from {one}" in self.web(public), "its public address leads to it")
+        cloud.aws("revoke-security-group-ingress", *web)
+        self.eventually(lambda: not self.web(public), "port 80 is closed there, too")
+        cloud.aws("authorize-security-group-ingress", *web)
+        cloud.end("KILL")
+        cloud.start()
+        self.eventually(lambda: f"hello from {one}" in self.web(public), "as before the daemon was killed")
+        cloud.aws("disassociate-address", "--association-id", associated)
+        self.eventually(lambda: not self.web(public), "its public address leads nowhere")
+        self.assertIn(f"hello from {one}", self.web(ip))
+        cloud.aws("associate-address", "--allocation-id", allocation, "--instance-id", one)
+        say(f"{public} led to the guest, and led nowhere")
+
         # A reboot boots what is on the disk now; it stays running.
         cloud.aws("reboot-instances", "--instance-ids", one)
         self.prints(one, "BUTTON")
@@ -377,6 +394,7 @@ class Story(unittest.TestCase):
         cloud.aws("start-instances", "--instance-ids", one)
         self.becomes(one, "running")
         self.prints(one, "boots: 3 disks: 2 READY")
+        self.eventually(lambda: f"hello from {one}" in self.web(public), "the elastic address stays with it")
 
         # An AMI of it, copied, launched beside it when the first is gone: its root is a copy.
         made = cloud.aws("create-image", "--instance-id", one, "--name", "made", "--no-reboot")["ImageId"]
@@ -407,7 +425,8 @@ class Story(unittest.TestCase):
             self.becomes(instance, "terminated")
         kept = [v for v in ec2.describe_volumes()["Volumes"] if v["State"] != "deleting"]
         self.assertEqual([v["Size"] for v in kept], [], "the mapping's volumes go with the instance")
-        self.assertEqual(host("bash", "-c", "nft list tables | grep hutch", check=False), "")
+        self.assertEqual(host("bash", "-c", "nft list tables | grep hutch; ip route | grep -w " + public, check=False), "")
+        cloud.aws("release-address", "--allocation-id", allocation)
         left = host("bash", "-c", f"cd {cloud.state}/{REGION}/host; ls machines volumes").split()
         self.assertEqual(left, ["machines:", "volumes:"])
         say("nothing is left")

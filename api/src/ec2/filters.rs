@@ -31,6 +31,11 @@ const PATHS: &[(&str, &str, &str)] = &[
     ("DescribeInstances", "metadata-options.", "metadataOptions."),
     ("DescribeInstances", "block-device-mapping.device-name", "blockDeviceMapping.deviceName"),
     ("DescribeInstances", "block-device-mapping.", "blockDeviceMapping.ebs."),
+    (
+        "DescribeInstances",
+        "network-interface.public-dns-name",
+        "networkInterfaceSet.association.publicDnsName",
+    ),
     ("DescribeInstances", "network-interface.addresses.", "networkInterfaceSet.privateIpAddressesSet."),
     ("DescribeInstances", "network-interface.attachment.", "networkInterfaceSet.attachment."),
     ("DescribeInstances", "network-interface.group-", "networkInterfaceSet.groupSet.group-"),
@@ -64,6 +69,11 @@ const PATHS: &[(&str, &str, &str)] = &[
     ("DescribeVpcs", "cidr-block-association.", "cidrBlockAssociationSet."),
     ("DescribeSubnets", "cidr", "cidrBlock"),
     ("DescribeSubnets", "default-for-az", "defaultForAz"),
+    (
+        "DescribeNetworkInterfaces",
+        "addresses.association.owner-id",
+        "privateIpAddressesSet.association.ipOwnerId",
+    ),
     ("DescribeNetworkInterfaces", "addresses.", "privateIpAddressesSet."),
     ("DescribeNetworkInterfaces", "group-", "groupSet.group-"),
     ("DescribeRouteTables", "association.", "associationSet."),

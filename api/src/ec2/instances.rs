@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use hutch_cloud::model::{Device, Group, Instance, InstanceState, Interface, MetadataOptions};
-use hutch_cloud::region::metadata::{private_name, zone_id};
+use hutch_cloud::region::metadata::{private_name, public_name, zone_id};
 use hutch_cloud::region::{Attribute, Change, DeviceAsk, Launch};
 
 use super::{Answer, Context, Operation, chosen, done, tag_set, time};
@@ -81,7 +81,7 @@ pub(super) fn metadata_options(options: &MetadataOptions, settled: bool) -> Node
         "httpTokens": if options.tokens_required { "required" } else { "optional" },
         "httpPutResponseHopLimit": options.hop_limit,
         "httpEndpoint": switch(options.enabled),
-        "httpProtocolIpv6": "disabled",
+        "httpProtocolIpv6": switch(options.ipv6),
         "instanceMetadataTags": switch(options.tags),
     }
 }
@@ -91,6 +91,7 @@ fn instance(c: &Context<'_>, i: &Instance, around: &Around) -> Node {
     let interfaces: Vec<_> = i.interfaces.iter().filter_map(|id| around.interfaces.get(id)).collect();
     let primary = interfaces.first();
     let ip = primary.map(|interface| interface.ip);
+    let public = primary.and_then(|interface| Some(interface.public.as_ref()?.ip));
     let private = ip.map(|ip| private_name(c.region, ip)).unwrap_or_default();
     let status = |device: &Device| match i.state {
         InstanceState::Pending => "attaching",
@@ -113,7 +114,7 @@ fn instance(c: &Context<'_>, i: &Instance, around: &Around) -> Node {
         "imageId": &i.image,
         "instanceState": state(i.state),
         "privateDnsName": &private,
-        "dnsName": "",
+        "dnsName": public.map(|ip| public_name(c.region, ip)).unwrap_or_default(),
         "reason": &i.transition,
         "stateReason": i.reason.as_ref().map(|reason| node! { "code": &reason.code, "message": &reason.message }),
         "keyName": i.key_name.as_ref(),
@@ -131,6 +132,7 @@ fn instance(c: &Context<'_>, i: &Instance, around: &Around) -> Node {
         "subnetId": (!i.state.is_over()).then_some(&i.subnet),
         "vpcId": (!i.state.is_over()).then_some(&i.vpc),
         "privateIpAddress": ip,
+        "ipAddress": public,
         "sourceDestCheck": i.source_dest_check,
         "groupSet": primary.map(|primary| around.groups(&primary.groups)),
         "architecture": "x86_64",
@@ -208,6 +210,7 @@ fn set_metadata(p: &Params, options: &mut MetadataOptions) -> Result<(), Fault> 
         switch("HttpTokens", "required", "optional")?.unwrap_or(options.tokens_required);
     options.enabled = switch("HttpEndpoint", "enabled", "disabled")?.unwrap_or(options.enabled);
     options.tags = switch("InstanceMetadataTags", "enabled", "disabled")?.unwrap_or(options.tags);
+    options.ipv6 = switch("HttpProtocolIpv6", "enabled", "disabled")?.unwrap_or(options.ipv6);
     if let Some(hops) = p.int("HttpPutResponseHopLimit")? {
         let bad =
             || Fault::value("HttpPutResponseHopLimit", &hops.to_string(), "It is a number from 1 to 64.");
@@ -290,6 +293,7 @@ fn run(asked: &Context<'_>) -> Answer {
         subnet: owned("SubnetId").or_else(|| here("SubnetId")),
         zone: owned("Placement.AvailabilityZone"),
         private_ip: private_ip.transpose()?,
+        public_ip: interface.map(|i| i.boolean("AssociatePublicIpAddress")).transpose()?.flatten(),
         interface_description: here("Description").unwrap_or_default(),
         keep_interface: interface.map(|i| i.boolean("DeleteOnTermination")).transpose()?.flatten()
             == Some(false),

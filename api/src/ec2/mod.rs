@@ -1,11 +1,12 @@
 //! EC2's operations: a call's parameters become a verb of `cloud`, and what that gives becomes an answer.
 //!
 //! ```text
-//!   Call ─► OPERATIONS (by name) ─► instances, launch_templates, images, snapshots, volumes, groups, keys, network, places, tags, account ─► Node
+//!   Call ─► OPERATIONS (by name) ─► instances, launch_templates, images, snapshots, volumes, groups, keys, network, addresses, places, tags, account ─► Node
 //!                                        └── filters: what the answer would say decides
 //! ```
 
 mod account;
+mod addresses;
 mod filters;
 mod groups;
 mod images;
@@ -56,6 +57,7 @@ static OPERATIONS: &[&[(&str, Operation)]] = &[
     groups::OPERATIONS,
     keys::OPERATIONS,
     network::OPERATIONS,
+    addresses::OPERATIONS,
     places::OPERATIONS,
     tags::OPERATIONS,
     account::OPERATIONS,
@@ -63,10 +65,6 @@ static OPERATIONS: &[&[(&str, Operation)]] = &[
 
 /// Operations of EC2 that hutch is to have, and has not yet: said so, where a wrong name is said to be wrong.
 const LATER: &[&str] = &[
-    "AllocateAddress",
-    "ReleaseAddress",
-    "AssociateAddress",
-    "DisassociateAddress",
     "CreateSnapshots",
     "ModifyVolume",
     "RequestSpotInstances",

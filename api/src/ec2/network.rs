@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use hutch_cloud::model::{Group, Interface, Subnet, Vpc};
-use hutch_cloud::region::metadata::{private_name, zone_id};
+use hutch_cloud::region::metadata::{private_name, public_name, zone_id};
 
-use super::{Answer, Context, Operation, chosen, tag_set, time};
+use super::{Answer, Context, Operation, chosen, done, tag_set, time};
 use crate::node;
 use crate::query::{Fault, Node};
 
@@ -18,8 +18,7 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     ("DescribeInternetGateways", internet_gateways),
     ("DescribeNetworkAcls", network_acls),
     ("DescribeDhcpOptions", dhcp_options),
-    ("DescribeAddresses", |c| c.describe("addressesSet", vec![], &[])),
-    ("DescribeAddressesAttribute", |c| c.describe("addressSet", vec![], &[])),
+    ("ModifySubnetAttribute", modify_subnet),
 ];
 
 fn own_vpcs(c: &Context<'_>, ids: &[String]) -> Result<Vec<Vpc>, Fault> {
@@ -98,7 +97,7 @@ fn subnets(c: &Context<'_>) -> Answer {
             "availabilityZone": &s.zone,
             "availabilityZoneId": zone_id(c.region, &s.zone),
             "defaultForAz": s.default,
-            "mapPublicIpOnLaunch": false,
+            "mapPublicIpOnLaunch": c.region.maps_public(&s),
             "assignIpv6AddressOnCreation": false,
             "mapCustomerOwnedIpOnLaunch": false,
             "enableDns64": false,
@@ -115,9 +114,40 @@ fn subnets(c: &Context<'_>) -> Answer {
     c.describe("subnetSet", told.collect(), &ids)
 }
 
+fn modify_subnet(c: &Context<'_>) -> Answer {
+    let id = c.params.required("SubnetId")?;
+    let known = ["Action", "Version", "DryRun", "SubnetId", "MapPublicIpOnLaunch"];
+    let other = c.params.names().find(|(name, _)| !known.contains(name));
+    if let Some((name, _)) = other {
+        return Err(Fault::new(
+            "UnsupportedOperation",
+            format!("hutch does not have {name} yet; leave it out"),
+        ));
+    }
+    let on = c.params.boolean("MapPublicIpOnLaunch.Value")?;
+    let on = on.ok_or_else(|| Fault::missing("MapPublicIpOnLaunch"))?;
+    c.region.map_public_on_launch(c.account, id, on)?;
+    Ok(done())
+}
+
+/// An interface's public address.
+pub(super) fn association(c: &Context<'_>, e: &Interface) -> Option<Node> {
+    let public = e.public.as_ref()?;
+    let elastic = public.elastic.as_ref();
+    Some(node! {
+        "publicIp": public.ip,
+        "publicDnsName": public_name(c.region, public.ip),
+        "ipOwnerId": if elastic.is_some() { e.account.as_str() } else { "amazon" },
+        "allocationId": elastic.map(|(allocation, _)| allocation),
+        "associationId": elastic.map(|(_, association)| association),
+    })
+}
+
 fn addresses(c: &Context<'_>, e: &Interface) -> Node {
     let name = private_name(c.region, e.ip);
-    Node::List(vec![node! { "privateIpAddress": e.ip, "privateDnsName": name, "primary": true }])
+    Node::List(vec![node! {
+        "privateIpAddress": e.ip, "privateDnsName": name, "primary": true, "association": association(c, e),
+    }])
 }
 
 /// An interface, as its instance tells it.
@@ -142,6 +172,7 @@ pub(super) fn interface_of_instance(c: &Context<'_>, e: &Interface, groups: &Nod
         "interfaceType": "interface",
         "groupSet": groups.clone(),
         "attachment": attachment,
+        "association": association(c, e),
         "privateIpAddressesSet": addresses(c, e),
         "ipv6AddressesSet": Node::List(vec![]),
     }
@@ -179,6 +210,7 @@ fn interfaces(c: &Context<'_>) -> Answer {
             "interfaceType": "interface",
             "groupSet": Node::list(&e.groups, |id| node! { "groupId": id, "groupName": names.get(id) }),
             "attachment": attachment,
+            "association": association(c, &e),
             "privateIpAddressesSet": addresses(c, &e),
             "ipv6AddressesSet": Node::List(vec![]),
             "tagSet": tag_set(&e.tags),

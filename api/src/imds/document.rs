@@ -86,6 +86,7 @@ impl From<&Metadata> for Document {
             ("placement/availability-zone-id", &m.availability_zone_id),
             ("placement/region", &m.region),
             ("profile", "default-hvm"),
+            ("public-hostname", &m.public_hostname),
             ("public-ipv4", &ip(m.public_ipv4)),
             ("reservation-id", &m.reservation_id),
             ("security-groups", &group_names),
@@ -104,6 +105,7 @@ impl From<&Metadata> for Document {
             ("local-ipv4s", &ip(m.local_ipv4)),
             ("mac", &m.mac),
             ("owner-id", &m.account_id),
+            ("public-hostname", &m.public_hostname),
             ("public-ipv4s", &ip(m.public_ipv4)),
             ("security-group-ids", &group_ids),
             ("security-groups", &group_names),
@@ -114,6 +116,10 @@ impl From<&Metadata> for Document {
             ("vpc-ipv4-cidr-blocks", &m.vpc_cidr),
         ] {
             leaf(&format!("meta-data/network/interfaces/macs/{}/{name}", m.mac), text);
+        }
+        if let Some(public) = m.public_ipv4 {
+            let associations = format!("meta-data/network/interfaces/macs/{}/ipv4-associations", m.mac);
+            leaf(&format!("{associations}/{public}"), &ip(m.local_ipv4));
         }
         for (key, value) in &m.tags {
             leaf(&format!("meta-data/tags/instance/{key}"), value);

@@ -82,12 +82,20 @@ async fn attend(stream: tokio::net::TcpStream, document: Shared, secret: Arc<Sec
     let stream = stream.into_std()?;
     let wire = Arc::new(stream.try_clone()?);
     let stream = tokio::net::TcpStream::from_std(stream)?;
+    let ipv6 = stream.local_addr()?.is_ipv6();
     let service = service_fn(move |request: Request<Incoming>| {
         let document = document.read().map(|d| d.clone()).unwrap_or_else(|e| e.into_inner().clone());
-        let response = answer(&document, &secret, request.method(), request.uri().path(), request.headers());
+        let response = match ipv6 && !document.options().ipv6 {
+            true => error(StatusCode::FORBIDDEN),
+            false => answer(&document, &secret, request.method(), request.uri().path(), request.headers()),
+        };
         if request.method() == Method::PUT {
             // How far the answer with a token may travel from here.
-            let _ = wire.set_ttl(document.options().hop_limit.into());
+            let hops = document.options().hop_limit.into();
+            let _ = match ipv6 {
+                true => socket2::SockRef::from(&*wire).set_unicast_hops_v6(hops),
+                false => wire.set_ttl(hops),
+            };
         }
         async move { Ok::<_, Infallible>(response.map(|body| Full::new(Bytes::from(body)))) }
     });

@@ -84,6 +84,23 @@ fn all_that_is_listed_is_served_and_only_that() {
 }
 
 #[test]
+fn a_public_address_is_told_where_there_is_one() {
+    let public = Metadata {
+        public_ipv4: Some([198, 19, 0, 1].into()),
+        public_hostname: "ec2-198-19-0-1.home-1.internal".into(),
+        ..metadata()
+    };
+    let guest = Guest::new(&public);
+    walk(&guest, "/latest/meta-data/", &mut Vec::new());
+    let card = "/latest/meta-data/network/interfaces/macs/02:68:ac:1f:00:04";
+    assert_eq!(guest.get("/latest/meta-data/public-ipv4").unwrap(), "198.19.0.1");
+    assert_eq!(guest.get("/latest/meta-data/public-hostname").unwrap(), "ec2-198-19-0-1.home-1.internal");
+    assert_eq!(guest.get(&format!("{card}/public-ipv4s")).unwrap(), "198.19.0.1");
+    assert_eq!(guest.get(&format!("{card}/ipv4-associations/")).unwrap(), "198.19.0.1");
+    assert_eq!(guest.get(&format!("{card}/ipv4-associations/198.19.0.1")).unwrap(), "172.31.0.4");
+}
+
+#[test]
 fn user_data_are_bytes_and_absent_when_not_given() {
     let guest = Guest::new(&metadata());
     assert_eq!(guest.ask(Method::GET, "/latest/user-data", &[]), (200, b"#!/bin/sh\n\xff".to_vec()));
@@ -195,4 +212,32 @@ fn it_is_served_over_http() {
     *shared.write().unwrap() = Arc::new((&changed).into());
     assert!(ask(&format!("GET /latest/meta-data/instance-type HTTP/1.1\r\n{close}")).ends_with("t3.large"));
     drop(silent);
+}
+
+/// By IPv6 it says something only where that is enabled, also while it runs.
+#[test]
+fn it_is_served_over_ipv6_where_that_is_wanted() {
+    use std::io::{Read, Write};
+    let Ok(listener) = TcpListener::bind("[::1]:0") else {
+        eprintln!("SKIPPED: no IPv6 here");
+        return;
+    };
+    let address = listener.local_addr().unwrap();
+    let with = |ipv6| Metadata { options: Options { ipv6, ..Options::default() }, ..metadata() };
+    let shared: Shared = Arc::new(RwLock::new(Arc::new((&with(false)).into())));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    runtime.spawn(serve(listener, shared.clone(), Secret::random()));
+    let ask = |request: &str| {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        write!(stream, "{request} HTTP/1.1\r\n{TTL}: 60\r\nHost: h\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    for (ipv6, status) in [(false, "403"), (true, "200"), (false, "403")] {
+        *shared.write().unwrap() = Arc::new((&with(ipv6)).into());
+        for request in ["GET /latest/meta-data/mac", "PUT /latest/api/token"] {
+            assert!(ask(request).starts_with(&format!("HTTP/1.1 {status}")), "{ipv6}: {request}");
+        }
+    }
 }

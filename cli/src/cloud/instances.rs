@@ -185,10 +185,11 @@ fn show(form: &Form, client: &Client, params: &[(String, String)], all: bool) ->
             i.kind.clone(),
             i.image.clone(),
             dash(&i.ip),
+            dash(&i.public_ip),
             i.launched.clone(),
         ]
     };
-    let heading = ["ID", "NAME", "STATE", "TYPE", "IMAGE", "ADDRESS", "LAUNCHED"];
+    let heading = ["ID", "NAME", "STATE", "TYPE", "IMAGE", "ADDRESS", "PUBLIC", "LAUNCHED"];
     form.list(heading, listed.iter().map(row), &listed)
 }
 

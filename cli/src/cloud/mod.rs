@@ -40,6 +40,8 @@ pub struct Instance {
     pub image: String,
     /// Its private address.
     pub ip: String,
+    /// Its public address, where it has one.
+    pub public_ip: String,
     /// Its zone.
     pub zone: String,
     /// When it was launched, in RFC 3339.
@@ -60,6 +62,7 @@ impl From<&Value> for Instance {
             kind: text(&value["instanceType"]),
             image: text(&value["imageId"]),
             ip: text(&value["privateIpAddress"]),
+            public_ip: text(&value["ipAddress"]),
             zone: text(&value["placement"]["availabilityZone"]),
             launched: text(&value["launchTime"]),
             reason: text(&value["stateReason"]["message"]),

@@ -26,6 +26,7 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use hutch_api::ec2::Regions;
 use hutch_api::query::server::{Listener, serve};
+use hutch_cloud::addresses::Pool;
 use hutch_cloud::host::local::{Local, Means};
 use hutch_cloud::host::{Host, Simulated};
 use hutch_cloud::limits::Limits;
@@ -153,6 +154,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let types = own(state, "instance-types.toml", |text| Table::read(text).map_err(anyhow::Error::msg))?;
     let limits = own(state, "limits.toml", |text| Ok(Limits::read(text)?))?;
+    let addresses = own(state, "addresses.toml", |text| Ok(Pool::read(text)?))?;
     let mut regions = Regions::new();
     let mut reconcilers = Vec::new();
     for RegionName(name) in &args.regions {
@@ -162,6 +164,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
             zones: letters.clone(),
             types: types.clone(),
             limits: limits.clone(),
+            addresses: addresses.clone(),
             owner: keys.owner().into(),
             resume: args.resume,
         };

@@ -8,6 +8,7 @@ use hutch_imagestore::store::{Architecture, Format, Origin, Store as Images};
 
 use super::target::copy;
 use super::*;
+use crate::addresses::Pool;
 use crate::host::local::{Local, Means, MetadataService, Served};
 use crate::host::{End, Host, Simulated, Source};
 use crate::limits::Limits;
@@ -35,6 +36,7 @@ fn region(dir: &Path, host: Arc<dyn Host>) -> Regions {
         zones: vec!['a'],
         types: Table::built_in(),
         limits: Limits::default(),
+        addresses: Pool::default(),
         owner: "000000000001".into(),
         resume: false,
     };

@@ -8,6 +8,7 @@
 pub mod local;
 mod simulated;
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -49,8 +50,19 @@ pub struct Interface {
     pub mac: String,
     /// Its primary address.
     pub ip: Ipv4Addr,
+    /// The public address that leads to it.
+    pub public: Option<Public>,
     /// Inbound TCP ports that are open to everyone, as ranges; the host itself reaches port 22 always.
     pub open_tcp: Vec<(u16, u16)>,
+}
+
+/// A public address of an interface: what is sent to it is led to the interface's own address, and passes the firewall there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Public {
+    /// The address.
+    pub ip: Ipv4Addr,
+    /// It is of the host's network, where others reach it; else it means something on this host only.
+    pub lan: bool,
 }
 
 /// Where a new volume's bytes come from.
@@ -136,6 +148,9 @@ pub enum HostError {
     /// It does not have what the request names.
     #[error("the host has no {0}")]
     Missing(String),
+    /// Another machine has it still: soon it may not.
+    #[error("{0}")]
+    Busy(String),
     /// It failed; the next try may succeed.
     #[error("{0}")]
     Failed(String),
@@ -197,17 +212,18 @@ pub trait Host: Send + Sync {
     fn delete_snapshot(&self, id: &str) -> Result<()>;
 
     /// Has the machine run, if this run of it has not been started before. Returns when its first processor runs; its
-    /// firewall and its metadata were there before.
+    /// firewall and its metadata were there before. A public address that leads to another machine still is left out.
     ///
     /// # Errors
     /// [`HostError::Missing`] volume, [`HostError::NoRoom`]; nothing of the run is left then.
     fn start(&self, machine: &Machine) -> Result<()>;
 
-    /// Tells a machine that runs what has changed of its metadata and its firewall; its volumes come and go by
-    /// [`attach`](Host::attach) and [`detach`](Host::detach).
+    /// Tells a machine that runs what has changed of its metadata, its firewall and its public addresses; its volumes come
+    /// and go by [`attach`](Host::attach) and [`detach`](Host::detach).
     ///
     /// # Errors
-    /// It does not run.
+    /// [`HostError::Missing`]: it does not run. [`HostError::Busy`]: a public address leads to another machine that runs,
+    /// which has to be told first that it does not; the rest is done.
     fn update(&self, machine: &Machine) -> Result<()>;
 
     /// Gives a machine that runs one more volume, whose guest finds it by itself; the next run is told of it anew.
@@ -255,6 +271,12 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// They cannot be read.
     fn machines(&self) -> Result<Vec<Status>>;
+
+    /// Where each public address leads now: to which machine.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    fn public_addresses(&self) -> Result<BTreeMap<Ipv4Addr, String>>;
 
     /// Up to the last 64 KiB of what the guest wrote to its console, over all its runs.
     ///

@@ -4,6 +4,7 @@
 //! `snapshots/ID` say what is kept.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -115,6 +116,25 @@ impl Simulated {
         let new = path.with_extension("new");
         std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path)).map_err(failed)
     }
+}
+
+/// Where public addresses lead.
+fn public(machines: &BTreeMap<String, Kept>) -> BTreeMap<Ipv4Addr, String> {
+    let running = machines.values().filter(|kept| kept.end.is_none()).map(|kept| &kept.machine);
+    let public = running.flat_map(|machine| {
+        machine.interfaces.iter().filter_map(|interface| Some((interface.public?.ip, machine.id.clone())))
+    });
+    public.collect()
+}
+
+/// Takes out the addresses that lead to others; returns one of them.
+fn without_taken(machine: &mut Machine, public: &BTreeMap<Ipv4Addr, String>) -> Option<Ipv4Addr> {
+    let mut taken = None;
+    for interface in &mut machine.interfaces {
+        let others = |p: &super::Public| public.get(&p.ip).is_some_and(|id| *id != machine.id);
+        taken = interface.public.take_if(|p| others(p)).map(|p| p.ip).or(taken);
+    }
+    taken
 }
 
 /// All that is kept in a directory, which is made where it is not there.
@@ -252,6 +272,8 @@ impl Host for Simulated {
             return Err(HostError::Missing(format!("volume {volume}")));
         }
         let starts = before.map_or(0, |kept| kept.starts) + 1;
+        let mut machine = machine.clone();
+        without_taken(&mut machine, &public(&state.machines));
         let kept = Kept { machine: machine.clone(), end: None, starts, reboots: 0 };
         self.keep("machines", &machine.id, Some(&kept))?;
         state.machines.insert(machine.id.clone(), kept);
@@ -260,16 +282,18 @@ impl Host for Simulated {
 
     fn update(&self, machine: &Machine) -> Result<()> {
         let mut state = self.lock();
+        let mut machine = machine.clone();
+        let taken = without_taken(&mut machine, &public(&state.machines));
         let missing = || HostError::Missing(format!("machine {}", machine.id));
         let kept =
             state.machines.get_mut(&machine.id).filter(|kept| kept.end.is_none()).ok_or_else(missing)?;
-        let told = Machine { volumes: kept.machine.volumes.clone(), ..machine.clone() };
-        if kept.machine == told {
-            return Ok(());
+        let told = Machine { volumes: kept.machine.volumes.clone(), ..machine };
+        if kept.machine != told {
+            kept.machine = told;
+            let kept = kept.clone();
+            self.keep("machines", &kept.machine.id, Some(&kept))?;
         }
-        kept.machine = told;
-        let kept = kept.clone();
-        self.keep("machines", &machine.id, Some(&kept))
+        taken.map_or(Ok(()), |ip| Err(HostError::Busy(format!("{ip} leads to another machine"))))
     }
 
     fn attach(&self, id: &str, volume: &str) -> Result<()> {
@@ -334,6 +358,10 @@ impl Host for Simulated {
 
     fn machines(&self) -> Result<Vec<Status>> {
         Ok(self.lock().machines.values().map(Kept::status).collect())
+    }
+
+    fn public_addresses(&self) -> Result<BTreeMap<Ipv4Addr, String>> {
+        Ok(public(&self.lock().machines))
     }
 
     fn console(&self, id: &str) -> Result<Vec<u8>> {

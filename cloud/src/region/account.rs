@@ -42,6 +42,7 @@ impl MetadataDefaults {
             tokens_required: self.tokens_required.unwrap_or(own.tokens_required),
             hop_limit: self.hop_limit.unwrap_or(own.hop_limit),
             tags: self.tags.unwrap_or(own.tags),
+            ipv6: own.ipv6,
         }
     }
 }

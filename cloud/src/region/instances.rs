@@ -88,6 +88,7 @@ impl Region {
                 if self.vcpus_left(work, account)?.is_some_and(|left| left < self.vcpus(kind)) {
                     return Err(self.no_vcpus());
                 }
+                self.give_public(work, instance)?;
                 instance.state = InstanceState::Pending;
                 instance.run += 1;
                 instance.force = false;
@@ -314,6 +315,7 @@ impl Region {
             if interface.attachment.take().is_none_or(|attachment| attachment.delete_on_termination) {
                 self.drop_interface(work, &id)?;
             } else {
+                self.take_back(work, &mut interface)?;
                 work.put(&interface)?;
             }
         }

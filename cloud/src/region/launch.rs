@@ -46,6 +46,8 @@ pub struct Launch {
     pub private_ip: Option<Ipv4Addr>,
     /// What the primary interface is said to be for.
     pub interface_description: String,
+    /// Whether it gets a public address; `None`: as the subnet says.
+    pub public_ip: Option<bool>,
     /// The primary interface stays when the instance goes.
     pub keep_interface: bool,
     /// The user data.
@@ -167,14 +169,23 @@ impl Region {
         let (reservation, at) = (id::new("r"), now());
         let mut made = Vec::new();
         for index in 0..most {
-            let interface = match self.new_interface(work, &subnet, groups.clone(), launch.private_ip) {
+            let public = match launch.public_ip.unwrap_or_else(|| self.maps_public(&subnet)) {
+                true => self.free_public(work).map(Some),
+                false => Ok(None),
+            };
+            let interface = public.and_then(|public| {
+                let interface = self.new_interface(work, &subnet, groups.clone(), launch.private_ip)?;
+                Ok((crate::model::Interface { auto_public: public.is_some(), ..interface }, public))
+            });
+            let (mut interface, public) = match interface {
                 Ok(interface) => interface,
                 // Fewer than the most that were asked for will do.
-                Err(fault) if index >= launch.min && fault.code == "InsufficientFreeAddressesInSubnet" => {
-                    break;
-                }
+                Err(fault) if index >= launch.min && is_full(&fault) => break,
                 Err(fault) => return Err(fault),
             };
+            if let Some(ip) = public {
+                self.take_public(work, &mut interface, ip)?;
+            }
             let id = id::new("i");
             let devices = disks.iter().map(|disk| {
                 let volume = volume_of(disk, account, &subnet.zone, &id, tags_of(launch, "volume"));
@@ -382,6 +393,11 @@ impl Region {
             source,
         })
     }
+}
+
+/// There is no address left for one more instance.
+fn is_full(fault: &Fault) -> bool {
+    matches!(&*fault.code, "InsufficientFreeAddressesInSubnet" | "InsufficientAddressCapacity")
 }
 
 /// Whether block device mappings are well-formed.

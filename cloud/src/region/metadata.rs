@@ -17,6 +17,11 @@ pub fn private_name(region: &Region, ip: std::net::Ipv4Addr) -> String {
     format!("ip-{}.{}.internal", ip.to_string().replace('.', "-"), region.settings().name)
 }
 
+/// The public DNS name of an address.
+pub fn public_name(region: &Region, ip: std::net::Ipv4Addr) -> String {
+    format!("ec2-{}.{}.internal", ip.to_string().replace('.', "-"), region.settings().name)
+}
+
 pub(super) fn describe(
     region: &Region,
     instance: &Instance,
@@ -25,6 +30,7 @@ pub(super) fn describe(
     key: Option<&KeyPair>,
 ) -> Metadata {
     let primary = interfaces.first();
+    let public = primary.and_then(|interface| interface.public).map(|public| public.ip);
     let subnet = region.get::<Subnet>(&instance.subnet).ok().flatten();
     let vpc = region.get::<Vpc>(&instance.vpc).ok().flatten();
     let mut disks =
@@ -38,6 +44,7 @@ pub(super) fn describe(
             enabled: instance.metadata.enabled,
             tokens_required: instance.metadata.tokens_required,
             hop_limit: instance.metadata.hop_limit,
+            ipv6: instance.metadata.ipv6,
         },
         account_id: instance.account.clone(),
         ami_id: instance.image.clone(),
@@ -52,7 +59,8 @@ pub(super) fn describe(
         life_cycle: "on-demand".into(),
         pending_time: instance.launched.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
         local_ipv4: primary.map(|interface| interface.ip),
-        public_ipv4: None,
+        public_ipv4: public,
+        public_hostname: public.map(|ip| public_name(region, ip)).unwrap_or_default(),
         mac: primary.map(|interface| interface.mac.clone()).unwrap_or_default(),
         public_keys: key.map(|key| (key.name.clone(), key.public.clone())).into_iter().collect(),
         region: region.settings().name.clone(),

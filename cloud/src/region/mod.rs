@@ -11,9 +11,11 @@
 //! | launch_templates.rs | requests to launch, kept |
 //! | images.rs, snapshots.rs, volumes.rs, attachments.rs, keys.rs | images; snapshots; volumes, and who has them; key pairs |
 //! | quota.rs, account.rs | what an account may have at most; what it has set for itself |
-//! | network.rs, groups.rs, tags.rs | what each account begins with, addresses; security groups; tags |
+//! | network.rs, groups.rs, tags.rs | what each account begins with, private addresses; security groups; tags |
+//! | addresses.rs | elastic addresses, and public ones that come and go with instances |
 
 mod account;
+mod addresses;
 mod attachments;
 mod groups;
 mod images;
@@ -35,6 +37,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 
 use jiff::Timestamp;
 
+use crate::addresses::Pool;
 use crate::fault::{Fault, Result};
 use crate::host::Host;
 use crate::limits::Limits;
@@ -43,12 +46,14 @@ use crate::store::Store;
 use crate::types::Table;
 
 pub use account::{AccountSettings, MetadataDefaults};
+pub use addresses::{Allocation, Target, Which};
 pub use groups::RuleAsk;
 pub use images::{ImageCopy, NewImage, Registration};
 pub use instances::{Attribute, Change};
 pub use keys::{Algorithm, NewKey};
 pub use launch::{DeviceAsk, Launch};
 pub use launch_templates::{Data as TemplateData, NewTemplate, TemplateName};
+pub use network::DEFAULT_CIDR;
 pub use reconcile::Reconciler;
 pub use snapshots::SnapshotCopy;
 pub use volumes::NewVolume;
@@ -65,6 +70,8 @@ pub struct Settings {
     pub types: Table,
     /// What each account may have at most.
     pub limits: Limits,
+    /// The public addresses there are.
+    pub addresses: Pool,
     /// The account that owns the images of the host's templates.
     pub owner: String,
     /// Start instances again that ran when the host went down.

@@ -9,7 +9,7 @@ use crate::fault::{Fault, Result};
 use crate::id;
 use crate::model::{Address, Group, Interface, Name, Peer, Rule, Subnet, Tags, Vpc, VpcParts};
 
-use super::{Region, Work};
+use super::{Region, Work, tags};
 
 /// The default network of every account.
 pub const DEFAULT_CIDR: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(172, 31, 0, 0), 16);
@@ -54,7 +54,7 @@ impl Region {
             for (zone, cidr) in self.zones().into_iter().zip(cidrs) {
                 let (vpc, id) = (vpc.clone(), of("subnet", &zone));
                 let (account, tags) = (account.into(), Tags::new());
-                work.put(&Subnet { id, account, vpc, cidr, zone, default: true, tags })?;
+                work.put(&Subnet { id, account, vpc, cidr, zone, default: true, map_public: None, tags })?;
             }
             let id = of("sg", "default");
             let members = rule(false, Peer::Group(id.clone()));
@@ -136,10 +136,29 @@ impl Region {
             groups,
             source_dest_check: true,
             attachment: None,
+            public: None,
+            auto_public: false,
             tags: Tags::new(),
         };
         work.put(&interface)?;
         Ok(interface)
+    }
+
+    /// Whether instances of a subnet are given public addresses: default ones give them where others can use them.
+    pub fn maps_public(&self, subnet: &Subnet) -> bool {
+        subnet.map_public.unwrap_or(subnet.default && self.settings.addresses.is_lan())
+    }
+
+    /// Says whether instances that are launched in a subnet are given a public address.
+    ///
+    /// # Errors
+    /// `InvalidSubnetID.*`.
+    pub fn map_public_on_launch(&self, account: &str, id: &str, on: bool) -> Result<()> {
+        self.transact(|work| {
+            let mut subnet: Subnet = tags::own(work, account, id)?;
+            subnet.map_public = Some(on);
+            work.put(&subnet)
+        })
     }
 
     fn free_address(&self, work: &mut Work<'_>, subnet: &Subnet) -> Result<Ipv4Addr> {
@@ -163,7 +182,8 @@ impl Region {
 
     /// Removes an interface and gives its address back.
     pub(super) fn drop_interface(&self, work: &mut Work<'_>, id: &str) -> Result<()> {
-        if let Some(interface) = work.get::<Interface>(id)? {
+        if let Some(mut interface) = work.get::<Interface>(id)? {
+            self.part(work, &mut interface)?;
             work.delete::<Address>(&interface.ip.to_string());
             work.delete::<Interface>(id);
         }

@@ -2,7 +2,7 @@
 //! counted holds still.
 
 use crate::fault::{Fault, Result};
-use crate::model::{Group, Instance, InstanceState, Volume};
+use crate::model::{Elastic, Group, Instance, InstanceState, Volume};
 
 use super::{Launch, Region, Work};
 
@@ -70,6 +70,16 @@ impl Region {
         let have = work.all::<Volume>("")?.iter().filter(|volume| volume.account == account).count();
         match have + more > limit as usize {
             true => Err(raise("VolumeLimitExceeded", "volumes", limit)),
+            false => Ok(()),
+        }
+    }
+
+    /// To be asked while no other verb is done: what is counted has to hold still.
+    pub(super) fn check_elastic(&self, work: &Work<'_>, account: &str) -> Result<()> {
+        let limit = self.settings.limits.elastic_addresses;
+        let have = work.all::<Elastic>("")?.iter().filter(|elastic| elastic.account == account).count();
+        match have >= limit as usize {
+            true => Err(raise("AddressLimitExceeded", "elastic addresses", limit)),
             false => Ok(()),
         }
     }

@@ -26,6 +26,8 @@ use super::{Region, attachments, now, work};
 
 /// Steps at a time.
 const WORKERS: usize = 16;
+/// When a step is tried again that waits for another's.
+const SOON: Duration = Duration::from_millis(50);
 /// When a step that failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 /// How long a terminated instance is remembered.
@@ -324,7 +326,8 @@ impl Region {
                 self.take_down(&instance)?;
                 self.settle(id, instance.state, |work, instance| {
                     instance.state = InstanceState::Stopped;
-                    attachments::settle_volumes(work, instance)
+                    attachments::settle_volumes(work, instance)?;
+                    self.take_back_all(work, instance)
                 })?;
                 Ok(None)
             }
@@ -381,7 +384,9 @@ impl Region {
             Err(HostError::Missing(what)) => {
                 self.fail(instance, "Server.InternalError", &format!("the host has no {what}"))?;
             }
-            Err(HostError::Failed(why)) => self.fail(instance, "Server.InternalError", &why)?,
+            Err(HostError::Busy(why) | HostError::Failed(why)) => {
+                self.fail(instance, "Server.InternalError", &why)?
+            }
         }
         Ok(None)
     }
@@ -389,12 +394,12 @@ impl Region {
     /// An instance that was launched goes; one that was started stays stopped.
     fn fail(&self, instance: &Instance, code: &str, why: &str) -> Result<()> {
         tracing::warn!(instance = instance.id, why, "it does not run");
-        self.settle(&instance.id, InstanceState::Pending, |_, instance| {
+        self.settle(&instance.id, InstanceState::Pending, |work, instance| {
             instance.state =
                 if instance.run <= 1 { InstanceState::ShuttingDown } else { InstanceState::Stopped };
             instance.reason = Some(Reason { code: code.into(), message: format!("{code}: {why}") });
             instance.transition = code.into();
-            Ok(())
+            self.take_back_all(work, instance)
         })
     }
 
@@ -419,6 +424,8 @@ impl Region {
             match self.host.update(&self.machine(instance)?) {
                 // What ended meanwhile is seen with the next event.
                 Ok(()) | Err(HostError::Missing(_)) => {}
+                // Its step is under way.
+                Err(HostError::Busy(_)) => return Ok(Some(SOON)),
                 Err(error) => return Err(Fault::internal(error)),
             }
             return self.follow_volumes(instance);
@@ -568,6 +575,7 @@ impl Region {
                 id: interface.id.clone(),
                 mac: interface.mac.clone(),
                 ip: interface.ip,
+                public: interface.public.map(|public| self.public(public.ip)),
                 open_tcp,
             });
         }

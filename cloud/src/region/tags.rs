@@ -2,7 +2,8 @@
 
 use crate::fault::{Fault, Result};
 use crate::model::{
-    Group, Image, Instance, Interface, KeyPair, LaunchTemplate, Record, Snapshot, Subnet, Tags, Volume, Vpc,
+    Elastic, Group, Image, Instance, Interface, KeyPair, LaunchTemplate, Record, Snapshot, Subnet, Tags,
+    Volume, Vpc,
 };
 
 use super::{Region, Work};
@@ -55,6 +56,7 @@ tagged! {
     Subnet "subnet" "subnet" "InvalidSubnetID",
     Group "security-group" "sg" "InvalidGroup",
     LaunchTemplate "launch-template" "lt" "InvalidLaunchTemplateId",
+    Elastic "elastic-ip" "eipalloc" "InvalidAllocationID",
 }
 
 /// Whether these can be somebody's tags.
@@ -173,6 +175,7 @@ impl Region {
                     "subnet" => one::<Subnet>(work, account, id, change),
                     "sg" => one::<Group>(work, account, id, change),
                     "lt" => one::<LaunchTemplate>(work, account, id, change),
+                    "eipalloc" => one::<Elastic>(work, account, id, change),
                     "key" => {
                         let keys = work.all::<KeyPair>(&format!("{account}/"))?;
                         let key = keys.into_iter().find(|key| key.key_id == *id);
@@ -215,6 +218,7 @@ impl Region {
         of::<Subnet>(self, account, &mut all)?;
         of::<Group>(self, account, &mut all)?;
         of::<LaunchTemplate>(self, account, &mut all)?;
+        of::<Elastic>(self, account, &mut all)?;
         for key in self.all_of::<KeyPair>(&format!("{account}/"))? {
             all.extend(key.tags.iter().map(|(name, value)| Tag {
                 kind: "key-pair",

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hutch_cloud::addresses::Pool;
 use hutch_cloud::host::Simulated;
 use hutch_cloud::limits::Limits;
 use hutch_cloud::model::{Image, Instance, InstanceState};
@@ -27,6 +28,7 @@ pub fn settings() -> Settings {
         zones,
         types: Table::built_in(),
         limits: Limits::default(),
+        addresses: Pool::default(),
         owner: ACCOUNT.into(),
         resume: false,
     }

@@ -4,7 +4,7 @@ use std::process::Command;
 use super::*;
 
 /// Runs `test` in a network namespace of its own; says so where there is none to be had.
-fn in_namespace(test: impl FnOnce(&Path) + Send + 'static) {
+pub(super) fn in_namespace(test: impl FnOnce(&Path) + Send + 'static) {
     let run = move || {
         if let Err(e) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
             eprintln!("SKIPPED: a network namespace: {e}");
@@ -20,7 +20,7 @@ fn in_namespace(test: impl FnOnce(&Path) + Send + 'static) {
     std::thread::spawn(run).join().unwrap();
 }
 
-fn tables() -> String {
+pub(super) fn tables() -> String {
     let out = Command::new("nft").args(["list", "ruleset"]).output().unwrap();
     String::from_utf8(out.stdout).unwrap()
 }
@@ -152,7 +152,7 @@ fn a_guest_that_was_left_is_adopted_while_its_machine_holds_the_tap() {
         net.leave();
         nft::apply(nft::render_teardown()).unwrap();
         let mut adopted = GuestNet::adopt(state, ip, 1500, vec![]).unwrap();
-        let listener = adopted.take_metadata_listener().unwrap();
+        let listener = adopted.take_metadata_listeners();
         assert!(tables().contains("172.31.15.254"), "its rules are there whoever took them away");
         // Its port is served already: the second fails, and takes nothing from the first.
         let second = GuestNet::adopt(state, ip, 1500, vec![]);

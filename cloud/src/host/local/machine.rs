@@ -11,7 +11,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ use hutch_vmm::plan::Plan;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::super::{End, HostError, Interface, Machine, Result, Status};
+use super::super::{End, HostError, Interface, Machine, Public, Result, Status};
 use super::process::{Identity, Process, Waiting};
 use super::volumes::{Volumes, chain, failed, remove, serial, write};
 use crate::metadata::Metadata;
@@ -208,15 +208,15 @@ pub struct Live {
 /// An interface, up and served.
 pub struct Net {
     // Dropped first: the service must be gone before its port is.
-    served: Option<Box<dyn Served>>,
+    served: Vec<Box<dyn Served>>,
     guest: GuestNet,
 }
 
 impl Net {
     fn serve(mut guest: GuestNet, metadata: &Metadata, means: &Means) -> Result<Net> {
-        let listener = guest.take_metadata_listener();
-        let served = listener.map(|listener| means.metadata.serve(listener, metadata)).transpose();
-        match served {
+        let listeners = guest.take_metadata_listeners().into_iter();
+        let served = listeners.map(|listener| means.metadata.serve(listener, metadata));
+        match served.collect() {
             Ok(served) => Ok(Net { served, guest }),
             Err(e) => {
                 Err(HostError::Failed(format!("cannot serve the metadata of {}: {e}", metadata.instance_id)))
@@ -231,6 +231,14 @@ impl Net {
         let guest = GuestNet::up_as(&means.networks, &address, queues, MTU, name_servers());
         let mut guest = guest.map_err(|e| net_failed(&e))?;
         let taps = guest.take_taps();
+        if let Err(error) = guest.lead(interface.public.map(led)) {
+            // It is no reason not to run. Whoever wants it there says so again, when the machine runs.
+            tracing::warn!(
+                instance = machine.id,
+                error = chain(&error),
+                "its public address does not lead to it"
+            );
+        }
         Ok((Net::serve(guest, &machine.metadata, means)?, taps))
     }
 
@@ -238,6 +246,7 @@ impl Net {
     fn adopt(interface: &Interface, machine: &Machine, means: &Means) -> Result<Net> {
         let guest = GuestNet::adopt(&means.networks, interface.ip, MTU, name_servers());
         let mut guest = guest.map_err(|e| net_failed(&e))?;
+        // Its public address is what is recorded there: another may have it by now.
         if let Err(e) = guest.open_tcp(&interface.open_tcp) {
             guest.leave();
             return Err(net_failed(&e));
@@ -247,10 +256,21 @@ impl Net {
 
     pub fn update(&mut self, interface: &Interface, metadata: &Metadata) -> Result<()> {
         self.guest.open_tcp(&interface.open_tcp).map_err(|e| net_failed(&e))?;
-        if let Some(served) = &self.served {
-            served.update(metadata);
-        }
-        Ok(())
+        self.served.iter().for_each(|served| served.update(metadata));
+        self.guest.lead(interface.public.map(led)).map_err(|e| match e {
+            NetError::Led { .. } => HostError::Busy(e.to_string()),
+            e => net_failed(&e),
+        })
+    }
+
+    /// Whether its public address is this one.
+    pub fn is_led(&self, interface: &Interface) -> bool {
+        self.guest.public() == interface.public.map(led)
+    }
+
+    /// Its public address.
+    pub fn public(&self) -> Option<Ipv4Addr> {
+        self.guest.public().map(|public| public.ip)
     }
 
     /// Ends what is served and leaves the rest to who comes next.
@@ -258,6 +278,10 @@ impl Net {
         drop(self.served);
         self.guest.leave();
     }
+}
+
+fn led(public: Public) -> hutch_netfw::Public {
+    hutch_netfw::Public { ip: public.ip, lan: public.lan }
 }
 
 fn address(interface: &Interface, machine: &Machine) -> Result<Address> {

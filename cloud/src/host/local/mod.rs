@@ -18,6 +18,7 @@ mod volumes;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -413,8 +414,10 @@ impl Host for Local {
         new.metadata.clone_from(&machine.metadata);
         for (own, told) in new.interfaces.iter_mut().zip(&machine.interfaces) {
             own.open_tcp.clone_from(&told.open_tcp);
+            own.public = told.public;
         }
-        if new == kept.machine {
+        let led = live.nets.iter().zip(&new.interfaces).all(|(net, interface)| net.is_led(interface));
+        if led && new == kept.machine {
             return Ok(());
         }
         for (net, interface) in live.nets.iter_mut().zip(&new.interfaces) {
@@ -494,6 +497,15 @@ impl Host for Local {
             state.kept.as_ref().filter(|kept| kept.phase != Phase::Starting).map(Kept::status)
         };
         Ok(self.slots().into_iter().filter_map(status).collect())
+    }
+
+    fn public_addresses(&self) -> Result<BTreeMap<Ipv4Addr, String>> {
+        let of = |slot: Arc<Slot>| {
+            let mut state = slot.state();
+            let Some((kept, live)) = state.running() else { return Vec::new() };
+            live.nets.iter().filter_map(|net| Some((net.public()?, kept.machine.id.clone()))).collect()
+        };
+        Ok(self.slots().into_iter().flat_map(of).collect())
     }
 
     fn console(&self, id: &str) -> Result<Vec<u8>> {
