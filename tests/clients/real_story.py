@@ -33,7 +33,7 @@ export PATH=/bin:/sbin:/usr/bin:/usr/sbin
 echo boot >>/root/boots; sync
 (while sleep 1; do
   now=; for d in /sys/block/vd?; do read s <$d/serial; read n <$d/size; now="$now $s=$n"; done
-  [ "$now" = "$was" ] || echo "disks:$now;"; was=$now
+  [ "$now" = "$was" ] || echo "volumes:$now;"; was=$now
 done 2>/dev/null) &
 printf '#!/bin/sh\n[ $1 = bound ] && ip addr add $ip/20 dev eth0 && ip route add default via $router\n' >/tmp/s
 chmod +x /tmp/s; ip link set eth0 up; udhcpc -i eth0 -nq -t 99 -s /tmp/s >/dev/null
@@ -379,11 +379,11 @@ class Story(unittest.TestCase):
 
         # And the volume goes, when the guest has let it go.
         self.prints(one, disk)
-        self.eventually(lambda: disk in self.console(one).rpartition("disks:")[2], "the guest has it")
+        self.eventually(lambda: disk in self.console(one).rpartition("volumes:")[2], "the guest has it")
         told = cloud.aws("detach-volume", "--volume-id", data)
         self.assertEqual(told["State"], "detaching")
         self.eventually(lambda: state()["State"] == "available", "the volume is detached")
-        self.eventually(lambda: disk not in self.console(one).rpartition("disks:")[2], "the guest has it no more")
+        self.eventually(lambda: disk not in self.console(one).rpartition("volumes:")[2], "the guest has it no more")
         ec2.delete_volume(VolumeId=data)
         say("a volume was attached to a guest that runs, and detached")
 
