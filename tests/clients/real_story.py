@@ -381,11 +381,11 @@ class Story(unittest.TestCase):
 
         # And the volume goes, when the guest has let it go.
         self.prints(one, disk)
-        self.eventually(lambda: disk in self.console(one).rpartition("disks:")[2], "the guest has it")
+        self.eventually(lambda: disk in self.console(one).rpartition("disks: vol")[2], "the guest has it")
         told = cloud.aws("detach-volume", "--volume-id", data)
         self.assertEqual(told["State"], "detaching")
         self.eventually(lambda: state()["State"] == "available", "the volume is detached")
-        self.eventually(lambda: disk not in self.console(one).rpartition("disks:")[2], "the guest has it no more")
+        self.eventually(lambda: disk not in self.console(one).rpartition("disks: vol")[2], "the guest has it no more")
         ec2.delete_volume(VolumeId=data)
         say("a volume was attached to a guest that runs, and detached")
 
