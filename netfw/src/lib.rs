@@ -4,10 +4,12 @@
 //!   guest.rs   a guest's network, up and down      dhcp.rs   its lease
 //!   nft.rs     the firewall, rendered and swapped  tap.rs    its link, addressed and routed by netlink
 //!   ra.rs      its IPv6 prefix                      nft/nat.rs, guest/elastic.rs   its public address
+//!   flows.rs   connections that it has to forget
 //!   name.rs    checked names: nothing else gets into a ruleset's text
 //! ```
 
 pub mod dhcp;
+mod flows;
 pub mod guest;
 pub mod name;
 pub mod nft;

@@ -425,7 +425,10 @@ impl Region {
                 // What ended meanwhile is seen with the next event.
                 Ok(()) | Err(HostError::Missing(_)) => {}
                 // Its step is under way.
-                Err(HostError::Busy(_)) => return Ok(Some(SOON)),
+                Err(HostError::Busy(_)) => {
+                    let wait = self.follow_volumes(instance)?;
+                    return Ok(Some(wait.map_or(SOON, |wait| wait.min(SOON))));
+                }
                 Err(error) => return Err(Fault::internal(error)),
             }
             return self.follow_volumes(instance);

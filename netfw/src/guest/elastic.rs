@@ -19,6 +19,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use serde::{Deserialize, Serialize};
 
 use super::{GuestNet, NetError, Record, clean, default_uplink, lock, put_rules, write_record};
+use crate::flows;
 use crate::name::TapName;
 use crate::nft::{self, nat};
 use crate::tap::{Route, TapError};
@@ -64,6 +65,8 @@ pub(super) fn withdraw(record: &Record) {
         // Without the table there are no elements either.
         let _ = nft::apply(&nat::render_remove(&pair));
     }
+    // Those that are open would go on; where the kernel does not tell them, they do.
+    let _ = flows::forget(published.ip);
     if let Ok(mut kernel) = Route::open() {
         if let Ok(route) = route(record, published.ip) {
             let _ = kernel.ask(RouteNetlinkMessage::DelRoute(route), 0);

@@ -1,7 +1,7 @@
 //! Real packets: the host, its guests and its network are namespaces of threads; a guest's end of its tap is a tap there.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -75,22 +75,36 @@ fn shown(words: &str) -> String {
     String::from_utf8(Command::new("ip").args(words.split(' ')).output().unwrap().stdout).unwrap()
 }
 
+/// Tells everyone who he is, a line, and then what he says.
 fn answer(listener: TcpListener) {
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
-            let _ = stream.write_all(stream.peer_addr().unwrap().ip().to_string().as_bytes());
+            std::thread::spawn(move || {
+                let _ = writeln!(stream, "{}", stream.peer_addr().unwrap().ip());
+                let _ = std::io::copy(&mut stream.try_clone().unwrap(), &mut stream);
+            });
         }
     });
 }
 
-/// Who we are to whoever answers at an address; `None`: nobody does.
-fn ask(address: SocketAddr) -> Option<String> {
+/// A connection, and who we are to whoever answers; `None`: nobody does.
+fn connect(address: SocketAddr) -> Option<(TcpStream, String)> {
     let mut stream = TcpStream::connect_timeout(&address, NEVER).ok()?;
     stream.set_read_timeout(Some(NEVER)).unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).ok()?;
-    Some(text)
+    let mut line = String::new();
+    BufReader::new(&mut stream).read_line(&mut line).ok()?;
+    Some((stream, line.trim().to_owned()))
+}
+
+fn ask(address: SocketAddr) -> Option<String> {
+    Some(connect(address)?.1)
+}
+
+/// Whether a connection still leads to who answers.
+fn lives(stream: &mut TcpStream) -> bool {
+    let mut echo = [0];
+    stream.write_all(b"x").is_ok() && stream.read_exact(&mut echo).is_ok()
 }
 
 /// A wire between two taps.
@@ -220,7 +234,13 @@ fn on_its_host_a_guest_is_reached_by_its_public_address_where_its_groups_let_it(
             "{taken:?}"
         );
         assert_eq!(a.net().public(), None, "and the other has none meanwhile");
+        // What is open by it ends with it, and nothing else does.
+        let (mut by_public, _) = connect((ONE, 80).into()).unwrap();
+        let (mut by_private, _) = connect(([172, 31, 0, 5], 80).into()).unwrap();
+        let (mut of_guest, _) = a.place.run(|| connect((ONE, 80).into())).unwrap();
+        assert!(lives(&mut by_public) && lives(&mut by_private) && lives(&mut of_guest));
         b.net().lead(None).unwrap();
+        assert!(!lives(&mut by_public) && lives(&mut by_private) && !lives(&mut of_guest));
         assert_eq!(ask((ONE, 80).into()), None, "it leads nowhere");
         assert!(!tables().contains("198.19.0."), "{}", tables());
         assert!(!shown("route").contains("198.19.0."), "{}", shown("route"));
