@@ -72,8 +72,14 @@ enum Command {
     /// Show what instances use: processor, memory, disks, network.
     Top(top::Args),
     /// Copy all that hutchd keeps, while machines run.
+    ///
+    /// hutchd makes the backup, as the administrator: each guest is held, its disks flushed, while those are cloned (where the
+    /// file system can) or copied. It is whole when it has a manifest.json. Ctrl-C ends only this command.
     Backup(backup::Backup),
     /// Make a state of a backup.
+    ///
+    /// All files are checked first; then the state is made beside its place and renamed to it. Start hutchd on it when that
+    /// is done: instances that ran are stopped, or, with `hutchd --resume`, started.
     Restore(backup::Restore),
     /// Use an instance's console. On a terminal, Ctrl-] detaches.
     Console(reach::Console),

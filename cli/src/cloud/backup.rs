@@ -21,11 +21,7 @@ const LOOK: Duration = Duration::from_millis(200);
 const SAY: Duration = Duration::from_secs(10);
 
 /// Arguments of `hutch backup`.
-///
-/// hutchd makes the backup, as the administrator, while machines run: each is held, its disks flushed, while those are cloned
-/// (where the file system can) or copied. It is whole when it has a manifest.json. A Ctrl-C ends only this command.
 #[derive(clap::Args)]
-#[command(verbatim_doc_comment)]
 pub struct Backup {
     /// A new directory on hutchd's machine, outside of the state.
     #[arg(value_name = "DIR")]
@@ -38,11 +34,7 @@ pub struct Backup {
 }
 
 /// Arguments of `hutch restore`.
-///
-/// All files are checked first; then the state is made beside its place and renamed to it. Start hutchd on it when that is
-/// done: instances that ran are stopped, or, with `hutchd --resume`, started.
 #[derive(clap::Args)]
-#[command(verbatim_doc_comment)]
 pub struct Restore {
     /// The backup.
     #[arg(value_name = "BACKUP")]

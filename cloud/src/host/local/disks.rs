@@ -18,6 +18,9 @@ impl Local {
         let slot = slot.ok_or_else(missing)?;
         let _work = lock(&slot.work);
         slot.state().running().ok_or_else(missing)?;
+        // Nobody copies it from here on, until it is the machine's.
+        let ids = [volume.to_owned()];
+        let _taken = self.shared.volumes.take(&ids);
         let files = self.shared.volumes.files(volume)?;
         if has(&slot.dir, volume)? {
             return Ok(());
