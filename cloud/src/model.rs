@@ -266,10 +266,18 @@ pub struct Image {
     pub pending: bool,
     /// Why it could not be made.
     pub failed: Option<Reason>,
+    /// Enhanced networking, as its registration says.
+    #[serde(default = "yes")]
+    pub ena_support: bool,
     /// The instance it was made from.
     pub source_instance: Option<String>,
     /// Its tags.
     pub tags: Tags,
+}
+
+/// What records say that were written before they said it.
+pub(crate) fn yes() -> bool {
+    true
 }
 
 /// A disk of an image.
@@ -548,6 +556,9 @@ pub struct Group {
     pub vpc: String,
     /// Its rules, by their ids.
     pub rules: BTreeMap<String, Rule>,
+    /// The tags of those rules that have some.
+    #[serde(default)]
+    pub rule_tags: BTreeMap<String, Tags>,
     /// Its tags.
     pub tags: Tags,
 }

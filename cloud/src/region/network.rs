@@ -1,5 +1,6 @@
 //! What each account begins with: a default network with a subnet a zone and a default group. Addresses.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::PoisonError;
 
@@ -68,6 +69,7 @@ impl Region {
                 description: "default VPC security group".into(),
                 vpc: vpc.clone(),
                 rules: rules.into(),
+                rule_tags: BTreeMap::new(),
                 tags: Tags::new(),
             })
         })

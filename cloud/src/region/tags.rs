@@ -185,6 +185,20 @@ impl Region {
                         limit(&key.tags)?;
                         work.put(&key)
                     }
+                    "sgr" => {
+                        let has = |group: &Group| group.account == account && group.rules.contains_key(id);
+                        let group = work.all::<Group>("")?.into_iter().find(has);
+                        // As it is now: it has to hold still.
+                        let group = group.map(|group| work.get::<Group>(&group.id)).transpose()?.flatten();
+                        let mut group = group.filter(has).ok_or_else(|| {
+                            Fault::not_found("InvalidSecurityGroupRuleId", "security group rule ID", id)
+                        })?;
+                        let tags = group.rule_tags.entry(id.clone()).or_default();
+                        change(tags);
+                        limit(tags)?;
+                        group.rule_tags.retain(|_, tags| !tags.is_empty());
+                        work.put(&group)
+                    }
                     _ => Err(Fault::new("InvalidID", format!("The ID '{id}' is not valid"))),
                 }?;
             }
@@ -219,6 +233,15 @@ impl Region {
         of::<Group>(self, account, &mut all)?;
         of::<LaunchTemplate>(self, account, &mut all)?;
         of::<Elastic>(self, account, &mut all)?;
+        let groups = self.all::<Group>()?;
+        for (id, tags) in groups.iter().filter(|group| group.account == account).flat_map(|g| &g.rule_tags) {
+            all.extend(tags.iter().map(|(key, value)| Tag {
+                kind: "security-group-rule",
+                resource: id.clone(),
+                key: key.clone(),
+                value: value.clone(),
+            }));
+        }
         for key in self.all_of::<KeyPair>(&format!("{account}/"))? {
             all.extend(key.tags.iter().map(|(name, value)| Tag {
                 kind: "key-pair",
