@@ -31,6 +31,7 @@ def mirror():
 
 class Terraform(Case):
     MODULE = None
+    PLACE = REGION
 
     @classmethod
     def setUpClass(cls):
@@ -55,7 +56,7 @@ class Terraform(Case):
         cls.environment = dict(
             kept, HOME=home.name, TF_CLI_CONFIG_FILE=str(cls.home / "terraformrc"), TF_IN_AUTOMATION="1", CHECKPOINT_DISABLE="1",
             AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_EC2_METADATA_DISABLED="true",
-            TF_VAR_endpoint=cls.daemon.url, TF_VAR_region=REGION, TF_VAR_public_key=public)
+            TF_VAR_endpoint=cls.daemon.url, TF_VAR_region=cls.PLACE, TF_VAR_public_key=public)
         cls.terraform("init", "-input=false")
 
     @classmethod
@@ -142,3 +143,59 @@ class Instances(Terraform):
         self.assertEqual(self.ec2.describe_launch_templates()["LaunchTemplates"], [])
         # Terminated instances are remembered with their tags.
         self.assertEqual({tag["ResourceType"] for tag in self.ec2.describe_tags()["Tags"]}, {"instance"})
+
+
+class Networks(Terraform):
+    """A network of one's own, in a region that the provider knows."""
+
+    MODULE, PLACE = "networks", "eu-central-1"
+    OPTIONS = ("--rate", "0", "--regions", "home-1,eu-central-1")
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.ec2.close()
+        cls.ec2 = cls.daemon.client(region=cls.PLACE)
+        cls.addClassCleanup(cls.ec2.close)
+
+    def test_a_network_from_apply_to_destroy(self):
+        before = self.all_of_networks()
+        added, changed, destroyed = self.apply()
+        self.assertEqual((added, changed, destroyed), (len(self.managed()), 0, 0))
+        outputs = self.outputs()
+        vpc = outputs["vpc"]
+        self.assertEqual(outputs["region"], self.PLACE)
+        router, inside = self.instance(outputs["router"]), self.instance(outputs["inside"])
+        self.assertEqual((router["PrivateIpAddress"], router["SourceDestCheck"]), ("10.20.0.10", False))
+        self.assertEqual(inside["VpcId"], vpc)
+
+        def table(subnet):
+            filters = [{"Name": "association.subnet-id", "Values": [subnet]}]
+            return self.ec2.describe_route_tables(Filters=filters)["RouteTables"][0]["Routes"]
+
+        routes = table(outputs["private"][0])
+        self.assertEqual([(r["DestinationCidrBlock"], r.get("InstanceId"), r["State"]) for r in routes],
+                         [("10.20.0.0/16", None, "active"), ("192.168.0.0/16", outputs["router"], "active")])
+
+        variables = dict(stage="live", private="false", description="second")
+        added, changed, destroyed = self.apply(**variables)
+        self.assertEqual((added, changed, destroyed), (0, 6, 0), "VPC, two subnets, two associations, an interface")
+        self.assertTrue(table(outputs["private"][0])[1]["GatewayId"].startswith("igw-"))
+
+        chosen = [f"-var={name}={value}" for name, value in variables.items()]
+        self.terraform("state", "rm", "aws_vpc.main")
+        self.terraform("import", "-input=false", *chosen, "aws_vpc.main", vpc)
+        self.apply(**variables)
+        self.terraform("destroy", "-auto-approve", "-parallelism=20", *chosen)
+        self.assertEqual(self.managed(), [])
+        self.fails("InvalidVpcID.NotFound", self.ec2.describe_vpcs, VpcIds=[vpc])
+        self.assertEqual(self.all_of_networks(), before)
+
+    def all_of_networks(self):
+        """The ids of all that networks are made of."""
+        told = [self.ec2.describe_vpcs()["Vpcs"], self.ec2.describe_subnets()["Subnets"],
+                self.ec2.describe_internet_gateways()["InternetGateways"], self.ec2.describe_route_tables()["RouteTables"],
+                self.ec2.describe_network_interfaces()["NetworkInterfaces"],
+                self.ec2.describe_network_acls()["NetworkAcls"], self.ec2.describe_security_groups()["SecurityGroups"]]
+        ids = ["VpcId", "SubnetId", "InternetGatewayId", "RouteTableId", "NetworkInterfaceId", "NetworkAclId", "GroupId"]
+        return [sorted(thing[name] for thing in things) for name, things in zip(ids, told)]

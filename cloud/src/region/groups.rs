@@ -46,9 +46,8 @@ impl Region {
         if name == "default" {
             return Err(Fault::new("InvalidGroup.Reserved", "The security group 'default' is reserved"));
         }
-        let vpc = vpc.map_or_else(|| self.default_vpc(account), str::to_owned);
         self.transact(|work| {
-            tags::own::<crate::model::Vpc>(work, account, &vpc)?;
+            let vpc = self.vpc_or_default(work, account, vpc)?.id;
             let taken = format!("group/{vpc}/{name}");
             if work.get::<Name>(&taken)?.is_some() {
                 let why = format!("The security group '{name}' already exists for VPC '{vpc}'");

@@ -2,8 +2,8 @@
 
 use crate::fault::{Fault, Result};
 use crate::model::{
-    Elastic, Group, Image, Instance, Interface, KeyPair, LaunchTemplate, Record, Snapshot, Subnet, Tags,
-    Volume, Vpc,
+    Elastic, Gateway, Group, Image, Instance, Interface, KeyPair, LaunchTemplate, Record, RouteTable,
+    Snapshot, Subnet, Tags, Volume, Vpc,
 };
 
 use super::{Region, Work};
@@ -54,6 +54,8 @@ tagged! {
     Interface "network-interface" "eni" "InvalidNetworkInterfaceID",
     Vpc "vpc" "vpc" "InvalidVpcID",
     Subnet "subnet" "subnet" "InvalidSubnetID",
+    Gateway "internet-gateway" "igw" "InvalidInternetGatewayID",
+    RouteTable "route-table" "rtb" "InvalidRouteTableID",
     Group "security-group" "sg" "InvalidGroup",
     LaunchTemplate "launch-template" "lt" "InvalidLaunchTemplateId",
     Elastic "elastic-ip" "eipalloc" "InvalidAllocationID",
@@ -173,6 +175,8 @@ impl Region {
                     "eni" => one::<Interface>(work, account, id, change),
                     "vpc" => one::<Vpc>(work, account, id, change),
                     "subnet" => one::<Subnet>(work, account, id, change),
+                    "igw" => one::<Gateway>(work, account, id, change),
+                    "rtb" => one::<RouteTable>(work, account, id, change),
                     "sg" => one::<Group>(work, account, id, change),
                     "lt" => one::<LaunchTemplate>(work, account, id, change),
                     "eipalloc" => one::<Elastic>(work, account, id, change),
@@ -230,6 +234,8 @@ impl Region {
         of::<Interface>(self, account, &mut all)?;
         of::<Vpc>(self, account, &mut all)?;
         of::<Subnet>(self, account, &mut all)?;
+        of::<Gateway>(self, account, &mut all)?;
+        of::<RouteTable>(self, account, &mut all)?;
         of::<Group>(self, account, &mut all)?;
         of::<LaunchTemplate>(self, account, &mut all)?;
         of::<Elastic>(self, account, &mut all)?;
