@@ -2,6 +2,8 @@
 //!
 //! A record says what is to be (`desired`) and what is known to be (`state`); the reconciler brings one to the other.
 
+mod network;
+
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
@@ -10,6 +12,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::host::Source;
+
+pub use network::{Account, Gateway, RouteTable, Subnet, Target, Vpc, VpcParts};
 
 /// Tags: at most 50, keys to 128 characters, values to 256.
 pub type Tags = BTreeMap<String, String>;
@@ -37,6 +41,7 @@ record! {
     Instance "instance", Image "image", Volume "volume", Snapshot "snapshot", Interface "interface", Vpc "vpc",
     Subnet "subnet", Group "group", KeyPair "key", Address "address", Token "token", Name "name",
     LaunchTemplate "launch-template", LaunchTemplateVersion "launch-template-version", Elastic "elastic",
+    Account "account", Gateway "internet-gateway", RouteTable "route-table",
 }
 
 /// Where an instance is in its life.
@@ -266,10 +271,18 @@ pub struct Image {
     pub pending: bool,
     /// Why it could not be made.
     pub failed: Option<Reason>,
+    /// Enhanced networking, as its registration says.
+    #[serde(default = "yes")]
+    pub ena_support: bool,
     /// The instance it was made from.
     pub source_instance: Option<String>,
     /// Its tags.
     pub tags: Tags,
+}
+
+/// What records say that were written before they said it.
+pub(crate) fn yes() -> bool {
+    true
 }
 
 /// A disk of an image.
@@ -477,62 +490,6 @@ pub struct Attachment {
     pub delete_on_termination: bool,
 }
 
-/// A network.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Vpc {
-    /// Its id.
-    pub id: String,
-    /// Whose it is.
-    pub account: String,
-    /// Its addresses.
-    pub cidr: ipnet::Ipv4Net,
-    /// The account's default network.
-    pub default: bool,
-    /// The ids of what comes with it: DHCP options, main route table and its association, network ACL, internet gateway.
-    pub parts: VpcParts,
-    /// Its tags.
-    pub tags: Tags,
-}
-
-/// What comes with a network.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VpcParts {
-    /// `dopt-…`
-    pub dhcp_options: String,
-    /// `rtb-…`
-    pub route_table: String,
-    /// `rtbassoc-…`
-    pub route_table_association: String,
-    /// `acl-…`
-    pub network_acl: String,
-    /// `igw-…`
-    pub internet_gateway: String,
-    /// `vpc-cidr-assoc-…`
-    pub cidr_association: String,
-}
-
-/// A subnet.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Subnet {
-    /// Its id.
-    pub id: String,
-    /// Whose it is.
-    pub account: String,
-    /// Its network.
-    pub vpc: String,
-    /// Its addresses.
-    pub cidr: ipnet::Ipv4Net,
-    /// The zone's name.
-    pub zone: String,
-    /// The zone's default.
-    pub default: bool,
-    /// Whether instances are given a public address; `None`: as default subnets are.
-    #[serde(default)]
-    pub map_public: Option<bool>,
-    /// Its tags.
-    pub tags: Tags,
-}
-
 /// A security group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
@@ -548,6 +505,9 @@ pub struct Group {
     pub vpc: String,
     /// Its rules, by their ids.
     pub rules: BTreeMap<String, Rule>,
+    /// The tags of those rules that have some.
+    #[serde(default)]
+    pub rule_tags: BTreeMap<String, Tags>,
     /// Its tags.
     pub tags: Tags,
 }
@@ -641,7 +601,7 @@ pub struct LaunchTemplateVersion {
 /// An address of a subnet that is in use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Address {
-    /// `SUBNET/ADDRESS`.
+    /// The address; behind `VPC/` where the network is no default one: those share theirs.
     pub id: String,
     /// The interface that has it.
     pub interface: String,

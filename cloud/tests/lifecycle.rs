@@ -8,7 +8,8 @@ use std::time::Duration;
 use common::{ACCOUNT, OTHER, in_directory, in_memory, settings, world_of};
 use hutch_cloud::host::{End, Host, Simulated};
 use hutch_cloud::model::{
-    Address, AttachmentState, Image, Instance, InstanceState, Interface, Peer, Rule, Volume, VolumeState,
+    Address, AttachmentState, Image, Instance, InstanceState, Interface, Peer, Rule, Tags, Volume,
+    VolumeState,
 };
 use hutch_cloud::region::{
     Algorithm, Attribute, DeviceAsk, ImageCopy, NewImage, NewVolume, Settings, SnapshotCopy,
@@ -70,7 +71,7 @@ fn a_machine_is_told_what_changes_while_it_runs() {
     let rule =
         Rule { egress: false, protocol: "tcp".into(), from: 80, to: 90, peer: everyone, description: None };
     let group = &interface.groups[0];
-    world.region.authorize(ACCOUNT, group, std::slice::from_ref(&rule)).unwrap();
+    world.region.authorize(ACCOUNT, group, std::slice::from_ref(&rule), &Tags::new()).unwrap();
     assert_eq!(told(), [(80, 90)]);
     world.region.revoke(ACCOUNT, group, false, &[rule], &[]).unwrap();
     assert_eq!(told(), []);

@@ -90,7 +90,7 @@ fn rule(group: &Group, id: &str, rule: &Rule) -> Node {
         "prefixListId": match &rule.peer { Peer::PrefixList(id) => Some(id), _ => None },
         "referencedGroupInfo": referenced,
         "description": rule.description.as_ref(),
-        "tagSet": Node::List(vec![]),
+        "tagSet": group.rule_tags.get(id).and_then(tag_set).unwrap_or(Node::List(vec![])),
     }
 }
 
@@ -296,7 +296,8 @@ fn authorize(c: &Context<'_>, egress: bool) -> Answer {
     if rules.is_empty() {
         return Err(Fault::missing("IpPermissions"));
     }
-    let added = c.region.authorize(c.account, &id, &rules)?;
+    let tags = c.tag_specifications()?.remove("security-group-rule").unwrap_or_default();
+    let added = c.region.authorize(c.account, &id, &rules, &tags)?;
     let group = own(c, &[id])?;
     let told = added.iter().filter_map(|(id, added)| Some(rule(group.first()?, id, added)));
     Ok(done().with("securityGroupRuleSet", Node::List(told.collect())))

@@ -67,7 +67,7 @@ fn told(c: &Context<'_>, image: &Image) -> Node {
         "blockDeviceMapping": devices,
         "virtualizationType": "hvm",
         "hypervisor": "xen",
-        "enaSupport": true,
+        "enaSupport": image.ena_support,
         "platformDetails": "Linux/UNIX",
         "usageOperation": "RunInstances",
         "deprecationTime": image.deprecated.map(time),
@@ -143,9 +143,9 @@ fn register(c: &Context<'_>) -> Answer {
             return Err(Fault::value(name, other, &format!("hutch's images are {known}.")));
         }
     }
-    if let Some(name) =
-        ["ImageLocation", "KernelId", "RamdiskId", "UefiData"].iter().find(|name| p.str(name).is_some())
-    {
+    // Terraform names what it does not want, too, with nothing behind it.
+    let given = |name: &&&str| p.str(name).is_some_and(|text| !text.is_empty());
+    if let Some(name) = ["ImageLocation", "KernelId", "RamdiskId", "UefiData"].iter().find(given) {
         let why = format!("hutch registers images of snapshots: it does not have {name}");
         return Err(Fault::new("UnsupportedOperation", why));
     }
@@ -154,6 +154,7 @@ fn register(c: &Context<'_>) -> Answer {
         description: p.str("Description").unwrap_or_default().into(),
         root_device: p.str("RootDeviceName").filter(|name| !name.is_empty()).map(str::to_owned),
         devices: device_asks(p)?,
+        ena_support: p.boolean("EnaSupport")?.unwrap_or(false),
         tags: c.tag_specifications()?.remove("image").unwrap_or_default(),
     };
     Ok(node! { "imageId": c.region.register_image(c.account, &new)? })

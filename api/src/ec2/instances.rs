@@ -270,11 +270,14 @@ fn run(asked: &Context<'_>) -> Answer {
         let why = "Network interfaces and an instance-level subnet ID or security groups may not be specified on the same request";
         return Err(Fault::combination(why));
     }
-    if here("NetworkInterfaceId").is_some() {
-        return Err(Fault::new(
-            "UnsupportedOperation",
-            "hutch does not launch with interfaces made before yet",
-        ));
+    let made_before = here("NetworkInterfaceId");
+    let more = ["SubnetId", "PrivateIpAddress", "Description", "SecurityGroupId", "AssociatePublicIpAddress"];
+    if made_before.is_some() && interface.is_some_and(|i| more.iter().any(|name| i.sub(name).is_some())) {
+        let why = "A network interface that was made before has its subnet, address, groups and description already";
+        return Err(Fault::combination(why));
+    }
+    if interface.is_some_and(|i| !matches!(i.int("DeviceIndex"), Ok(None | Some(0)))) {
+        return Err(Fault::combination("The first network interface has the device index 0"));
     }
     let ip = owned("PrivateIpAddress").or_else(|| here("PrivateIpAddress"));
     let private_ip =
@@ -290,13 +293,17 @@ fn run(asked: &Context<'_>) -> Answer {
             None => p.strings("SecurityGroupId"),
         },
         group_names: p.strings("SecurityGroup"),
+        interface: made_before,
         subnet: owned("SubnetId").or_else(|| here("SubnetId")),
         zone: owned("Placement.AvailabilityZone"),
         private_ip: private_ip.transpose()?,
         public_ip: interface.map(|i| i.boolean("AssociatePublicIpAddress")).transpose()?.flatten(),
         interface_description: here("Description").unwrap_or_default(),
-        keep_interface: interface.map(|i| i.boolean("DeleteOnTermination")).transpose()?.flatten()
-            == Some(false),
+        keep_interface: interface
+            .map(|i| i.boolean("DeleteOnTermination"))
+            .transpose()?
+            .flatten()
+            .map(|goes| !goes),
         user_data: p.blob("UserData")?,
         devices: device_asks(p)?,
         shutdown_terminates: shutdown(p.str("InstanceInitiatedShutdownBehavior").unwrap_or("stop"))?,

@@ -11,13 +11,16 @@ mod filters;
 mod groups;
 mod images;
 mod instances;
+mod interfaces;
 mod keys;
 mod launch_templates;
 mod network;
 mod places;
+mod routes;
 mod snapshots;
 mod tags;
 mod volumes;
+mod vpcs;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -56,8 +59,11 @@ static OPERATIONS: &[&[(&str, Operation)]] = &[
     volumes::OPERATIONS,
     groups::OPERATIONS,
     keys::OPERATIONS,
+    vpcs::OPERATIONS,
+    routes::OPERATIONS,
     network::OPERATIONS,
     addresses::OPERATIONS,
+    interfaces::OPERATIONS,
     places::OPERATIONS,
     tags::OPERATIONS,
     account::OPERATIONS,
@@ -70,14 +76,8 @@ const LATER: &[&str] = &[
     "RequestSpotInstances",
     "CancelSpotInstanceRequests",
     "PurchaseReservedInstancesOffering",
-    "CreateVpc",
-    "DeleteVpc",
-    "CreateSubnet",
-    "DeleteSubnet",
-    "CreateNetworkInterface",
-    "DeleteNetworkInterface",
-    "AttachNetworkInterface",
-    "DetachNetworkInterface",
+    "AssignPrivateIpAddresses",
+    "UnassignPrivateIpAddresses",
 ];
 
 /// The names of EC2's operations that are served.

@@ -55,7 +55,7 @@ fn copy(c: &Context<'_>) -> Answer {
     }
     let ask = SnapshotCopy {
         snapshot: p.required("SourceSnapshotId")?.into(),
-        description: p.str("Description").map(str::to_owned),
+        description: p.str("Description").unwrap_or_default().into(),
         tags: c.tag_specifications()?.remove("snapshot").unwrap_or_default(),
     };
     let made = c.region.copy_snapshot(c.account, c.source_region()?, &ask)?;

@@ -211,6 +211,12 @@ pub trait Host: Send + Sync {
     /// It cannot be removed now.
     fn delete_snapshot(&self, id: &str) -> Result<()>;
 
+    /// Whether machines may be in any network, apart from all others and with that network's routes, and have any number
+    /// of interfaces; if not, each has one, in its account's default network, and reaches what the host reaches.
+    fn any_network(&self) -> bool {
+        false
+    }
+
     /// Has the machine run, if this run of it has not been started before. Returns when its first processor runs; its
     /// firewall and its metadata were there before. A public address that leads to another machine still is left out.
     ///

@@ -47,12 +47,19 @@ pub struct Simulated {
     state: Mutex<State>,
     changed: Condvar,
     delay: Duration,
+    any_network: bool,
 }
 
 impl Simulated {
     /// A host that is gone with the process.
     pub fn memory(delay: Duration) -> Simulated {
-        Simulated { dir: None, state: Mutex::default(), changed: Condvar::new(), delay }
+        Simulated { dir: None, state: Mutex::default(), changed: Condvar::new(), delay, any_network: true }
+    }
+
+    /// Has it say of networks what a host says that has only the accounts' default ones.
+    #[must_use]
+    pub fn with_default_networks_only(self) -> Simulated {
+        Simulated { any_network: false, ..self }
     }
 
     /// A host whose machines, volumes and snapshots are kept in `dir`. Starting and stopping take `delay`.
@@ -66,7 +73,8 @@ impl Simulated {
             snapshots: read_all(&dir.join("snapshots"))?,
             events: 1,
         };
-        Ok(Simulated { dir: Some(dir), state: Mutex::new(state), changed: Condvar::new(), delay })
+        let (dir, state) = (Some(dir), Mutex::new(state));
+        Ok(Simulated { dir, state, changed: Condvar::new(), delay, any_network: true })
     }
 
     /// Ends a machine as its guest, or a mishap, would.
@@ -259,6 +267,11 @@ impl Host for Simulated {
         self.keep::<()>("snapshots", id, None)?;
         state.snapshots.remove(id);
         Ok(())
+    }
+
+    /// Nothing runs, so nothing is reached that should not be.
+    fn any_network(&self) -> bool {
+        self.any_network
     }
 
     fn start(&self, machine: &Machine) -> Result<()> {

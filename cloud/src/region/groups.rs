@@ -1,5 +1,7 @@
 //! Security groups and their rules, as records.
 
+use std::collections::BTreeMap;
+
 use crate::fault::{Fault, Result};
 use crate::id;
 use crate::model::{Group, Interface, Name, Peer, Rule, Tags};
@@ -44,9 +46,8 @@ impl Region {
         if name == "default" {
             return Err(Fault::new("InvalidGroup.Reserved", "The security group 'default' is reserved"));
         }
-        let vpc = vpc.map_or_else(|| self.default_vpc(account), str::to_owned);
         self.transact(|work| {
-            tags::own::<crate::model::Vpc>(work, account, &vpc)?;
+            let vpc = self.vpc_or_default(work, account, vpc)?.id;
             let taken = format!("group/{vpc}/{name}");
             if work.get::<Name>(&taken)?.is_some() {
                 let why = format!("The security group '{name}' already exists for VPC '{vpc}'");
@@ -68,6 +69,7 @@ impl Region {
                 description: description.into(),
                 vpc: vpc.clone(),
                 rules: [(id::new("sgr"), all)].into(),
+                rule_tags: BTreeMap::new(),
                 tags: tags.clone(),
             };
             work.put(&Name { id: taken, of: group.id.clone() })?;
@@ -121,11 +123,18 @@ impl Region {
         })
     }
 
-    /// Adds rules to a group; returns them with their ids.
+    /// Adds rules to a group, each with these tags; returns them with their ids.
     ///
     /// # Errors
     /// `InvalidPermission.Duplicate`, `RulesPerSecurityGroupLimitExceeded`, `InvalidGroup.NotFound`.
-    pub fn authorize(&self, account: &str, id: &str, rules: &[RuleAsk]) -> Result<Vec<(String, Rule)>> {
+    pub fn authorize(
+        &self,
+        account: &str,
+        id: &str,
+        rules: &[RuleAsk],
+        tags: &Tags,
+    ) -> Result<Vec<(String, Rule)>> {
+        tags::check(tags)?;
         self.transact(|work| {
             let mut group = own(work, account, id)?;
             let mut added = Vec::new();
@@ -139,6 +148,9 @@ impl Region {
                 }
                 let id = id::new("sgr");
                 group.rules.insert(id.clone(), rule.clone());
+                if !tags.is_empty() {
+                    group.rule_tags.insert(id.clone(), tags.clone());
+                }
                 added.push((id, rule.clone()));
             }
             let most = self.settings.limits.rules_per_group;
@@ -182,6 +194,8 @@ impl Region {
                     return Err(Fault::new("InvalidSecurityGroupRuleId.NotFound", why));
                 }
             }
+            let rules = &group.rules;
+            group.rule_tags.retain(|id, _| rules.contains_key(id));
             work.put(&group)
         })
     }
@@ -194,7 +208,7 @@ impl Region {
         &self,
         account: &str,
         id: &str,
-        job: impl Fn(&mut std::collections::BTreeMap<String, Rule>) -> Result<()>,
+        job: impl Fn(&mut BTreeMap<String, Rule>) -> Result<()>,
     ) -> Result<()> {
         self.transact(|work| {
             let mut group = own(work, account, id)?;

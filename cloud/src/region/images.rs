@@ -43,6 +43,8 @@ pub struct Registration {
     pub root_device: Option<String>,
     /// Its disks.
     pub devices: Vec<DeviceAsk>,
+    /// Enhanced networking.
+    pub ena_support: bool,
     /// Its tags.
     pub tags: Tags,
 }
@@ -168,6 +170,7 @@ impl Region {
             disabled: false,
             pending: false,
             failed: None,
+            ena_support: true,
             source_instance: None,
             tags: Tags::new(),
         })
@@ -244,6 +247,7 @@ impl Region {
                 disabled: false,
                 pending: true,
                 failed: None,
+                ena_support: true,
                 source_instance: Some(instance.id),
                 tags: new.tags.clone(),
             })?;
@@ -289,6 +293,7 @@ impl Region {
                 disabled: false,
                 pending: false,
                 failed: None,
+                ena_support: new.ena_support,
                 source_instance: None,
                 tags: new.tags.clone(),
             })?;

@@ -7,8 +7,8 @@ use crate::fault::{Fault, Result};
 use crate::host::Source;
 use crate::id;
 use crate::model::{
-    Attachment, AttachmentState, Device, Group, Image, ImageDevice, Instance, InstanceState, KeyPair,
-    MetadataOptions, Name, Snapshot, Subnet, Tags, Volume, VolumeState,
+    Attachment, AttachmentState, Device, Group, Image, ImageDevice, Instance, InstanceState, Interface,
+    KeyPair, MetadataOptions, Name, Snapshot, Subnet, Tags, Volume, VolumeState,
 };
 
 use super::volumes::Shape;
@@ -38,6 +38,8 @@ pub struct Launch {
     pub groups: Vec<String>,
     /// Groups by name.
     pub group_names: Vec<String>,
+    /// The one instance's interface, made before: it says the subnet, the groups and the address.
+    pub interface: Option<String>,
     /// The subnet's id.
     pub subnet: Option<String>,
     /// The zone's name.
@@ -48,8 +50,8 @@ pub struct Launch {
     pub interface_description: String,
     /// Whether it gets a public address; `None`: as the subnet says.
     pub public_ip: Option<bool>,
-    /// The primary interface stays when the instance goes.
-    pub keep_interface: bool,
+    /// Whether the primary interface stays when the instance goes; by default one that was made before.
+    pub keep_interface: Option<bool>,
     /// The user data.
     pub user_data: Option<Vec<u8>>,
     /// Changes of the image's disks.
@@ -149,33 +151,44 @@ impl Region {
         {
             return Err(Fault::not_found("InvalidKeyPair", "key pair", name));
         }
-        let subnet = match &launch.subnet {
-            Some(subnet) => tags::own::<Subnet>(work, account, subnet)?,
-            None => {
-                let id = self.default_subnet(account, launch.zone.as_deref())?;
-                let gone =
-                    || Fault::new("MissingInput", "No subnets found for the default VPC; name a subnet");
-                work.get::<Subnet>(&id)?.ok_or_else(gone)?
-            }
+        let before =
+            launch.interface.as_ref().map(|id| self.free_interface(work, account, id)).transpose()?;
+        let subnet = match (&before, &launch.subnet) {
+            (Some((_, subnet)), _) => subnet.clone(),
+            (None, Some(subnet)) => tags::own::<Subnet>(work, account, subnet)?,
+            (None, None) => self.default_subnet(work, account, launch.zone.as_deref())?,
         };
+        self.runs_in(work, &subnet)?;
         if launch.zone.as_ref().is_some_and(|zone| *zone != subnet.zone) {
             let why =
                 format!("The subnet {} is in the zone {}, not in the one asked for", subnet.id, subnet.zone);
             return Err(Fault::new("InvalidParameterValue", why));
         }
-        let groups = self.groups_of(work, account, &subnet.vpc, &launch.groups, &launch.group_names)?;
+        let groups = match &before {
+            Some(_) => Vec::new(),
+            None => self.groups_of(work, account, &subnet.vpc, &launch.groups, &launch.group_names)?,
+        };
         let disks = self.disks(work, account, &image, &launch.devices)?;
         let most = self.room_for(work, account, launch, disks.len())?;
         let (reservation, at) = (id::new("r"), now());
         let mut made = Vec::new();
         for index in 0..most {
-            let public = match launch.public_ip.unwrap_or_else(|| self.maps_public(&subnet)) {
+            let asked = launch.public_ip.unwrap_or_else(|| before.is_none() && self.maps_public(&subnet));
+            let public = match asked {
                 true => self.free_public(work).map(Some),
                 false => Ok(None),
             };
             let interface = public.and_then(|public| {
-                let interface = self.new_interface(work, &subnet, groups.clone(), launch.private_ip)?;
-                Ok((crate::model::Interface { auto_public: public.is_some(), ..interface }, public))
+                let interface = match &before {
+                    Some((interface, _)) => interface.clone(),
+                    None => Interface {
+                        auto_public: public.is_some(),
+                        description: launch.interface_description.clone(),
+                        tags: tags_of(launch, "network-interface"),
+                        ..self.new_interface(work, &subnet, groups.clone(), launch.private_ip)?
+                    },
+                };
+                Ok((interface, public))
             });
             let (mut interface, public) = match interface {
                 Ok(interface) => interface,
@@ -204,14 +217,9 @@ impl Region {
                 instance: id.clone(),
                 device_index: 0,
                 attached: at,
-                delete_on_termination: !launch.keep_interface,
+                delete_on_termination: !launch.keep_interface.unwrap_or(before.is_some()),
             };
-            work.put(&crate::model::Interface {
-                attachment: Some(attachment),
-                description: launch.interface_description.clone(),
-                tags: tags_of(launch, "network-interface"),
-                ..interface.clone()
-            })?;
+            work.put(&Interface { attachment: Some(attachment), ..interface.clone() })?;
             let instance = Instance {
                 id,
                 account: account.into(),
@@ -239,7 +247,7 @@ impl Region {
                 shutdown_terminates: launch.shutdown_terminates,
                 termination_protection: launch.termination_protection,
                 stop_protection: launch.stop_protection,
-                source_dest_check: true,
+                source_dest_check: interface.source_dest_check,
                 ebs_optimized: launch.ebs_optimized,
                 monitoring: launch.monitoring,
                 metadata: launch.metadata.clone(),
@@ -445,6 +453,9 @@ fn check(region: &Region, launch: &Launch) -> Result<()> {
     }
     if launch.private_ip.is_some() && max > 1 {
         return Err(Fault::combination("A private address can be asked for one instance only"));
+    }
+    if launch.interface.is_some() && max > 1 {
+        return Err(Fault::combination("One network interface is for one instance only"));
     }
     if launch.user_data.as_ref().is_some_and(|data| data.len() > MAX_USER_DATA) {
         let why = format!("User data is limited to {MAX_USER_DATA} bytes");

@@ -11,8 +11,10 @@
 //! | launch_templates.rs | requests to launch, kept |
 //! | images.rs, snapshots.rs, volumes.rs, attachments.rs, keys.rs | images; snapshots; volumes, and who has them; key pairs |
 //! | quota.rs, account.rs | what an account may have at most; what it has set for itself |
-//! | network.rs, groups.rs, tags.rs | what each account begins with, private addresses; security groups; tags |
 //! | addresses.rs | elastic addresses, and public ones that come and go with instances |
+//! | vpcs.rs, routes.rs | what each account begins with, networks and subnets; internet gateways and route tables |
+//! | interfaces.rs, network.rs | network interfaces; the addresses they have |
+//! | groups.rs, tags.rs | security groups; tags |
 
 mod account;
 mod addresses;
@@ -20,6 +22,7 @@ mod attachments;
 mod groups;
 mod images;
 mod instances;
+mod interfaces;
 mod keys;
 mod launch;
 mod launch_templates;
@@ -27,9 +30,11 @@ pub mod metadata;
 mod network;
 mod quota;
 mod reconcile;
+mod routes;
 mod snapshots;
 mod tags;
 mod volumes;
+mod vpcs;
 mod work;
 
 use std::collections::{BTreeMap, HashMap};
@@ -50,13 +55,15 @@ pub use addresses::{Allocation, Target, Which};
 pub use groups::RuleAsk;
 pub use images::{ImageCopy, NewImage, Registration};
 pub use instances::{Attribute, Change};
+pub use interfaces::{InterfaceAttribute, NewInterface};
 pub use keys::{Algorithm, NewKey};
 pub use launch::{DeviceAsk, Launch};
 pub use launch_templates::{Data as TemplateData, NewTemplate, TemplateName};
-pub use network::DEFAULT_CIDR;
 pub use reconcile::Reconciler;
+pub use routes::RouteChange;
 pub use snapshots::SnapshotCopy;
 pub use volumes::NewVolume;
+pub use vpcs::{DEFAULT_CIDR, NewSubnet};
 pub use work::Work;
 
 /// How a region is set up.

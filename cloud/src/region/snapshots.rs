@@ -15,8 +15,8 @@ pub(super) const NO_VOLUME: &str = "vol-ffffffff";
 pub struct SnapshotCopy {
     /// The snapshot's id in its region.
     pub snapshot: String,
-    /// What the copy is said to be; by default where it came from.
-    pub description: Option<String>,
+    /// What the copy is said to be.
+    pub description: String,
     /// The copy's tags.
     pub tags: Tags,
 }
@@ -116,9 +116,7 @@ impl Region {
     pub fn copy_snapshot(&self, account: &str, from: &Region, ask: &SnapshotCopy) -> Result<Snapshot> {
         tags::check(&ask.tags)?;
         let of = from.transact(|work| readable(work, account, &ask.snapshot))?;
-        let told = || format!("[Copied {} from {}] {}", of.id, from.settings.name, of.description);
-        let description = ask.description.clone().unwrap_or_else(told);
-        let copy = copied(from, &of, account, description, ask.tags.clone());
+        let copy = copied(from, &of, account, ask.description.clone(), ask.tags.clone());
         self.transact(|work| {
             work.put(&copy)?;
             Ok(copy.clone())

@@ -2,8 +2,8 @@
 
 use crate::fault::{Fault, Result};
 use crate::model::{
-    Elastic, Group, Image, Instance, Interface, KeyPair, LaunchTemplate, Record, Snapshot, Subnet, Tags,
-    Volume, Vpc,
+    Elastic, Gateway, Group, Image, Instance, Interface, KeyPair, LaunchTemplate, Record, RouteTable,
+    Snapshot, Subnet, Tags, Volume, Vpc,
 };
 
 use super::{Region, Work};
@@ -54,6 +54,8 @@ tagged! {
     Interface "network-interface" "eni" "InvalidNetworkInterfaceID",
     Vpc "vpc" "vpc" "InvalidVpcID",
     Subnet "subnet" "subnet" "InvalidSubnetID",
+    Gateway "internet-gateway" "igw" "InvalidInternetGatewayID",
+    RouteTable "route-table" "rtb" "InvalidRouteTableID",
     Group "security-group" "sg" "InvalidGroup",
     LaunchTemplate "launch-template" "lt" "InvalidLaunchTemplateId",
     Elastic "elastic-ip" "eipalloc" "InvalidAllocationID",
@@ -173,6 +175,8 @@ impl Region {
                     "eni" => one::<Interface>(work, account, id, change),
                     "vpc" => one::<Vpc>(work, account, id, change),
                     "subnet" => one::<Subnet>(work, account, id, change),
+                    "igw" => one::<Gateway>(work, account, id, change),
+                    "rtb" => one::<RouteTable>(work, account, id, change),
                     "sg" => one::<Group>(work, account, id, change),
                     "lt" => one::<LaunchTemplate>(work, account, id, change),
                     "eipalloc" => one::<Elastic>(work, account, id, change),
@@ -184,6 +188,20 @@ impl Region {
                         change(&mut key.tags);
                         limit(&key.tags)?;
                         work.put(&key)
+                    }
+                    "sgr" => {
+                        let has = |group: &Group| group.account == account && group.rules.contains_key(id);
+                        let group = work.all::<Group>("")?.into_iter().find(has);
+                        // As it is now: it has to hold still.
+                        let group = group.map(|group| work.get::<Group>(&group.id)).transpose()?.flatten();
+                        let mut group = group.filter(has).ok_or_else(|| {
+                            Fault::not_found("InvalidSecurityGroupRuleId", "security group rule ID", id)
+                        })?;
+                        let tags = group.rule_tags.entry(id.clone()).or_default();
+                        change(tags);
+                        limit(tags)?;
+                        group.rule_tags.retain(|_, tags| !tags.is_empty());
+                        work.put(&group)
                     }
                     _ => Err(Fault::new("InvalidID", format!("The ID '{id}' is not valid"))),
                 }?;
@@ -216,9 +234,20 @@ impl Region {
         of::<Interface>(self, account, &mut all)?;
         of::<Vpc>(self, account, &mut all)?;
         of::<Subnet>(self, account, &mut all)?;
+        of::<Gateway>(self, account, &mut all)?;
+        of::<RouteTable>(self, account, &mut all)?;
         of::<Group>(self, account, &mut all)?;
         of::<LaunchTemplate>(self, account, &mut all)?;
         of::<Elastic>(self, account, &mut all)?;
+        let groups = self.all::<Group>()?;
+        for (id, tags) in groups.iter().filter(|group| group.account == account).flat_map(|g| &g.rule_tags) {
+            all.extend(tags.iter().map(|(key, value)| Tag {
+                kind: "security-group-rule",
+                resource: id.clone(),
+                key: key.clone(),
+                value: value.clone(),
+            }));
+        }
         for key in self.all_of::<KeyPair>(&format!("{account}/"))? {
             all.extend(key.tags.iter().map(|(name, value)| Tag {
                 kind: "key-pair",
