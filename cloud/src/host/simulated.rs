@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backup::{self, Captured, Target};
 
-use super::{Content, End, Host, HostError, Machine, Result, Source, Status, Template};
+use super::{Content, End, Group, Host, HostError, Machine, Result, Source, Status, Template};
 
 /// What is kept of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -38,6 +38,7 @@ struct State {
     machines: BTreeMap<String, Kept>,
     volumes: BTreeMap<String, (u64, Source)>,
     snapshots: BTreeMap<String, u64>,
+    groups: Vec<Group>,
     events: u64,
 }
 
@@ -64,6 +65,7 @@ impl Simulated {
             machines: read_all(&dir.join("machines"))?,
             volumes: read_all(&dir.join("volumes"))?,
             snapshots: read_all(&dir.join("snapshots"))?,
+            groups: Vec::new(),
             events: 1,
         };
         Ok(Simulated { dir: Some(dir), state: Mutex::new(state), changed: Condvar::new(), delay })
@@ -90,6 +92,11 @@ impl Simulated {
     /// What was told last of a machine.
     pub fn told(&self, id: &str) -> Option<Machine> {
         self.lock().machines.get(id).map(|kept| kept.machine.clone())
+    }
+
+    /// What was told last of security groups.
+    pub fn groups(&self) -> Vec<Group> {
+        self.lock().groups.clone()
     }
 
     /// The volumes that are kept.
@@ -258,6 +265,12 @@ impl Host for Simulated {
         let mut state = self.lock();
         self.keep::<()>("snapshots", id, None)?;
         state.snapshots.remove(id);
+        Ok(())
+    }
+
+    /// There are no packets.
+    fn firewall(&self, groups: &[Group]) -> Result<()> {
+        self.lock().groups = groups.to_vec();
         Ok(())
     }
 

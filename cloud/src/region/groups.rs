@@ -4,7 +4,7 @@ use crate::fault::{Fault, Result};
 use crate::id;
 use crate::model::{Group, Interface, Name, Peer, Rule, Tags};
 
-use super::{Region, Work, tags};
+use super::{Region, Work, firewall, tags};
 
 /// A rule as it is asked for.
 pub type RuleAsk = Rule;
@@ -124,7 +124,7 @@ impl Region {
     /// Adds rules to a group; returns them with their ids.
     ///
     /// # Errors
-    /// `InvalidPermission.Duplicate`, `RulesPerSecurityGroupLimitExceeded`, `InvalidGroup.NotFound`.
+    /// `InvalidParameterValue`, `InvalidPermission.Duplicate`, `RulesPerSecurityGroupLimitExceeded`, `InvalidGroup.NotFound`.
     pub fn authorize(&self, account: &str, id: &str, rules: &[RuleAsk]) -> Result<Vec<(String, Rule)>> {
         self.transact(|work| {
             let mut group = own(work, account, id)?;
@@ -133,6 +133,7 @@ impl Region {
                 if let Peer::Group(other) = &rule.peer {
                     own(work, account, other)?;
                 }
+                firewall::compiled(rule)?;
                 if group.rules.values().any(|have| same(have, rule)) {
                     let why = format!("the specified rule \"{}\" already exists", tell(rule));
                     return Err(Fault::new("InvalidPermission.Duplicate", why));
@@ -189,7 +190,7 @@ impl Region {
     /// Changes rules of a group: what `job` makes of the rule with each id.
     ///
     /// # Errors
-    /// `InvalidSecurityGroupRuleId.NotFound`, `InvalidPermission.NotFound`, `InvalidGroup.NotFound`.
+    /// `InvalidParameterValue`, `InvalidSecurityGroupRuleId.NotFound`, `InvalidPermission.NotFound`, `InvalidGroup.NotFound`.
     pub fn modify_rules(
         &self,
         account: &str,
@@ -198,7 +199,16 @@ impl Region {
     ) -> Result<()> {
         self.transact(|work| {
             let mut group = own(work, account, id)?;
+            let before = group.rules.clone();
             job(&mut group.rules)?;
+            for (id, rule) in &group.rules {
+                if before.get(id).is_none_or(|had| !same(had, rule)) {
+                    firewall::compiled(rule)?;
+                    if let Peer::Group(other) = &rule.peer {
+                        own(work, account, other)?;
+                    }
+                }
+            }
             work.put(&group)
         })
     }

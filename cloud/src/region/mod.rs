@@ -13,10 +13,12 @@
 //! | quota.rs, account.rs | what an account may have at most; what it has set for itself |
 //! | network.rs, groups.rs, tags.rs | what each account begins with, private addresses; security groups; tags |
 //! | addresses.rs | elastic addresses, and public ones that come and go with instances |
+//! | firewall.rs | what the host is told of security groups |
 
 mod account;
 mod addresses;
 mod attachments;
+mod firewall;
 mod groups;
 mod images;
 mod instances;
@@ -90,13 +92,15 @@ pub struct Region {
     /// Held by verbs that are right only if nothing new comes meanwhile, and shared by the others: a check that nobody uses
     /// a thing is no record that could hold still.
     turn: RwLock<()>,
+    /// What the host has been told of security groups.
+    firewall: firewall::Firewall,
 }
 
 impl Region {
     /// A region on its store and its host.
     pub fn new(settings: Settings, store: Arc<dyn Store>, host: Arc<dyn Host>) -> Region {
-        let (hints, neighbours, turn) = Default::default();
-        Region { settings, store, host, hints, neighbours, turn }
+        let (hints, neighbours, turn, firewall) = Default::default();
+        Region { settings, store, host, hints, neighbours, turn, firewall }
     }
 
     /// Tells the regions of each other, once, before any of them is asked for something.
