@@ -34,7 +34,7 @@ mod vmm;
 use std::process::ExitCode;
 
 use cloud::instances::{self, Verb};
-use cloud::{backup, events, reach, top};
+use cloud::{backup, events, firewall, reach, top};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use nix::errno::Errno;
@@ -75,6 +75,9 @@ enum Command {
     Backup(backup::Backup),
     /// Make a state of a backup.
     Restore(backup::Restore),
+    /// Tell what an instance's firewall lets through, and why.
+    #[command(subcommand)]
+    Fw(firewall::Firewall),
     /// Use an instance's console. On a terminal, Ctrl-] detaches.
     Console(reach::Console),
     /// Tag an instance, or anything else by its id.
@@ -113,6 +116,7 @@ fn main() -> ExitCode {
         Command::Top(args) => top::run(&args),
         Command::Backup(args) => backup::backup(&args),
         Command::Restore(args) => backup::restore(&args),
+        Command::Fw(command) => firewall::run(&command),
         Command::Console(args) => reach::console(&args),
         Command::Tag(args) => instances::tag(&args),
         Command::Env(args) => reach::env(&args),

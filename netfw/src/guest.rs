@@ -20,7 +20,7 @@ use nix::sys::socket::{Backlog, SockType, listen};
 
 use crate::dhcp::{Lease, Server};
 use crate::kept::{self, Kept, Record, gateway};
-use crate::name::{GroupId, MacAddr, TapName};
+use crate::name::{GroupId, MacAddr, NameError, TapName};
 use crate::nft::{self, Guest, NftError};
 use crate::ra::{self, GATEWAY6, METADATA6, PREFIX6, Router};
 use crate::tap::{self, Ends, TapError};
@@ -142,6 +142,14 @@ pub enum NetError {
         #[source]
         source: io::Error,
     },
+}
+
+/// The name of the tap of the guest with an address.
+///
+/// # Errors
+/// None that can be: the name is one.
+pub fn tap_of(ip: Ipv4Addr) -> Result<TapName, NameError> {
+    format!("hu{:08x}", u32::from(ip)).parse()
 }
 
 /// What somebody else chose for a guest.
@@ -292,8 +300,7 @@ impl GuestNet {
         dns: Vec<Ipv4Addr>,
     ) -> Result<GuestNet, NetError> {
         let Address { ip, mac, subnet, .. } = *address;
-        let [a, b, c, d] = ip.octets();
-        let tap: TapName = format!("hu{a:02x}{b:02x}{c:02x}{d:02x}").parse().map_err(|_| NetError::Full)?;
+        let tap = tap_of(ip).map_err(|_| NetError::Full)?;
         let ip6 = tap::has_ipv6().then(|| ra::address(PREFIX6, mac));
         let groups = address.groups.clone();
         let guest =
