@@ -34,7 +34,7 @@ mod vmm;
 use std::process::ExitCode;
 
 use cloud::instances::{self, Verb};
-use cloud::{backup, events, reach, top};
+use cloud::{backup, events, firewall, reach, top};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use nix::errno::Errno;
@@ -81,6 +81,9 @@ enum Command {
     /// All files are checked first; then the state is made beside its place and renamed to it. Start hutchd on it when that
     /// is done: instances that ran are stopped, or, with `hutchd --resume`, started.
     Restore(backup::Restore),
+    /// Tell what an instance's firewall lets through, and why.
+    #[command(subcommand)]
+    Fw(firewall::Firewall),
     /// Use an instance's console. On a terminal, Ctrl-] detaches.
     Console(reach::Console),
     /// Tag an instance, or anything else by its id.
@@ -119,6 +122,7 @@ fn main() -> ExitCode {
         Command::Top(args) => top::run(&args),
         Command::Backup(args) => backup::backup(&args),
         Command::Restore(args) => backup::restore(&args),
+        Command::Fw(command) => firewall::run(&command),
         Command::Console(args) => reach::console(&args),
         Command::Tag(args) => instances::tag(&args),
         Command::Env(args) => reach::env(&args),

@@ -45,7 +45,7 @@ fn machine(id: &str, run: u64, volumes: &[&str]) -> Machine {
             mac: "02:00:00:00:00:01".into(),
             ip: [172, 31, 0, 4].into(),
             public: None,
-            open_tcp: vec![(80, 80)],
+            groups: vec!["sg-12345678".into()],
         }],
         metadata: Metadata {
             instance_id: id.into(),

@@ -15,6 +15,7 @@ use hutch_cloud::region::{
     Algorithm, Attribute, DeviceAsk, ImageCopy, NewImage, NewVolume, Settings, SnapshotCopy,
 };
 use hutch_cloud::store::Sqlite;
+use hutch_netfw::groups;
 
 fn one(id: &str) -> Vec<String> {
     vec![id.to_owned()]
@@ -61,20 +62,35 @@ fn a_machine_is_told_what_changes_while_it_runs() {
     let reconciler = world.reconcile();
     let id = &world.run(1)[0];
     let instance = world.wait(id, InstanceState::Running);
+    // The rules of its groups that name addresses, and the members of all of them.
     let told = || {
         assert!(reconciler.quiet(std::time::Duration::from_secs(20)));
-        world.host.told(id).unwrap().interfaces[0].open_tcp.clone()
+        let own = &world.host.told(id).unwrap().interfaces[0].groups;
+        let mut groups = world.host.groups();
+        groups.retain(|group| own.contains(&group.id.to_string()));
+        let rules = groups.iter().flat_map(|group| &group.rules).filter(|rule| !rule.egress);
+        let rules = rules.filter(|rule| matches!(rule.peer, groups::Peer::Net(_)));
+        let members = groups.iter().flat_map(|group| group.members.iter().copied());
+        (rules.map(|rule| rule.protocol).collect::<Vec<_>>(), members.collect::<Vec<_>>())
     };
-    assert_eq!(told(), []);
     let interface = world.region.get::<Interface>(&instance.interfaces[0]).unwrap().unwrap();
     let everyone = Peer::Ipv4("0.0.0.0/0".parse().unwrap());
     let rule =
         Rule { egress: false, protocol: "tcp".into(), from: 80, to: 90, peer: everyone, description: None };
     let group = &interface.groups[0];
     world.region.authorize(ACCOUNT, group, std::slice::from_ref(&rule), &Tags::new()).unwrap();
-    assert_eq!(told(), [(80, 90)]);
+    let ip = std::net::IpAddr::V4(interface.ip);
+    assert_eq!(told(), (vec![groups::Protocol::Tcp(80, 90)], vec![ip]));
     world.region.revoke(ACCOUNT, group, false, &[rule], &[]).unwrap();
-    assert_eq!(told(), []);
+    assert_eq!(told(), (vec![], vec![ip]));
+    // The default group names itself: who comes is one of it, who goes is not.
+    let other = &world.run(1)[0];
+    let other = world.wait(other, InstanceState::Running);
+    let second = world.region.get::<Interface>(&other.interfaces[0]).unwrap().unwrap();
+    assert_eq!(told().1, [ip, std::net::IpAddr::V4(second.ip)]);
+    world.region.terminate_instances(ACCOUNT, &one(&other.id)).unwrap();
+    world.wait(&other.id, InstanceState::Terminated);
+    assert_eq!(told().1, [ip]);
 }
 
 #[test]

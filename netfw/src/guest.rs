@@ -1,13 +1,13 @@
 //! A guest's network as a whole: rules, then the tap, then DHCP; and all of it undone at the end.
 //!
 //! ```text
-//!   GuestNet::up ── firewall (whole, or one more guest) ─► tap ─► address and route, up ─► DHCP, RA
+//!   GuestNet::up ── firewall (kept.rs) ─► tap ─► address and route, up ─► DHCP, RA
 //!   drop         ── DHCP, RA ─► tap ─► the guest's elements; the last one takes the tables along
 //! ```
 //! Its public address, if it has any, comes and goes meanwhile: elastic.rs. Who dies without saying so leaves elements for a tap that is gone, which lead nowhere; the next start and
-//! [`repair`] take them out.
+//! [`crate::repair`] take them out.
 
-mod elastic;
+pub(crate) mod elastic;
 
 use std::fs::{self, File};
 use std::io;
@@ -16,13 +16,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use ipnet::Ipv4Net;
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{Backlog, SockType, listen};
-use serde::{Deserialize, Serialize};
 
 use crate::dhcp::{Lease, Server};
-use crate::name::{MacAddr, TAP_PREFIX, TapName, Uplink};
-use crate::nft::{self, Guest, NftError, Ruleset};
+use crate::kept::{self, Kept, Record, gateway};
+use crate::name::{GroupId, MacAddr, NameError, TapName};
+use crate::nft::{self, Guest, NftError};
 use crate::ra::{self, GATEWAY6, METADATA6, PREFIX6, Router};
 use crate::tap::{self, Ends, TapError};
 
@@ -47,7 +46,6 @@ pub const MTU: u16 = 1500;
 const QUEUES: u32 = 8;
 /// Where networks are recorded.
 const RUN_DIR: &str = "/run/hutch";
-const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
 /// How many queues the tap of a machine with so many virtual CPUs has: one for each, up to 8.
 pub fn queues(vcpus: u32) -> usize {
@@ -97,9 +95,6 @@ pub enum NetError {
         /// The hardware address.
         mac: MacAddr,
     },
-    /// There is nothing to adopt.
-    #[error("no guest with the address {0} is up; start it")]
-    Gone(Ipv4Addr),
     /// The public address is another guest's still.
     #[error("{ip} leads to the guest {by}; disassociate it there first")]
     Led {
@@ -111,6 +106,9 @@ pub enum NetError {
     /// The public address is the host's own.
     #[error("{0} is an address of this host; take it out of addresses.toml")]
     Own(Ipv4Addr),
+    /// There is nothing to adopt.
+    #[error("no guest with the address {0} is up; start it")]
+    Gone(Ipv4Addr),
     /// All addresses are taken.
     #[error("all addresses of {SUBNET} are taken; stop a guest")]
     Full,
@@ -146,47 +144,12 @@ pub enum NetError {
     },
 }
 
-/// A guest, as recorded for those who come after a crash.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Record {
-    tap: String,
-    mac: String,
-    ip: Ipv4Addr,
-    #[serde(default)]
-    ip6: Option<Ipv6Addr>,
-    #[serde(default = "first_subnet")]
-    subnet: Ipv4Net,
-    #[serde(default)]
-    open_tcp: Vec<(u16, u16)>,
-    #[serde(default)]
-    public: Option<Published>,
-    /// Forwarding was off before the first guest came.
-    forwarding_was_off: bool,
-}
-
-impl Record {
-    fn guest(&self) -> Option<Guest> {
-        Some(Guest {
-            tap: self.tap.parse().ok()?,
-            mac: self.mac.parse().ok()?,
-            ip4: self.ip,
-            ip6: self.ip6,
-            gateway: gateway(self.subnet),
-            open_tcp: self.open_tcp.clone(),
-        })
-    }
-    fn alive(&self) -> bool {
-        nix::net::if_::if_nametoindex(self.tap.as_str()).is_ok()
-    }
-}
-
-fn first_subnet() -> Ipv4Net {
-    SUBNET
-}
-
-/// The gateway of a subnet's guests: its first address, as in EC2.
-fn gateway(subnet: Ipv4Net) -> Ipv4Addr {
-    Ipv4Addr::from(u32::from(subnet.network()).saturating_add(1))
+/// The name of the tap of the guest with an address.
+///
+/// # Errors
+/// None that can be: the name is one.
+pub fn tap_of(ip: Ipv4Addr) -> Result<TapName, NameError> {
+    format!("hu{:08x}", u32::from(ip)).parse()
 }
 
 /// What somebody else chose for a guest.
@@ -198,8 +161,8 @@ pub struct Address {
     pub mac: MacAddr,
     /// Its subnet, of [`VPC`]; the first address is the gateway's.
     pub subnet: Ipv4Net,
-    /// Inbound TCP ports that are open to everyone, as ranges.
-    pub open_tcp: Vec<(u16, u16)>,
+    /// Its security groups.
+    pub groups: Vec<GroupId>,
 }
 
 /// A guest's network; dropping it undoes it.
@@ -229,9 +192,8 @@ impl GuestNet {
     /// # Errors
     /// See [`NetError`]; nothing is left behind.
     pub fn up(state: &Path, queues: usize, mtu: u16, dns: Vec<Ipv4Addr>) -> Result<GuestNet, NetError> {
-        let lock = lock(state)?;
-        let records = clean(state)?;
-        let taken: Vec<Ipv4Addr> = records.iter().map(|r| r.ip).collect();
+        let kept = Kept::open(state)?;
+        let taken: Vec<Ipv4Addr> = kept.records.iter().map(|r| r.ip).collect();
         let first = u32::from(SUBNET.network()) + RESERVED;
         // From the end: the daemon, which knows its own guests only, gives addresses from the beginning.
         let free =
@@ -239,8 +201,8 @@ impl GuestNet {
         let ip = free.ok_or(NetError::Full)?;
         let [a, b, c, d] = ip.octets();
         let mac = MacAddr::new([0x02, 0x68, a, b, c, d]).ok_or(NetError::Full)?;
-        let address = Address { ip, mac, subnet: SUBNET, open_tcp: Vec::new() };
-        GuestNet::begin(state, lock, records, &address, queues, mtu, dns)
+        let address = Address { ip, mac, subnet: SUBNET, groups: vec![GroupId::alone()] };
+        GuestNet::begin(state, kept, &address, queues, mtu, dns)
     }
 
     /// As [`GuestNet::up`], with the address and the MAC that somebody else chose for it.
@@ -254,8 +216,7 @@ impl GuestNet {
         mtu: u16,
         dns: Vec<Ipv4Addr>,
     ) -> Result<GuestNet, NetError> {
-        let lock = lock(state)?;
-        let records = clean(state)?;
+        let kept = Kept::open(state)?;
         let Address { ip, mac, subnet, .. } = *address;
         if !subnet.contains(&ip) {
             let what = "the guest's address".into();
@@ -263,27 +224,27 @@ impl GuestNet {
         }
         let own = mac.to_string();
         // The tap is named by the address: what follows would overwrite the other's record.
-        if records.iter().any(|record| record.ip == ip || record.mac == own) {
+        if kept.records.iter().any(|record| record.ip == ip || record.mac == own) {
             return Err(NetError::Taken { ip, mac });
         }
-        GuestNet::begin(state, lock, records, address, queues, mtu, dns)
+        GuestNet::begin(state, kept, address, queues, mtu, dns)
     }
 
-    /// Serves a guest that an earlier process brought up and left, or was killed: its rules are put in anew, its tap,
-    /// which its machine holds, stays as it is.
+    /// Serves a guest that an earlier process brought up and left, or was killed: its rules are looked at, its tap, which
+    /// its machine holds, stays as it is.
     ///
     /// # Errors
     /// [`NetError::Gone`], and those of the services, which leave the guest as it was.
     pub fn adopt(state: &Path, ip: Ipv4Addr, mtu: u16, dns: Vec<Ipv4Addr>) -> Result<GuestNet, NetError> {
-        let _lock = lock(state)?;
-        let records = clean(state)?;
-        let record = records.iter().find(|record| record.ip == ip).ok_or(NetError::Gone(ip))?;
+        let mut kept = Kept::open(state)?;
+        let record = kept.records.iter().find(|record| record.ip == ip).ok_or(NetError::Gone(ip))?;
         let guest = record.guest().ok_or(NetError::Gone(ip))?;
         let mut net = GuestNet::unserved(state, guest, record.subnet);
+        let public = record.public.clone();
         // Until all of it is served, an error must not take the network from a machine that runs.
         net.undone = false;
-        put_rules(&records, default_uplink())?;
-        net.take_up(record)?;
+        net.take_up(&mut kept, public);
+        kept.put()?;
         net.serve(mtu, dns)?;
         net.undone = true;
         Ok(net)
@@ -294,21 +255,20 @@ impl GuestNet {
         self.undone = false;
     }
 
-    /// Opens these inbound TCP ports to everyone, and no others. What is established stays.
+    /// Has it be in these security groups, and no others. What they say is told by [`crate::set_groups`].
     ///
     /// # Errors
     /// [`NetError::State`] or [`NetError::Firewall`]; the rules are then as they were, or are mended by the next call.
-    pub fn open_tcp(&mut self, ports: &[(u16, u16)]) -> Result<(), NetError> {
-        if self.guest.open_tcp == ports {
+    pub fn set_groups(&mut self, groups: &[GroupId]) -> Result<(), NetError> {
+        if self.guest.groups == groups {
             return Ok(());
         }
-        let _lock = lock(&self.state)?;
-        let mut records = clean(&self.state)?;
-        let own = records.iter_mut().find(|record| record.ip == self.ip).ok_or(NetError::Gone(self.ip))?;
-        own.open_tcp = ports.to_vec();
-        write_record(&self.state, own)?;
-        put_rules(&records, default_uplink())?;
-        self.guest.open_tcp = ports.to_vec();
+        let mut kept = Kept::open(&self.state)?;
+        let own =
+            kept.records.iter_mut().find(|record| record.ip == self.ip).ok_or(NetError::Gone(self.ip))?;
+        own.groups = groups.to_vec();
+        kept.put()?;
+        self.guest.groups = groups.to_vec();
         Ok(())
     }
 
@@ -333,74 +293,62 @@ impl GuestNet {
     /// Records the guest and brings it up.
     fn begin(
         state: &Path,
-        lock: Flock<File>,
-        mut records: Vec<Record>,
+        mut kept: Kept,
         address: &Address,
         queues: usize,
         mtu: u16,
         dns: Vec<Ipv4Addr>,
     ) -> Result<GuestNet, NetError> {
         let Address { ip, mac, subnet, .. } = *address;
-        let [a, b, c, d] = ip.octets();
-        let tap: TapName = format!("hu{a:02x}{b:02x}{c:02x}{d:02x}").parse().map_err(|_| NetError::Full)?;
+        let tap = tap_of(ip).map_err(|_| NetError::Full)?;
         let ip6 = tap::has_ipv6().then(|| ra::address(PREFIX6, mac));
-        let open_tcp = address.open_tcp.clone();
-        let guest = Guest {
-            tap: tap.clone(),
-            mac,
-            ip4: ip,
-            ip6,
-            gateway: gateway(subnet),
-            open_tcp: open_tcp.clone(),
-        };
+        let groups = address.groups.clone();
+        let guest =
+            Guest { tap: tap.clone(), mac, ip4: ip, ip6, gateway: gateway(subnet), groups: groups.clone() };
 
-        let uplink = default_uplink();
-        let text = |path: &Path| fs::read_to_string(path).unwrap_or_default();
-        let was_off =
-            records.first().map_or(text(Path::new(FORWARDING)).trim() == "0", |r| r.forwarding_was_off);
+        let was_off = kept.records.first().map_or_else(kept::forwarding_is_off, |r| r.forwarding_was_off);
+        let forwards = kept.uplink.is_some() && was_off;
         let record = Record {
             tap: tap.to_string(),
             mac: mac.to_string(),
             ip,
             ip6,
             subnet,
-            open_tcp,
+            groups,
             public: None,
-            forwarding_was_off: was_off && uplink.is_some(),
+            forwarding_was_off: forwards,
         };
         // Recorded first, so that whatever happens next can be undone by someone else.
-        write_record(state, &record)?;
+        kept.write_record(&record)?;
         let mut net = GuestNet::unserved(state, guest, subnet);
-        records.push(record);
-        let done = net.bring_up(&records, uplink, was_off, queues, mtu, dns);
+        kept.records.push(record);
+        let done = net.bring_up(&mut kept, forwards, queues, mtu, dns);
         // What was begun is undone by the drop, which takes the lock too.
-        drop(lock);
+        drop(kept);
         done.map(|()| net)
     }
 
     /// Rules, then the tap, then what is served on it.
     fn bring_up(
         &mut self,
-        records: &[Record],
-        uplink: Option<Uplink>,
-        forwarding_is_off: bool,
+        kept: &mut Kept,
+        forwards: bool,
         queues: usize,
         mtu: u16,
         dns: Vec<Ipv4Addr>,
     ) -> Result<(), NetError> {
         let tap = self.guest.tap.clone();
-        put_rules(records, uplink.clone())?;
+        kept.put()?;
         self.taps = tap::create(&tap, queues)?;
         let mut ends = vec![Ends { host: self.guest.gateway.into(), guest: Some(self.ip.into()) }];
         if let Some(ip6) = self.ip6 {
             ends.push(Ends { host: ra::ROUTER.into(), guest: None });
-            ends.push(Ends { host: GATEWAY6.into(), guest: Some(ip6.into()) });
             ends.push(Ends { host: METADATA6.into(), guest: None });
+            ends.push(Ends { host: GATEWAY6.into(), guest: Some(ip6.into()) });
         }
         tap::configure(&tap, mtu, &ends)?;
-        if uplink.is_some() && forwarding_is_off {
-            let path = PathBuf::from(FORWARDING);
-            fs::write(&path, "1").map_err(|source| NetError::State { path, source })?;
+        if forwards {
+            kept::forward()?;
         }
         self.serve(mtu, dns)
     }
@@ -434,20 +382,6 @@ impl GuestNet {
     }
 }
 
-/// Puts the whole firewall of these guests into the kernel.
-fn put_rules(records: &[Record], uplink: Option<Uplink>) -> Result<(), NetError> {
-    let public = nft::nat::render(&elastic::pairs(records), uplink.as_ref());
-    let mut rules = Ruleset::new(VPC, uplink);
-    for guest in records.iter().filter_map(Record::guest) {
-        rules.add(guest)?;
-    }
-    Ok(nft::apply(&(rules.render() + &public))?)
-}
-
-fn default_uplink() -> Option<Uplink> {
-    tap::default_link().and_then(|name| name.parse().ok())
-}
-
 /// The socket to which the firewall leads the guest's requests for metadata.
 fn metadata_listener(tap: &TapName) -> io::Result<TcpListener> {
     let fd = tap::bound(tap, SockType::Stream, nft::METADATA_PORT)?;
@@ -465,102 +399,12 @@ impl Drop for GuestNet {
             return;
         }
         // What cannot be undone now is undone by the next start.
-        let Ok(_lock) = lock(&self.state) else { return };
-        if let Ok(records) = records(&self.state) {
-            records.iter().filter(|record| record.ip == self.ip).for_each(elastic::withdraw);
-        }
-        let _ = fs::remove_file(record_path(&self.state, &self.guest.tap.to_string()));
-        let _ = nft::apply(&nft::render_remove(&self.guest));
-        let _ = finish(&self.state, true);
-    }
-}
-
-/// Takes out what machines left that died without a word. Returns how many there were.
-///
-/// # Errors
-/// See [`NetError`].
-pub fn repair(state: &Path) -> Result<usize, NetError> {
-    let _lock = lock(state)?;
-    let before = records(state)?.len();
-    let alive = clean(state)?;
-    // An uplink that went down has forgotten what it announces.
-    alive.iter().try_for_each(elastic::republish)?;
-    finish(state, before != alive.len() || nft::is_present())?;
-    Ok(before - alive.len())
-}
-
-/// Removes records and elements of taps that are gone; returns the others.
-fn clean(state: &Path) -> Result<Vec<Record>, NetError> {
-    let (alive, dead): (Vec<_>, Vec<_>) = records(state)?.into_iter().partition(Record::alive);
-    for record in dead {
-        elastic::withdraw(&record);
-        if let Some(guest) = record.guest() {
-            // Without tables there are no elements either.
-            let _ = nft::apply(&nft::render_remove(&guest));
-        }
-        let path = record_path(state, &record.tap);
-        fs::remove_file(&path).map_err(|source| NetError::State { path, source })?;
-    }
-    Ok(alive)
-}
-
-/// Without guests there are no tables, and forwarding is as it was. While any tap of ours is there, its machine alive
-/// though its record be lost, the tables stay: they are what drops by the prefix.
-fn finish(state: &Path, changed: bool) -> Result<(), NetError> {
-    if changed && records(state)?.is_empty() && !any_tap() {
-        nft::apply(&[nft::render_teardown(), nft::nat::render_teardown()].concat())?;
-        let was_off = state.join("forwarding-was-off");
-        if was_off.exists() {
-            let _ = fs::write(FORWARDING, "0");
-            let _ = fs::remove_file(was_off);
+        let Ok(mut kept) = Kept::open(&self.state) else { return };
+        kept.forget(&self.guest.tap.to_string());
+        if let Err(error) = kept.settle() {
+            tracing::warn!(tap = %self.guest.tap, %error, "its rules are left");
         }
     }
-    Ok(())
-}
-
-/// Whether a link of this namespace is named like our taps.
-fn any_tap() -> bool {
-    let Ok(links) = nix::net::if_::if_nameindex() else { return true };
-    links.iter().any(|link| link.name().to_bytes().starts_with(TAP_PREFIX.as_bytes()))
-}
-
-fn lock(state: &Path) -> Result<Flock<File>, NetError> {
-    let path = state.join("net.lock");
-    let error = |source| NetError::State { path: path.clone(), source };
-    fs::create_dir_all(state).map_err(error)?;
-    let file = File::options().create(true).append(true).open(&path).map_err(error)?;
-    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| error(e.into()))
-}
-
-fn record_path(state: &Path, tap: &str) -> PathBuf {
-    state.join(format!("{tap}.json"))
-}
-
-fn write_record(state: &Path, record: &Record) -> Result<(), NetError> {
-    let path = record_path(state, &record.tap);
-    let error = |source| NetError::State { path: path.clone(), source };
-    if record.forwarding_was_off {
-        fs::write(state.join("forwarding-was-off"), "").map_err(error)?;
-    }
-    let bytes = serde_json::to_vec(record).map_err(|e| error(e.into()))?;
-    // Whole or not at all: a record cut short would hide a living guest.
-    let half = path.with_extension("new");
-    fs::write(&half, bytes).and_then(|()| fs::rename(&half, &path)).map_err(error)
-}
-
-/// The records, in order of their taps; what is no record is passed over.
-fn records(state: &Path) -> Result<Vec<Record>, NetError> {
-    let error = |source| NetError::State { path: state.to_owned(), source };
-    let mut records = Vec::new();
-    for entry in fs::read_dir(state).map_err(error)? {
-        let path = entry.map_err(error)?.path();
-        if path.extension().is_some_and(|e| e == "json") {
-            let record = fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok());
-            records.extend(record);
-        }
-    }
-    records.sort_by(|a, b| a.tap.cmp(&b.tap));
-    Ok(records)
 }
 
 #[cfg(test)]

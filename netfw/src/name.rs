@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// Every tap of ours begins with this, and the firewall drops by this prefix whatever it does not know.
 pub const TAP_PREFIX: &str = "hu";
 
@@ -20,6 +22,9 @@ pub enum NameError {
         "uplink {0:?} is not a link name (1 to 15 of letters, digits, '.', '_', '-'; not one of our taps)"
     )]
     Uplink(String),
+    /// Not the id of a security group.
+    #[error("{0:?} is not a security group's id: 1 to 32 lower-case letters, digits and '-', a letter first")]
+    Group(String),
     /// Not a unicast hardware address.
     #[error("{0:?} is not a unicast MAC address such as 02:00:5e:10:00:01")]
     Mac(String),
@@ -42,6 +47,48 @@ impl FromStr for TapName {
 }
 
 impl fmt::Display for TapName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The id of a security group: 1 to 32 lower-case letters, digits and dashes, a letter first.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct GroupId(String);
+
+impl GroupId {
+    /// The id of the group of guests without a daemon.
+    pub fn alone() -> GroupId {
+        GroupId("alone".into())
+    }
+}
+
+impl FromStr for GroupId {
+    type Err = NameError;
+    fn from_str(s: &str) -> Result<Self, NameError> {
+        let plain = s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        match plain && s.starts_with(|c: char| c.is_ascii_lowercase()) && s.len() <= 32 {
+            true => Ok(Self(s.into())),
+            false => Err(NameError::Group(s.into())),
+        }
+    }
+}
+
+impl TryFrom<String> for GroupId {
+    type Error = NameError;
+    fn try_from(s: String) -> Result<Self, NameError> {
+        s.parse()
+    }
+}
+
+impl From<GroupId> for String {
+    fn from(id: GroupId) -> String {
+        id.0
+    }
+}
+
+impl fmt::Display for GroupId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -123,6 +170,9 @@ mod tests {
         for bad in ["", "..", "hu12", "a\"b", "a*", "a b", "a;b", "sixteen-letters-"] {
             assert!(bad.parse::<Uplink>().is_err(), "{bad:?}");
         }
+        for bad in ["", "sg 1", "sg-1;", "sg-1\" drop", "SG-1", "1sg", "-sg", "sg_1", &"a".repeat(33)] {
+            assert!(bad.parse::<GroupId>().is_err(), "{bad:?}");
+        }
         for bad in [
             "",
             "02:00",
@@ -140,6 +190,7 @@ mod tests {
         for tap in ["hu0", "hu0123abcd", "hu0123456789abc"] {
             assert_eq!(tap.parse::<TapName>().unwrap().to_string(), tap);
         }
+        assert_eq!("sg-0123456789abcdef0".parse::<GroupId>().unwrap().to_string(), "sg-0123456789abcdef0");
         assert_eq!("enp0s3.7".parse::<Uplink>().unwrap().to_string(), "enp0s3.7");
         assert_eq!("02:0A:00:00:00:01".parse::<MacAddr>().unwrap().to_string(), "02:0a:00:00:00:01");
     }

@@ -1,14 +1,20 @@
 //! The firewall: from a checked [`Ruleset`] to text for `nft -f -`.
 //!
 //! Two tables, both named `hutch`: `inet` for IPv4, IPv6 and translation, `arp` for who may say which address is his
-//! (an `inet` table never sees ARP). Nothing here names a guest in a rule: rules are constant, guests are elements of sets.
+//! (an `inet` table never sees ARP). The rules here are constant; guests are elements of sets and maps ([`content`]), and
+//! what security groups let through is a chain a group and way ([`crate::groups`]).
 //!
+//! ```text
+//!   from a tap ─► unspoofed ─► conntrack ─► leaving: a reply, a kept connection, or the chains of its groups, out ─► through
+//!   to a tap   ─► through, or the host's own ─► arriving: a reply, a kept connection, or the chains of its groups, in
+//! ```
 //! - **Fail-closed.** Whatever comes from or goes to a link named `hu*` ends in a drop, known or not; so the tables are
 //!   complete before the first tap is, and a tap without its elements is mute. Traffic that is not ours is untouched.
 //! - **Anti-spoofing first.** It runs at priority raw, before conntrack, so no `established` can come before it.
-//! - **A replace never opens.** Chains are refilled, not deleted, in one transaction; each accept matches a constant.
-
-pub mod nat;
+//! - **A replace never opens.** Chains are refilled, not deleted, in one transaction; each accept matches a constant, and a
+//!   lookup that finds nothing leads to a drop.
+//! - **Connections as EC2 tracks them.** What a rule let through is marked, and stays when the rule goes; but not what EC2
+//!   leaves untracked: TCP and UDP of a rule for everyone, where all may go the other way. That is looked at again and again.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -17,8 +23,16 @@ use std::process::{Command, Stdio};
 
 use ipnet::Ipv4Net;
 
-use crate::name::{MacAddr, TapName, Uplink};
+use crate::groups::Group;
+use crate::name::{GroupId, MacAddr, TapName, Uplink};
 use crate::ra::{GATEWAY6, METADATA6, ROUTER};
+
+mod content;
+mod listing;
+pub mod nat;
+
+use content::Content;
+pub use listing::{Listing, Refused, generation, listing, refused};
 
 /// The name of our tables.
 pub const TABLE: &str = "hutch";
@@ -27,6 +41,13 @@ pub const TABLE: &str = "hutch";
 /// address than 169.254.169.254 and fd00:ec2::254, port 80; the host's own way to the former, where it has one, stays as it
 /// was. To IPv6 whatever the host sends to itself comes from the link that has the address, so that is told apart by the firewall.
 pub const METADATA_PORT: u16 = 16925;
+
+/// Connections that one guest may have begun at a time: the host's table is everybody's.
+pub const FLOWS: u32 = 16_384;
+
+/// The bits of a connection's mark that say: what sent it, or what it is sent to, goes on without its rule.
+const KEPT_OUT: u32 = 0x1000_0000;
+const KEPT_IN: u32 = 0x2000_0000;
 
 /// One guest as the firewall knows it. It may speak from this tap, with this MAC, from these addresses; nothing else.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,8 +62,8 @@ pub struct Guest {
     pub ip6: Option<Ipv6Addr>,
     /// The host's address on its tap.
     pub gateway: Ipv4Addr,
-    /// Inbound TCP ports that are open to everyone by IPv4, as ranges: to the world, to the other guests and to the host.
-    pub open_tcp: Vec<(u16, u16)>,
+    /// Its security groups: it sends and is sent what one of them lets through. Of none that is not known.
+    pub groups: Vec<GroupId>,
 }
 
 /// All that the firewall of one network namespace says.
@@ -51,6 +72,8 @@ pub struct Ruleset {
     range: Ipv4Net,
     uplink: Option<Uplink>,
     guests: Vec<Guest>,
+    groups: Vec<Group>,
+    public: Vec<nat::Pair>,
 }
 
 /// Why a ruleset cannot be, or could not be put into the kernel.
@@ -92,7 +115,20 @@ impl Ruleset {
     ///
     /// `range` is where all guests' addresses are from. Without `uplink` nothing is forwarded out or translated.
     pub fn new(range: Ipv4Net, uplink: Option<Uplink>) -> Self {
-        Self { range: range.trunc(), uplink, guests: Vec::new() }
+        let (guests, groups, public) = Default::default();
+        Self { range: range.trunc(), uplink, guests, groups, public }
+    }
+
+    /// What security groups say; a group that is not named lets nothing through.
+    #[must_use]
+    pub fn with_groups(self, groups: Vec<Group>) -> Self {
+        Self { groups, ..self }
+    }
+
+    /// Where public addresses lead.
+    #[must_use]
+    pub fn with_public(self, public: Vec<nat::Pair>) -> Self {
+        Self { public, ..self }
     }
 
     /// Adds a guest.
@@ -132,60 +168,132 @@ impl Ruleset {
         Err(NftError::OutOfRange { what: what.into(), ip, range: self.range })
     }
 
-    /// The text that makes the kernel's tables exactly this, in one transaction, whatever was in them before.
-    pub fn render(&self) -> String {
-        let range = self.range;
+    /// The text that makes the kernel's tables exactly this, in one transaction, whatever was in them before. The same
+    /// guests and groups make the same text. `present` are chains and sets that are there; what is left of them goes.
+    pub fn render(&self, present: &Listing) -> String {
+        let content = Content::of(self);
         let mut text = declarations();
-        let (mut out, mut back, mut come, mut nat) = Default::default();
+        text.push_str(&content.forget_others(present));
+        text.push_str(&self.constants());
+        text.push_str(&content.change(&Content::empty()));
+        text.push_str(&nat::render(&self.public, self.uplink.as_ref()));
+        text
+    }
+
+    /// The text that makes the kernel's tables this where they are `before`, in one transaction that touches nothing
+    /// else; empty where they are the same. `None`: nothing less than [`render`](Ruleset::render) does it.
+    pub fn change(&self, before: &Ruleset) -> Option<String> {
+        let same = (before.range, &before.uplink) == (self.range, &self.uplink);
+        let public = || nat::change(&before.public, &self.public);
+        same.then(|| Content::of(self).change(&Content::of(before)) + &public())
+    }
+
+    /// Whether this is what is there, as far as counting goes: each chain, its rules, each set, its elements.
+    pub fn is_there(&self, present: &Listing) -> bool {
+        let mut wanted = listing::counting(&self.constants());
+        Content::of(self).count(&mut wanted);
+        nat::count(&self.public, self.uplink.as_ref(), &mut wanted);
+        wanted == present.counts
+    }
+
+    /// What tells the rules that never change from those of another version of this program.
+    pub fn version(&self) -> u64 {
+        fnv(&[declarations(), self.constants(), nat::render(&[], self.uplink.as_ref())].concat())
+    }
+
+    fn constants(&self) -> String {
+        let range = self.range;
+        let (mut out, mut come, mut nat) = Default::default();
         if let Some(up) = &self.uplink {
             out = format!("iifname \"hu*\" oifname \"{up}\" ip saddr {range} ip daddr != {range} accept");
-            back = format!(
-                "iifname \"{up}\" oifname . ip daddr @to4 ip daddr {range} ct state established,related accept"
-            );
-            come = format!("iifname \"{up}\" oifname . ip daddr . tcp dport @open4 accept");
+            come = format!("iifname \"{up}\" goto arriving");
             nat = format!("oifname \"{up}\" ip saddr {range} ip daddr != {range} masquerade");
         }
-        // Writing to a String cannot fail.
-        let _ = write!(
-            text,
+        format!(
             r#"table inet hutch {{
 	chain unspoofed {{
 		iifname . ether saddr . ip saddr @from4 accept
 		iifname . ether saddr . ip6 saddr @from6 accept
 		iifname . ether saddr @macs ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
 		iifname . ether saddr @macs ip6 saddr {{ ::, fe80::/10 }} ip6 hoplimit 255 icmpv6 type {{ nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert }} accept
-		counter name spoofed drop
+		meta pkttype {{ broadcast, multicast }} counter name spoofed drop
+		counter name spoofed goto refused_out
 	}}
 	chain guest_to_host {{
 		iifname "hu*" udp sport 68 udp dport 67 accept
+		iifname "hu*" ct state new add @flows {{ iifname ct count over {FLOWS} }} counter name too_many goto refused_out
 		iifname "hu*" ct status dnat ct original ip daddr 169.254.169.254 tcp dport {METADATA_PORT} accept
 		iifname "hu*" ct status dnat ct original ip6 daddr {METADATA6} tcp dport {METADATA_PORT} accept
-		iifname "hu*" ip daddr 169.254.169.254 counter name guest_to_host drop
+		iifname "hu*" ip daddr 169.254.169.254 counter name guest_to_host goto refused_out
 		iifname "hu*" ct state established,related accept
 		iifname . ip daddr @gateways icmp type echo-request accept
 		iifname "hu*" ip6 daddr {GATEWAY6} icmpv6 type echo-request accept
 		iifname "hu*" ip6 hoplimit 255 icmpv6 type {{ nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert }} accept
-		counter name guest_to_host drop
+		meta pkttype {{ broadcast, multicast }} counter name guest_to_host drop
+		counter name guest_to_host goto refused_out
 	}}
 	chain host_to_guest {{
 		oifname "hu*" udp sport 67 udp dport 68 accept
 		oifname "hu*" ip6 hoplimit 255 icmpv6 type {{ nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert }} accept
 		oifname . ip daddr @to4 tcp dport 22 accept
 		oifname . ip6 daddr @to6 tcp dport 22 accept
-		oifname . ip daddr . tcp dport @open4 accept
-		oifname "hu*" ct state established,related accept
-		counter name host_to_guest drop
+		goto arriving
+	}}
+	chain leaving {{
+		iifname "hu*" ct state new add @flows {{ iifname ct count over {FLOWS} }} counter name too_many goto refused_out
+		iifname "hu*" ip daddr 169.254.0.0/16 counter name guest_to_world goto refused_out
+		iifname "hu*" ct direction reply ct state established,related accept
+		iifname "hu*" ct state related accept
+		iifname "hu*" ct state established ct mark and {KEPT_OUT:#x} != 0 accept
+		iifname vmap @groups_out
+		counter name leaving goto refused_out
 	}}
 	chain through {{
-		iifname "hu*" oifname . ip daddr . tcp dport @open4 accept
-		iifname "hu*" oifname "hu*" ct state established,related accept
-		iifname "hu*" oifname "hu*" counter name guest_to_guest drop
-		iifname "hu*" ip daddr 169.254.0.0/16 counter name guest_to_world drop
+		oifname "hu*" goto to_guest
+		ct state invalid counter name invalid goto refused_out
 		{out}
-		{back}
+		counter name guest_to_world goto refused_out
+	}}
+	chain to_guest {{
+		iifname "hu*" goto arriving
 		{come}
-		iifname "hu*" counter name guest_to_world drop
-		counter name world_to_guest drop
+		counter name world_to_guest goto refused_in
+	}}
+	chain arriving {{
+		oifname . ip daddr @to4 goto admitted
+		oifname . ip6 daddr @to6 goto admitted
+		counter name arriving drop
+	}}
+	chain admitted {{
+		oifname "hu*" ct direction reply ct state established,related accept
+		oifname "hu*" ct state related accept
+		oifname "hu*" ct state established ct mark and {KEPT_IN:#x} != 0 accept
+		oifname vmap @groups_in
+		counter name arriving goto refused_in
+	}}
+	chain pass_in {{
+		oifname . meta nfproto . meta l4proto @untracked_in accept
+		goto keep_in
+	}}
+	chain keep_in {{
+		ct mark set ct mark or {KEPT_IN:#x}
+		oifname "hu*" accept
+	}}
+	chain pass_out {{
+		iifname . meta nfproto . meta l4proto @untracked_out accept
+		goto keep_out
+	}}
+	chain keep_out {{
+		ct mark set ct mark or {KEPT_OUT:#x}
+		iifname "hu*" accept
+	}}
+	chain refused_in {{
+		oifname @refused_in drop
+		drop
+	}}
+	chain refused_out {{
+		iifname @refused_out drop
+		drop
 	}}
 	chain prerouting {{
 		iifname "hu*" jump unspoofed
@@ -200,6 +308,9 @@ impl Ruleset {
 	}}
 	chain output {{
 		oifname "hu*" jump host_to_guest
+	}}
+	chain forward_out {{
+		iifname "hu*" jump leaving
 	}}
 	chain forward {{
 		iifname "hu*" jump through
@@ -219,11 +330,7 @@ table arp hutch {{
 	}}
 }}
 "#
-        );
-        for guest in &self.guests {
-            text.push_str(&elements("add", guest));
-        }
-        text
+        )
     }
 }
 
@@ -235,25 +342,21 @@ fn declarations() -> String {
         ("metadata", "nat hook prerouting priority -100"),
         ("input", "filter hook input priority 0"),
         ("output", "filter hook output priority 0"),
+        // What a guest sends another has to be let out, and then in: an accept ends the first chain only.
+        ("forward_out", "filter hook forward priority -5"),
         ("forward", "filter hook forward priority 0"),
         ("postrouting", "nat hook postrouting priority 100"),
     ] {
+        // Writing to a String cannot fail.
         let _ = writeln!(text, "add chain inet hutch {chain} {{ type {hook}; policy accept; }}");
     }
     text.push_str("add chain arp hutch input { type filter hook input priority 0; policy accept; }\n");
-    for (family, set, kind) in [
-        ("inet", "macs", "ifname . ether_addr"),
-        ("inet", "from4", "ifname . ether_addr . ipv4_addr"),
-        ("inet", "from6", "ifname . ether_addr . ipv6_addr"),
-        ("inet", "to4", "ifname . ipv4_addr"),
-        ("inet", "to6", "ifname . ipv6_addr"),
-        ("inet", "gateways", "ifname . ipv4_addr"),
-        ("inet", "open4", "ifname . ipv4_addr . inet_service; flags interval"),
-        ("arp", "senders", "ifname . ether_addr . ether_addr . ipv4_addr"),
-    ] {
+    for (family, kind, set, of) in SETS {
         let _ =
-            writeln!(text, "add set {family} hutch {set} {{ type {kind}; }}\nflush set {family} hutch {set}");
+            writeln!(text, "add {kind} {family} hutch {set} {{ {of}; }}\nflush {kind} {family} hutch {set}");
     }
+    // The kernel's own: it forgets what has ended.
+    text.push_str("add set inet hutch flows { type ifname; size 65535; flags dynamic; }\n");
     for counter in COUNTERS {
         let _ = writeln!(text, "add counter inet hutch {counter}");
     }
@@ -261,61 +364,48 @@ fn declarations() -> String {
     text
 }
 
-/// What is counted where it is dropped, in the `inet` table; ARP has a `spoofed` of its own.
-pub const COUNTERS: [&str; 6] =
-    ["spoofed", "guest_to_host", "host_to_guest", "guest_to_guest", "guest_to_world", "world_to_guest"];
+/// What is always there, filled by [`content`].
+const SETS: [(&str, &str, &str, &str); 13] = [
+    ("inet", "set", "macs", "type ifname . ether_addr"),
+    ("inet", "set", "from4", "type ifname . ether_addr . ipv4_addr"),
+    ("inet", "set", "from6", "type ifname . ether_addr . ipv6_addr"),
+    ("inet", "set", "to4", "type ifname . ipv4_addr"),
+    ("inet", "set", "to6", "type ifname . ipv6_addr"),
+    ("inet", "set", "gateways", "type ifname . ipv4_addr"),
+    ("inet", "map", "groups_in", "type ifname : verdict"),
+    ("inet", "map", "groups_out", "type ifname : verdict"),
+    ("inet", "set", "untracked_in", "type ifname . nf_proto . inet_proto"),
+    ("inet", "set", "untracked_out", "type ifname . nf_proto . inet_proto"),
+    ("inet", "set", "refused_in", "type ifname; counter"),
+    ("inet", "set", "refused_out", "type ifname; counter"),
+    ("arp", "set", "senders", "type ifname . ether_addr . ether_addr . ipv4_addr"),
+];
 
-/// The text that lets one more guest speak; the rest of the tables is untouched. They must be there already.
-pub fn render_add(guest: &Guest) -> String {
-    elements("add", guest)
+/// What is counted where it is dropped, in the `inet` table; ARP has a `spoofed` of its own. What each tap was refused is
+/// counted by the elements of `refused_in` and `refused_out`.
+pub const COUNTERS: [&str; 8] = [
+    "spoofed",
+    "guest_to_host",
+    "guest_to_world",
+    "world_to_guest",
+    "leaving",
+    "arriving",
+    "invalid",
+    "too_many",
+];
+
+/// A number that tells one text from another, the same wherever it is computed (FNV-1a).
+fn fnv(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
 }
 
-/// The text that makes a guest mute again, whether or not it is known: adding first makes the deletion always valid
-/// (`destroy element` needs a newer kernel), and both are one transaction, so nothing passes between.
-pub fn render_remove(guest: &Guest) -> String {
-    elements("add", guest) + &elements("delete", guest)
-}
-
-fn elements(verb: &str, guest: &Guest) -> String {
-    let Guest { tap, mac, ip4, ip6, gateway, open_tcp } = guest;
-    let mut text = format!(
-        "{verb} element inet hutch macs {{ \"{tap}\" . {mac} }}\n\
-         {verb} element inet hutch from4 {{ \"{tap}\" . {mac} . {ip4} }}\n\
-         {verb} element inet hutch to4 {{ \"{tap}\" . {ip4} }}\n\
-         {verb} element inet hutch gateways {{ \"{tap}\" . {gateway} }}\n\
-         {verb} element arp hutch senders {{ \"{tap}\" . {mac} . {mac} . {ip4} }}\n\
-         {verb} element arp hutch senders {{ \"{tap}\" . {mac} . {mac} . 0.0.0.0 }}\n"
-    );
-    if let Some(ip6) = ip6 {
-        let _ = write!(
-            text,
-            "{verb} element inet hutch from6 {{ \"{tap}\" . {mac} . {ip6} }}\n\
-             {verb} element inet hutch to6 {{ \"{tap}\" . {ip6} }}\n"
-        );
-    }
-    for (first, last) in apart(open_tcp) {
-        let _ = writeln!(text, "{verb} element inet hutch open4 {{ \"{tap}\" . {ip4} . {first}-{last} }}");
-    }
-    text
-}
-
-/// The same ports as ranges that neither overlap nor touch: the kernel takes no others into one set. Empty ranges are left out.
-fn apart(ranges: &[(u16, u16)]) -> Vec<(u16, u16)> {
-    let mut ranges: Vec<_> = ranges.iter().copied().filter(|(first, last)| first <= last).collect();
-    ranges.sort_unstable();
-    let mut apart: Vec<(u16, u16)> = Vec::new();
-    for (first, last) in ranges {
-        match apart.last_mut() {
-            Some(before) if u32::from(first) <= u32::from(before.1) + 1 => before.1 = before.1.max(last),
-            _ => apart.push((first, last)),
-        }
-    }
-    apart
-}
-
-/// The text that takes both tables away, present or not. Only when no tap of ours is left.
-pub fn render_teardown() -> &'static str {
-    "add table inet hutch\ndelete table inet hutch\nadd table arp hutch\ndelete table arp hutch\n"
+/// The text that takes all tables away, present or not. Only when no tap of ours is left.
+pub fn render_teardown() -> String {
+    let tables =
+        "add table inet hutch\ndelete table inet hutch\nadd table arp hutch\ndelete table arp hutch\n";
+    tables.to_owned() + nat::render_teardown()
 }
 
 /// Puts text into the kernel, in the network namespace of the calling thread: all of it, or nothing.
@@ -323,23 +413,29 @@ pub fn render_teardown() -> &'static str {
 /// # Errors
 /// [`NftError::Run`] without the program, [`NftError::Refused`] with nft's words.
 pub fn apply(text: &str) -> Result<(), NftError> {
-    run(Command::new("nft").args(["-f", "-"]), text)
+    run(Command::new("nft").args(["-f", "-"]), text).map(drop)
 }
 
-/// Whether there are tables of ours in this network namespace.
-pub fn is_present() -> bool {
-    run(Command::new("nft").args(["list", "table", "inet", TABLE]), "").is_ok()
-}
-
-fn run(command: &mut Command, text: &str) -> Result<(), NftError> {
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+fn run(command: &mut Command, text: &str) -> Result<Vec<u8>, NftError> {
+    // Its words are looked at.
+    let mut child = command
+        .env("LC_ALL", "C")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
     let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(text.as_bytes()));
     let output = child.wait_with_output()?;
     if !output.status.success() {
         return Err(NftError::Refused(String::from_utf8_lossy(&output.stderr).trim().into()));
     }
-    Ok(written?)
+    written?;
+    Ok(output.stdout)
 }
 
 #[cfg(test)]
+mod packets;
+#[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod wire;

@@ -55,10 +55,14 @@ pub enum TapError {
 /// # Errors
 /// See [`TapError`]; nothing is left.
 pub fn create(name: &TapName, queues: usize) -> Result<Vec<File>, TapError> {
-    let text = name.to_string();
+    create_called(&name.to_string(), name, queues)
+}
+
+/// Likewise, of any name; errors tell `name`.
+pub(crate) fn create_called(text: &str, name: &TapName, queues: usize) -> Result<Vec<File>, TapError> {
     // Without the flag for many queues, a second opening of the same name is refused, which is what tells that it is taken.
     let many = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
-    if nix::net::if_::if_nametoindex(text.as_str()).is_ok() {
+    if nix::net::if_::if_nametoindex(text).is_ok() {
         return Err(TapError::Busy(name.clone()));
     }
     let mut taps = Vec::new();

@@ -168,6 +168,36 @@ class Things(Case):
         self.ec2.delete_security_group(GroupId=group)
         self.fails("InvalidGroup.NotFound", self.ec2.describe_security_groups, GroupIds=[group])
 
+    def test_rules_that_no_packet_could_match_are_refused_and_change_nothing(self):
+        group = self.ec2.create_security_group(GroupName="strict", Description="to the letter")["GroupId"]
+        good = {"IpProtocol": "udp", "FromPort": 53, "ToPort": 53, "IpRanges": [{"CidrIp": "10.0.0.0/8"}]}
+        everyone, bad = {"IpRanges": [{"CidrIp": "0.0.0.0/0"}]}, "InvalidParameterValue"
+        own = self.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[
+            {"IpProtocol": "icmp", "FromPort": 8, "ToPort": 0, **everyone}])["SecurityGroupRules"][0]
+        ask = lambda: self.ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"]
+        before = ask()
+        ports = lambda protocol, first, last: {"IpProtocol": protocol, "FromPort": first, "ToPort": last, **everyone}
+        wrong = [(bad, ports(*of)) for of in [
+            ("tcp", 23, 22), ("tcp", 0, 65536), ("udp", -2, 5), ("icmp", -1, 0), ("icmp", 256, 0), ("icmp", 0, 65535),
+            ("icmpv6", 300, -1), ("256", -1, -1), ("sctp", 1, 2)]]
+        wrong += [(code, {"IpProtocol": "tcp", "FromPort": 1, "ToPort": 2, **peer}) for code, peer in [
+            (bad, {"IpRanges": [{"CidrIp": "10.0.0.0"}]}), (bad, {"IpRanges": [{"CidrIp": "10.0.0.0/33"}]}),
+            (bad, {"Ipv6Ranges": [{"CidrIpv6": "::/129"}]}), (bad, {"Ipv6Ranges": [{"CidrIpv6": "10.0.0.0/8"}]}),
+            ("InvalidGroup.NotFound", {"UserIdGroupPairs": [{"GroupId": "sg-12345678"}]}),
+            ("InvalidPrefixListID.NotFound", {"PrefixListIds": [{"PrefixListId": "pl-12345678"}]})]]
+        calls = [self.ec2.authorize_security_group_ingress, self.ec2.authorize_security_group_egress]
+        for code, permission in wrong:
+            for call in calls:
+                # What is right beside it is not taken either.
+                self.fails(code, call, GroupId=group, IpPermissions=[good, permission])
+        for code, change in [(bad, {"IpProtocol": "icmp", "FromPort": -1, "ToPort": 3, "CidrIpv4": "0.0.0.0/0"}),
+                             (bad, {"IpProtocol": "tcp", "FromPort": 9, "ToPort": 3, "CidrIpv4": "0.0.0.0/0"}),
+                             ("InvalidGroup.NotFound", {"IpProtocol": "-1", "ReferencedGroupId": "sg-12345678"})]:
+            self.fails(code, self.ec2.modify_security_group_rules, GroupId=group, SecurityGroupRules=[
+                {"SecurityGroupRuleId": own["SecurityGroupRuleId"], "SecurityGroupRule": change}])
+        self.assertEqual(ask(), before)
+        self.ec2.delete_security_group(GroupId=group)
+
     def test_tags(self):
         instance = self.run_one()
         self.ec2.create_tags(Resources=[instance], Tags=[{"Key": "Name", "Value": "web <&> 1"}])

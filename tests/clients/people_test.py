@@ -92,6 +92,26 @@ class People(Case):
         watch.communicate()
         self.hutch("terminate", "told")
 
+    def test_what_is_open_is_told_in_words(self):
+        ec2 = self.daemon.client()
+        bastion = ec2.create_security_group(GroupName="bastion", Description="ways in")["GroupId"]
+        inner = ec2.create_security_group(GroupName="inner", Description="nobody else")["GroupId"]
+        rule = ec2.authorize_security_group_ingress(GroupId=inner, IpPermissions=[
+            {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22,
+             "UserIdGroupPairs": [{"GroupId": bastion, "Description": "by hop"}]}])["SecurityGroupRules"][0]
+        image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["debian-12"]}])["Images"][0]["ImageId"]
+        one = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, SecurityGroupIds=[inner])["Instances"][0]
+        ec2.get_waiter("instance_running").wait(InstanceIds=[one["InstanceId"]], WaiterConfig={"Delay": 0.05})
+        said = self.hutch("fw", "show", one["InstanceId"])
+        self.assertIn(f"TCP port 22 from members of bastion ({bastion}): rule {rule['SecurityGroupRuleId']} "
+                      f"\"by hop\" of inner ({inner})", said)
+        self.assertIn("everything to everyone (0.0.0.0/0)", said)
+        self.assertIn("How many packets were dropped is not known", said, "nothing runs here")
+        shown = json.loads(self.hutch("fw", "show", one["InstanceId"], "-o", "json"))
+        self.assertEqual([(o["way"], o["what"]) for o in shown["open"]], [("in", "TCP port 22"), ("out", "everything")])
+        self.assertEqual((shown["ip"], shown["dropped"]), (one["PrivateIpAddress"], None))
+        self.hutch("terminate", one["InstanceId"])
+
     def test_other_programs_are_told_where_it_is(self):
         said = self.hutch("env")
         self.assertIn(f"export AWS_ENDPOINT_URL='{self.daemon.url}'", said)

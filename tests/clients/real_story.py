@@ -330,6 +330,13 @@ class Story(unittest.TestCase):
         cloud.aws("revoke-security-group-ingress", *web)
         self.eventually(lambda: not self.web(ip), "port 80 is closed")
         say("port 80 is open, and closed")
+        # By the members of a group, too: the host is none.
+        own = ["--group-id", group, "--ip-permissions", f'[{{"IpProtocol": "tcp", "FromPort": 80, "ToPort": 80, '
+               f'"UserIdGroupPairs": [{{"GroupId": "{group}"}}]}}]']
+        cloud.aws("authorize-security-group-ingress", *own)
+        self.eventually(lambda: f"{group}-4" in host("/usr/sbin/nft", "list", "table", "inet", "hutch"), "members are a set")
+        self.assertFalse(self.web(ip), "the host is no member")
+        cloud.aws("revoke-security-group-ingress", *own)
 
         # A volume comes while it runs: the guest finds it by itself, by its id, and writes to it.
         data = cloud.aws("create-volume", "--availability-zone",

@@ -127,9 +127,20 @@ fn ports(protocol: &str, from: Option<i64>, to: Option<i64>) -> Result<(String, 
     if least == 0 && (from, to) == (-1, -1) {
         return Ok((protocol, 0, 65_535));
     }
-    if !(least..=most).contains(&from) || !(least..=most).contains(&to) {
-        let what = if least == 0 { "Ports are 0 to 65535." } else { "Types and codes are -1 to 255." };
-        return Err(Fault::value("portRange", &format!("{from}-{to}"), what));
+    if least == -1 {
+        for (what, n) in [("type", from), ("code", to)] {
+            if !(least..=most).contains(&n) {
+                let why =
+                    format!("ICMP {what} ({n}) out of range. Types and codes are 0 to 255, or -1 for all.");
+                return Err(Fault::new("InvalidParameterValue", why));
+            }
+        }
+        if from == -1 && to != -1 {
+            let why = format!("ICMP code ({to}) needs a type. With all types (-1), specify all codes (-1).");
+            return Err(Fault::new("InvalidParameterValue", why));
+        }
+    } else if !(least..=most).contains(&from) || !(least..=most).contains(&to) {
+        return Err(Fault::value("portRange", &format!("{from}-{to}"), "Ports are 0 to 65535."));
     }
     if least == 0 && from > to {
         let why = format!("Invalid TCP/UDP port range ({from}:{to})");
@@ -397,6 +408,10 @@ mod tests {
             ("-1", None, None, Ok(("-1", -1, -1))),
             ("icmp", Some(8), Some(-1), Ok(("icmp", 8, -1))),
             ("icmp", None, None, Ok(("icmp", -1, -1))),
+            ("icmp", Some(-1), Some(0), Err(())),
+            ("icmp", Some(8), Some(256), Err(())),
+            ("icmpv6", Some(0), Some(65_535), Err(())),
+            ("58", Some(128), Some(0), Ok(("icmpv6", 128, 0))),
             ("50", None, None, Ok(("50", -1, -1))),
             ("tcp", None, None, Err(())),
             ("tcp", Some(2), Some(1), Err(())),

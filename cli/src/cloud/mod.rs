@@ -13,6 +13,7 @@
 pub mod backup;
 pub mod client;
 pub mod events;
+pub mod firewall;
 pub mod images;
 pub mod instances;
 pub mod reach;

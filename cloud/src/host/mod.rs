@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use hutch_netfw::groups::Group;
 pub use simulated::Simulated;
 
 use crate::backup::Captured;
@@ -52,8 +53,9 @@ pub struct Interface {
     pub ip: Ipv4Addr,
     /// The public address that leads to it.
     pub public: Option<Public>,
-    /// Inbound TCP ports that are open to everyone, as ranges; the host itself reaches port 22 always.
-    pub open_tcp: Vec<(u16, u16)>,
+    /// The ids of its security groups; what they say the host is told by [`Host::firewall`]. It reaches port 22 always.
+    #[serde(default)]
+    pub groups: Vec<String>,
 }
 
 /// A public address of an interface: what is sent to it is led to the interface's own address, and passes the firewall there.
@@ -216,6 +218,13 @@ pub trait Host: Send + Sync {
     fn any_network(&self) -> bool {
         false
     }
+
+    /// Tells what security groups say, all there are, and who is in those that rules name. A group that is not among them
+    /// lets nothing through. It holds for machines that run and that start, until it is told again: also by another process.
+    ///
+    /// # Errors
+    /// It cannot be done; then what was told before holds.
+    fn firewall(&self, groups: &[Group]) -> Result<()>;
 
     /// Has the machine run, if this run of it has not been started before. Returns when its first processor runs; its
     /// firewall and its metadata were there before. A public address that leads to another machine still is left out.

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backup::{self, Captured, Target};
 
-use super::{Content, End, Host, HostError, Machine, Result, Source, Status, Template};
+use super::{Content, End, Group, Host, HostError, Machine, Result, Source, Status, Template};
 
 /// What is kept of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -38,6 +38,7 @@ struct State {
     machines: BTreeMap<String, Kept>,
     volumes: BTreeMap<String, (u64, Source)>,
     snapshots: BTreeMap<String, u64>,
+    groups: Vec<Group>,
     events: u64,
 }
 
@@ -71,6 +72,7 @@ impl Simulated {
             machines: read_all(&dir.join("machines"))?,
             volumes: read_all(&dir.join("volumes"))?,
             snapshots: read_all(&dir.join("snapshots"))?,
+            groups: Vec::new(),
             events: 1,
         };
         let (dir, state) = (Some(dir), Mutex::new(state));
@@ -98,6 +100,11 @@ impl Simulated {
     /// What was told last of a machine.
     pub fn told(&self, id: &str) -> Option<Machine> {
         self.lock().machines.get(id).map(|kept| kept.machine.clone())
+    }
+
+    /// What was told last of security groups.
+    pub fn groups(&self) -> Vec<Group> {
+        self.lock().groups.clone()
     }
 
     /// The volumes that are kept.
@@ -272,6 +279,12 @@ impl Host for Simulated {
     /// Nothing runs, so nothing is reached that should not be.
     fn any_network(&self) -> bool {
         self.any_network
+    }
+
+    /// There are no packets.
+    fn firewall(&self, groups: &[Group]) -> Result<()> {
+        self.lock().groups = groups.to_vec();
+        Ok(())
     }
 
     fn start(&self, machine: &Machine) -> Result<()> {

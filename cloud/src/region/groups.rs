@@ -6,7 +6,7 @@ use crate::fault::{Fault, Result};
 use crate::id;
 use crate::model::{Group, Interface, Name, Peer, Rule, Tags};
 
-use super::{Region, Work, tags};
+use super::{Region, Work, firewall, tags};
 
 /// A rule as it is asked for.
 pub type RuleAsk = Rule;
@@ -126,7 +126,7 @@ impl Region {
     /// Adds rules to a group, each with these tags; returns them with their ids.
     ///
     /// # Errors
-    /// `InvalidPermission.Duplicate`, `RulesPerSecurityGroupLimitExceeded`, `InvalidGroup.NotFound`.
+    /// `InvalidParameterValue`, `InvalidPermission.Duplicate`, `RulesPerSecurityGroupLimitExceeded`, `InvalidGroup.NotFound`.
     pub fn authorize(
         &self,
         account: &str,
@@ -142,6 +142,7 @@ impl Region {
                 if let Peer::Group(other) = &rule.peer {
                     own(work, account, other)?;
                 }
+                firewall::compiled(rule)?;
                 if group.rules.values().any(|have| same(have, rule)) {
                     let why = format!("the specified rule \"{}\" already exists", tell(rule));
                     return Err(Fault::new("InvalidPermission.Duplicate", why));
@@ -203,7 +204,7 @@ impl Region {
     /// Changes rules of a group: what `job` makes of the rule with each id.
     ///
     /// # Errors
-    /// `InvalidSecurityGroupRuleId.NotFound`, `InvalidPermission.NotFound`, `InvalidGroup.NotFound`.
+    /// `InvalidParameterValue`, `InvalidSecurityGroupRuleId.NotFound`, `InvalidPermission.NotFound`, `InvalidGroup.NotFound`.
     pub fn modify_rules(
         &self,
         account: &str,
@@ -212,7 +213,16 @@ impl Region {
     ) -> Result<()> {
         self.transact(|work| {
             let mut group = own(work, account, id)?;
+            let before = group.rules.clone();
             job(&mut group.rules)?;
+            for (id, rule) in &group.rules {
+                if before.get(id).is_none_or(|had| !same(had, rule)) {
+                    firewall::compiled(rule)?;
+                    if let Peer::Group(other) = &rule.peer {
+                        own(work, account, other)?;
+                    }
+                }
+            }
             work.put(&group)
         })
     }

@@ -14,11 +14,12 @@
 //! | addresses.rs | elastic addresses, and public ones that come and go with instances |
 //! | vpcs.rs, routes.rs | what each account begins with, networks and subnets; internet gateways and route tables |
 //! | interfaces.rs, network.rs | network interfaces; the addresses they have |
-//! | groups.rs, tags.rs | security groups; tags |
+//! | groups.rs, firewall.rs, tags.rs | security groups, and what the host is told of them; tags |
 
 mod account;
 mod addresses;
 mod attachments;
+mod firewall;
 mod groups;
 mod images;
 mod instances;
@@ -97,13 +98,15 @@ pub struct Region {
     /// Held by verbs that are right only if nothing new comes meanwhile, and shared by the others: a check that nobody uses
     /// a thing is no record that could hold still.
     turn: RwLock<()>,
+    /// What the host has been told of security groups.
+    firewall: firewall::Firewall,
 }
 
 impl Region {
     /// A region on its store and its host.
     pub fn new(settings: Settings, store: Arc<dyn Store>, host: Arc<dyn Host>) -> Region {
-        let (hints, neighbours, turn) = Default::default();
-        Region { settings, store, host, hints, neighbours, turn }
+        let (hints, neighbours, turn, firewall) = Default::default();
+        Region { settings, store, host, hints, neighbours, turn, firewall }
     }
 
     /// Tells the regions of each other, once, before any of them is asked for something.

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use crate::fault::{Fault, Result};
 use crate::host::{self, End, HostError, Machine};
 use crate::model::{
-    Group, Image, Instance, InstanceState, Interface, Peer, Reason, Record, Snapshot, Volume, VolumeState,
+    Group, Image, Instance, InstanceState, Interface, Reason, Record, Snapshot, Volume, VolumeState,
 };
 use crate::store::StoreError;
 
@@ -34,6 +34,10 @@ const RETRY: Duration = Duration::from_secs(2);
 const REMEMBERED: jiff::SignedDuration = jiff::SignedDuration::from_hours(1);
 /// How long a client token is.
 const TOKENS: jiff::SignedDuration = jiff::SignedDuration::from_hours(24);
+/// What stands in the queue for all security groups together.
+const FIREWALL: &str = "firewall";
+/// How long changed members of groups wait for more of them. Of the host's own machines it knows at once.
+const MEMBERS: Duration = Duration::from_millis(100);
 /// Changes read at a time.
 const PAGE: usize = 1000;
 
@@ -148,8 +152,18 @@ impl Shared {
         self.more.notify_one();
     }
 
+    /// To be looked at in a while, together with what comes until then.
+    fn push_later(&self, key: &str, wait: Duration) {
+        let mut queue = self.lock();
+        if !queue.later.values().flatten().any(|waiting| waiting == key) {
+            queue.later.entry(Instant::now() + wait).or_default().push(key.to_owned());
+        }
+    }
+
     /// Everything there is.
     fn push_all(&self) -> Result<()> {
+        self.region.members(&self.region.all::<Interface>()?);
+        self.push(FIREWALL.to_owned());
         for instance in self.region.all::<Instance>()? {
             self.push(work::key::<Instance>(&instance.id));
         }
@@ -181,8 +195,7 @@ impl Shared {
             }
             match self.region.store.changes("", seen, PAGE) {
                 Ok(changes) => {
-                    let there = changes.iter().filter(|change| change.value.is_some());
-                    if let Err(error) = self.changed(there.map(|change| change.key.as_str())) {
+                    if let Err(error) = self.changed(changes.iter().map(|change| change.key.as_str())) {
                         // What it means for others is not known: everything is looked at.
                         tracing::error!(%error, "the store cannot be read");
                         let _ = self.push_all();
@@ -212,23 +225,24 @@ impl Shared {
                 self.push(work::key::<Instance>(&attachment.instance));
             }
         };
-        let mut groups = HashSet::new();
+        let mut members = false;
         for key in keys {
             match key.split_once('/') {
                 Some((Instance::KIND | Volume::KIND | Snapshot::KIND | Image::KIND, _)) => {
                     self.push(key.to_owned())
                 }
-                Some((Group::KIND, id)) => drop(groups.insert(id)),
+                // Once for the host, however many machines it means.
+                Some((Group::KIND, _)) => self.push(FIREWALL.to_owned()),
                 Some((Interface::KIND, id)) => {
-                    self.region.get::<Interface>(id)?.into_iter().for_each(concerns)
+                    let interface = self.region.get::<Interface>(id)?;
+                    members |= self.region.member(id, interface.as_ref());
+                    interface.into_iter().for_each(concerns);
                 }
                 _ => {}
             }
         }
-        if !groups.is_empty() {
-            let member =
-                |interface: &Interface| interface.groups.iter().any(|id| groups.contains(id.as_str()));
-            self.region.all::<Interface>()?.into_iter().filter(member).for_each(concerns);
+        if members {
+            self.push_later(FIREWALL, MEMBERS);
         }
         Ok(())
     }
@@ -313,6 +327,7 @@ impl Region {
             Some((Volume::KIND, id)) => self.step_volume(id),
             Some((Snapshot::KIND, id)) => self.step_snapshot(id),
             Some((Image::KIND, id)) => self.step_image(id),
+            _ if key == FIREWALL => self.tell_firewall().map(|()| None),
             _ => Ok(None),
         }
     }
@@ -562,26 +577,18 @@ impl Region {
         let mut groups = Vec::new();
         for id in &instance.interfaces {
             let Some(interface) = self.get::<Interface>(id)? else { continue };
-            let mut open_tcp = Vec::new();
             for id in &interface.groups {
-                let Some(group) = self.get::<Group>(id)? else { continue };
-                for rule in group.rules.values().filter(|rule| !rule.egress) {
-                    let everyone = matches!(rule.peer, Peer::Ipv4(net) if net.prefix_len() == 0);
-                    if everyone && matches!(rule.protocol.as_str(), "tcp" | "-1") {
-                        let port = |n: i64, all| u16::try_from(n).unwrap_or(all);
-                        open_tcp.push((port(rule.from, 0), port(rule.to, u16::MAX)));
-                    }
-                }
-                groups.push(group);
+                groups.extend(self.get::<Group>(id)?);
             }
             interfaces.push(host::Interface {
                 id: interface.id.clone(),
                 mac: interface.mac.clone(),
                 ip: interface.ip,
                 public: interface.public.map(|public| self.public(public.ip)),
-                open_tcp,
+                groups: interface.groups,
             });
         }
+        self.tell_groups(&groups)?;
         let key = self.public_key(instance)?;
         let metadata = super::metadata::describe(self, instance, &interfaces, &groups, key.as_ref());
         Ok(Machine {

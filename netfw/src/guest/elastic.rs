@@ -18,10 +18,11 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use serde::{Deserialize, Serialize};
 
-use super::{GuestNet, NetError, Record, clean, default_uplink, lock, put_rules, write_record};
+use super::{GuestNet, NetError};
 use crate::flows;
+use crate::kept::{Kept, Record, gateway};
 use crate::name::TapName;
-use crate::nft::{self, nat};
+use crate::nft::nat;
 use crate::tap::{Route, TapError};
 
 /// A public address that leads to a guest.
@@ -35,7 +36,7 @@ pub struct Public {
 
 /// It as recorded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Published {
+pub(crate) struct Published {
     ip: Ipv4Addr,
     lan: bool,
     /// Where it is announced.
@@ -54,19 +55,13 @@ impl Published {
 }
 
 /// Where the public addresses of these guests lead.
-pub(super) fn pairs(records: &[Record]) -> Vec<nat::Pair> {
+pub(crate) fn pairs(records: &[Record]) -> Vec<nat::Pair> {
     records.iter().filter_map(|record| record.public.as_ref()?.pair(record)).collect()
 }
 
-/// Has a guest's public address lead nowhere; where it does not, nothing happens.
-pub(super) fn withdraw(record: &Record) {
+/// Takes the route to a guest's public address away, and what announces it; where they are not, nothing happens.
+pub(crate) fn withdraw(record: &Record) {
     let Some(published) = &record.public else { return };
-    if let Some(pair) = published.pair(record) {
-        // Without the table there are no elements either.
-        let _ = nft::apply(&nat::render_remove(&pair));
-    }
-    // Those that are open would go on; where the kernel does not tell them, they do.
-    let _ = flows::forget(published.ip);
     if let Ok(mut kernel) = Route::open() {
         if let Ok(route) = route(record, published.ip) {
             let _ = kernel.ask(RouteNetlinkMessage::DelRoute(route), 0);
@@ -74,6 +69,14 @@ pub(super) fn withdraw(record: &Record) {
         if let Some(Ok(announced)) = published.uplink.as_deref().map(|link| announced(published.ip, link)) {
             let _ = kernel.ask(RouteNetlinkMessage::DelNeighbour(announced), 0);
         }
+    }
+}
+
+/// Ends the connections by a guest's public address, once the firewall leads nothing there any more: those that are open
+/// would go on, and come back before. Where the kernel does not tell them, they do.
+pub(crate) fn forget(record: &Record) {
+    if let Some(published) = &record.public {
+        let _ = flows::forget(published.ip);
     }
 }
 
@@ -106,7 +109,7 @@ fn route(record: &Record, public: Ipv4Addr) -> io::Result<RouteMessage> {
     route.header.protocol = RouteProtocol::Static;
     route.header.scope = RouteScope::Link;
     route.header.kind = RouteType::Unicast;
-    let host = super::gateway(record.subnet);
+    let host = gateway(record.subnet);
     route.attributes = vec![
         RouteAttribute::Destination(RouteAddress::Inet(public)),
         RouteAttribute::PrefSource(RouteAddress::Inet(host)),
@@ -145,19 +148,13 @@ impl GuestNet {
         if self.public() == public {
             return Ok(());
         }
-        let _lock = lock(&self.state)?;
-        let mut records = clean(&self.state)?;
+        let mut kept = Kept::open(&self.state)?;
         let led = |record: &&Record| {
             record.ip != self.ip
                 && public.is_some_and(|public| record.public.as_ref().is_some_and(|p| p.ip == public.ip))
         };
-        let led = records.iter().find(led).map(|record| record.ip);
-        let own = records.iter_mut().find(|record| record.ip == self.ip).ok_or(NetError::Gone(self.ip))?;
-        // Until it is recorded that it leads nowhere, whoever comes after us would have it lead here again.
-        withdraw(own);
-        own.public = None;
-        write_record(&self.state, own)?;
-        self.public = None;
+        let led = kept.records.iter().find(led).map(|record| record.ip);
+        self.retract(&mut kept)?;
         let Some(Public { ip, lan }) = public else { return Ok(()) };
         if let Some(by) = led {
             return Err(NetError::Led { ip, by });
@@ -165,43 +162,51 @@ impl GuestNet {
         if is_own(ip) {
             return Err(NetError::Own(ip));
         }
-        let uplink = default_uplink().filter(|_| lan).map(|link| link.to_string());
+        let uplink = kept.uplink.as_ref().filter(|_| lan).map(ToString::to_string);
+        let own = self.own(&mut kept)?;
         own.public = Some(Published { ip, lan, uplink });
-        // Recorded first, so that whatever happens next can be undone by someone else.
-        write_record(&self.state, own)?;
-        self.public = own.public.clone();
         let own = own.clone();
-        let done = republish(&own).and_then(|()| {
-            let mut pairs = pairs(std::slice::from_ref(&own)).into_iter();
-            let added = pairs.try_for_each(|pair| nft::apply(&nat::render_add(&pair)));
-            // The table may not be as we left it: then it is made anew.
-            added.or_else(|_| put_rules(&records, default_uplink()))
-        });
+        // Recorded before it is routed, so that whatever happens next can be undone by someone else.
+        let done = kept.put().and_then(|()| republish(&own));
         if done.is_err() {
-            self.retract(&own)?;
+            self.retract(&mut kept)?;
+            return done;
         }
-        done
+        self.public = own.public;
+        Ok(())
     }
 
     /// Routes and announces what is recorded, also where whoever recorded it was killed before that was done. What cannot be
     /// is let go, and asked for again by whoever knows that it should be.
-    pub(super) fn take_up(&mut self, record: &Record) -> Result<(), NetError> {
-        self.public = record.public.clone();
-        match republish(record) {
-            Ok(()) => Ok(()),
-            Err(_) => self.retract(record),
+    pub(super) fn take_up(&mut self, kept: &mut Kept, public: Option<Published>) {
+        let Ok(own) = self.own(kept) else { return };
+        if republish(own).is_ok() {
+            self.public = public;
+        } else {
+            withdraw(own);
+            own.public = None;
         }
     }
 
-    fn retract(&mut self, own: &Record) -> Result<(), NetError> {
+    fn own<'a>(&self, kept: &'a mut Kept) -> Result<&'a mut Record, NetError> {
+        kept.records.iter_mut().find(|record| record.ip == self.ip).ok_or(NetError::Gone(self.ip))
+    }
+
+    /// Has no public address lead to the guest, and records that.
+    fn retract(&mut self, kept: &mut Kept) -> Result<(), NetError> {
+        let own = self.own(kept)?;
+        let was = own.clone();
         withdraw(own);
+        own.public = None;
         self.public = None;
-        write_record(&self.state, &Record { public: None, ..own.clone() })
+        kept.put()?;
+        forget(&was);
+        Ok(())
     }
 }
 
 /// Routes and announces what is recorded.
-pub(super) fn republish(record: &Record) -> Result<(), NetError> {
+pub(crate) fn republish(record: &Record) -> Result<(), NetError> {
     record.public.as_ref().map_or(Ok(()), |published| publish(record, published))
 }
 

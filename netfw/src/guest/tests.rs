@@ -2,6 +2,9 @@ use std::io::{Read, Write};
 use std::process::Command;
 
 use super::*;
+use crate::groups::{Group, Peer, Protocol, Rule};
+use crate::kept::any_tap;
+use crate::repair;
 
 /// Runs `test` in a network namespace of its own; says so where there is none to be had.
 pub(super) fn in_namespace(test: impl FnOnce(&Path) + Send + 'static) {
@@ -122,7 +125,7 @@ fn a_guest_has_the_address_it_is_given_and_nobody_else_has() {
         let other: MacAddr = "0a:00:00:00:00:0a".parse().unwrap();
         let address = |ip, mac, net: &str| {
             let subnet = net.parse().unwrap();
-            Address { ip, mac, subnet, open_tcp: vec![(80, 80), (8000, 9000), (81, 90), (8500, 9500)] }
+            Address { ip, mac, subnet, groups: vec!["sg-1".parse().unwrap()] }
         };
         let second = "172.31.16.0/20";
         let net = GuestNet::up_as(state, &address(ip, mac, second), 1, 1500, vec![]).unwrap();
@@ -150,7 +153,7 @@ fn a_guest_that_was_left_is_adopted_while_its_machine_holds_the_tap() {
         let mut net = up(state);
         let (ip, taps) = (net.ip, net.take_taps());
         net.leave();
-        nft::apply(nft::render_teardown()).unwrap();
+        nft::apply(&nft::render_teardown()).unwrap();
         let mut adopted = GuestNet::adopt(state, ip, 1500, vec![]).unwrap();
         let listener = adopted.take_metadata_listeners();
         assert!(tables().contains("172.31.15.254"), "its rules are there whoever took them away");
@@ -178,5 +181,87 @@ fn what_a_crash_left_is_repaired() {
         assert!(tables().contains("172.31.15.254"));
         assert_eq!(repair(state).unwrap(), 1);
         assert_eq!(tables(), "");
+    });
+}
+
+#[test]
+fn what_groups_say_stays_for_who_comes_next() {
+    in_namespace(|state| {
+        let web: GroupId = "sg-1".parse().unwrap();
+        let peer = Peer::Net("10.0.0.0/8".parse().unwrap());
+        let rule = Rule { egress: false, protocol: Protocol::Tcp(80, 80), peer };
+        let group = Group { id: web.clone(), rules: vec![rule], members: Default::default() };
+        crate::set_groups(state, std::slice::from_ref(&group)).unwrap();
+        assert_eq!(tables(), "", "without a guest there is none");
+        let address = Address {
+            ip: Ipv4Addr::new(172, 31, 17, 9),
+            mac: "0a:00:00:00:00:09".parse().unwrap(),
+            subnet: "172.31.16.0/20".parse().unwrap(),
+            groups: vec![web],
+        };
+        let mut net = GuestNet::up_as(state, &address, 1, 1500, vec![]).unwrap();
+        let taps = net.take_taps();
+        assert!(tables().contains("ip saddr 10.0.0.0/8 tcp dport 80 goto keep_in"), "{}", tables());
+        net.leave();
+        let generation = nft::generation().unwrap();
+        let mut net = GuestNet::adopt(state, address.ip, 1500, vec![]).unwrap();
+        crate::set_groups(state, std::slice::from_ref(&group)).unwrap();
+        assert_eq!(nft::generation().unwrap(), generation, "what is as it should be is not touched");
+        // A table of another program changes nothing, and neither does its own way of working.
+        Command::new("nft").args(["add", "table", "inet", "other"]).status().unwrap();
+        net.set_groups(&[GroupId::alone()]).unwrap();
+        assert!(tables().contains("jump alone-in") && !tables().contains("sg-1"), "{}", tables());
+        assert_eq!(nft::generation().unwrap(), generation + 2, "one change, and the other's");
+        crate::set_groups(state, &[]).unwrap();
+        assert_eq!(nft::generation().unwrap(), generation + 2);
+        drop((net, taps));
+    });
+}
+
+#[test]
+fn what_another_program_flushes_is_put_anew() {
+    in_namespace(|state| {
+        let net = up(state);
+        let there = || nft::listing().unwrap();
+        let whole = there();
+        let watch = crate::Watch::start(state).unwrap();
+        for other in
+            ["flush ruleset", "flush chain inet hutch leaving", "delete element inet hutch to4 { \"hu\" }"]
+        {
+            let other = other.replace("\"hu\"", "\"huac1f0ffe\" . 172.31.15.254");
+            let done = Command::new("nft").arg(&other).status().unwrap();
+            assert!(done.success(), "{other}");
+            assert_ne!(there(), whole);
+            let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+            while there() != whole {
+                assert!(std::time::Instant::now() < until, "{other}: {}", tables());
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        }
+        drop(watch);
+        // Without anybody who watches, the next one mends it.
+        Command::new("nft").args(["flush", "ruleset"]).status().unwrap();
+        repair(state).unwrap();
+        assert_eq!(there(), whole);
+        drop(net);
+        assert_eq!(tables(), "");
+    });
+}
+
+#[test]
+fn a_change_that_was_cut_short_is_not_believed() {
+    in_namespace(|state| {
+        let net = up(state);
+        let there = || nft::listing().unwrap();
+        let whole = there();
+        // As if a process had ended between the kernel and the files.
+        fs::remove_file(state.join("applied")).unwrap();
+        Command::new("nft")
+            .arg("add element inet hutch to4 { \"huac1f0ffe\" . 172.31.9.9 }")
+            .status()
+            .unwrap();
+        crate::set_groups(state, &[]).unwrap();
+        assert_eq!(there(), whole);
+        drop(net);
     });
 }

@@ -10,10 +10,14 @@
 //! - Guests speak to each other's public addresses as the world does: under their own, where they have one.
 //! - To the uplink a guest has its public address only if others there know the way back.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
 use crate::name::{TapName, Uplink};
+
+/// The table.
+pub const TABLE: &str = "hutch_public";
 
 /// A public address and where it leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,15 +84,23 @@ table ip hutch_public {{
     text
 }
 
-/// The text that has one more address lead somewhere. The table must be there already.
-pub fn render_add(pair: &Pair) -> String {
-    elements("add", pair)
+/// The text that has these addresses lead where they should, from where those `before` led.
+pub(super) fn change(before: &[Pair], after: &[Pair]) -> String {
+    let gone = before.iter().filter(|pair| !after.contains(pair)).map(|pair| elements("delete", pair));
+    let new = after.iter().filter(|pair| !before.contains(pair)).map(|pair| elements("add", pair));
+    gone.chain(new).collect()
 }
 
-/// The text that has it lead nowhere again. The table must be there, and have it lead nowhere else.
-pub fn render_remove(pair: &Pair) -> String {
-    // Adding first makes the deletion always valid.
-    elements("add", pair) + &elements("delete", pair)
+/// Adds how many rules each chain has, and how many elements each map.
+pub(super) fn count(pairs: &[Pair], uplink: Option<&Uplink>, counts: &mut BTreeMap<String, usize>) {
+    let out = if uplink.is_some() { 2 } else { 1 };
+    for (chain, rules) in [("prerouting", 1), ("output", 1), ("postrouting", out)] {
+        counts.insert(format!("ip chain {chain}"), rules);
+    }
+    let lan = pairs.iter().filter(|pair| pair.lan).count();
+    for (map, _) in MAPS {
+        counts.insert(format!("ip set {map}"), if map == "to_world" { lan } else { pairs.len() });
+    }
 }
 
 fn elements(verb: &str, pair: &Pair) -> String {
@@ -124,7 +136,7 @@ mod tests {
 
     #[test]
     fn an_address_is_only_elements() {
-        let text = render_add(&pair(false));
+        let text = change(&[], &[pair(false)]);
         assert_eq!(
             text,
             "add element ip hutch_public to_private { 198.19.0.1 : 172.31.0.4 }\n\
@@ -132,7 +144,9 @@ mod tests {
              add element ip hutch_public to_public { 172.31.0.4 : 198.19.0.1 }\n"
         );
         let world = "add element ip hutch_public to_world { 172.31.0.4 : 198.19.0.1 }\n";
-        assert_eq!(render_add(&pair(true)), text + world);
+        assert_eq!(change(&[], &[pair(true)]), text.clone() + world);
+        assert_eq!(change(&[pair(false)], &[]), text.replace("add ", "delete "));
+        assert_eq!(change(&[pair(true)], &[pair(true)]), "");
     }
 
     #[test]

@@ -23,6 +23,7 @@ use base64::prelude::BASE64_STANDARD;
 use hutch_blockdev::{Format, open_layers};
 use hutch_imagestore::boot;
 use hutch_netfw::guest::{self, Address, GuestNet, MTU, NetError, name_servers};
+use hutch_netfw::name::GroupId;
 use hutch_vmm::config::{BootConfig, End as VmmEnd, MachineConfig, NetConfig, RunAs};
 use hutch_vmm::launch::{self, Inherit, LaunchError};
 use hutch_vmm::plan::Plan;
@@ -247,15 +248,16 @@ impl Net {
         let guest = GuestNet::adopt(&means.networks, interface.ip, MTU, name_servers());
         let mut guest = guest.map_err(|e| net_failed(&e))?;
         // Its public address is what is recorded there: another may have it by now.
-        if let Err(e) = guest.open_tcp(&interface.open_tcp) {
+        let told = groups(interface).and_then(|ids| guest.set_groups(&ids).map_err(|e| net_failed(&e)));
+        if let Err(error) = told {
             guest.leave();
-            return Err(net_failed(&e));
+            return Err(error);
         }
         Net::serve(guest, &machine.metadata, means)
     }
 
     pub fn update(&mut self, interface: &Interface, metadata: &Metadata) -> Result<()> {
-        self.guest.open_tcp(&interface.open_tcp).map_err(|e| net_failed(&e))?;
+        self.guest.set_groups(&groups(interface)?).map_err(|e| net_failed(&e))?;
         self.served.iter().for_each(|served| served.update(metadata));
         self.guest.lead(interface.public.map(led)).map_err(|e| match e {
             NetError::Led { .. } => HostError::Busy(e.to_string()),
@@ -284,17 +286,22 @@ fn led(public: Public) -> hutch_netfw::Public {
     hutch_netfw::Public { ip: public.ip, lan: public.lan }
 }
 
+fn groups(interface: &Interface) -> Result<Vec<GroupId>> {
+    let wrong = |e| HostError::Failed(format!("the interface {}: {e}", interface.id));
+    interface.groups.iter().map(|id| id.parse().map_err(wrong)).collect()
+}
+
 fn address(interface: &Interface, machine: &Machine) -> Result<Address> {
     let wrong = |what: &str| HostError::Failed(format!("the interface {} has a wrong {what}", interface.id));
     Ok(Address {
         ip: interface.ip,
         mac: interface.mac.parse().map_err(|_| wrong("MAC"))?,
         subnet: machine.metadata.subnet_cidr.parse().map_err(|_| wrong("subnet"))?,
-        open_tcp: interface.open_tcp.clone(),
+        groups: groups(interface)?,
     })
 }
 
-fn net_failed(error: &NetError) -> HostError {
+pub fn net_failed(error: &NetError) -> HostError {
     HostError::Failed(chain(error))
 }
 

@@ -29,7 +29,7 @@ use hutch_imagestore::store::Store;
 
 use crate::backup::Captured;
 
-use super::{Content, End, Figures, Host, HostError, Machine, Result, Source, Status, Template};
+use super::{Content, End, Figures, Group, Host, HostError, Machine, Result, Source, Status, Template};
 use machine::{ANSWER, Dir, FLUSH, Kept, Live, Phase, end_of};
 use volumes::{Volumes, failed};
 
@@ -45,6 +45,7 @@ const CONSOLE: u64 = 64 << 10;
 /// This machine.
 pub struct Local {
     shared: Arc<Shared>,
+    _watch: Option<hutch_netfw::Watch>,
 }
 
 struct Shared {
@@ -128,7 +129,10 @@ impl Local {
                 None => slot.dir.remove()?,
             }
         }
-        Ok(Local { shared })
+        let watch = hutch_netfw::Watch::start(&shared.means.networks).inspect_err(|error| {
+            tracing::warn!(%error, "nobody mends the firewall when another program changes it");
+        });
+        Ok(Local { shared, _watch: watch.ok() })
     }
 
     /// A machine's place, if it has any.
@@ -349,6 +353,10 @@ impl Host for Local {
         self.shared.volumes.delete_snapshot(id)
     }
 
+    fn firewall(&self, groups: &[Group]) -> Result<()> {
+        hutch_netfw::set_groups(&self.shared.means.networks, groups).map_err(|e| machine::net_failed(&e))
+    }
+
     fn start(&self, machine: &Machine) -> Result<()> {
         let shared = &self.shared;
         let slot = self.slot(&machine.id);
@@ -413,7 +421,7 @@ impl Host for Local {
         let mut new = kept.machine.clone();
         new.metadata.clone_from(&machine.metadata);
         for (own, told) in new.interfaces.iter_mut().zip(&machine.interfaces) {
-            own.open_tcp.clone_from(&told.open_tcp);
+            own.groups.clone_from(&told.groups);
             own.public = told.public;
         }
         let led = live.nets.iter().zip(&new.interfaces).all(|(net, interface)| net.is_led(interface));

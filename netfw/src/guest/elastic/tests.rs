@@ -15,10 +15,15 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 
+use super::super::Address;
 use super::super::tests::{in_namespace, tables};
-use super::super::{Address, any_tap, records, repair};
 use super::*;
+use ipnet::Ipv4Net;
+
+use crate::groups::{Group, Peer, Protocol, Rule};
+use crate::kept::any_tap;
 use crate::name::MacAddr;
+use crate::{nft, repair};
 
 /// What does not come in this time does not come.
 const NEVER: Duration = Duration::from_millis(400);
@@ -170,8 +175,12 @@ impl Guest {
             ip: Ipv4Addr::new(172, 31, 0, last),
             mac: MacAddr::new([2, 0, 0, 0, 0, last]).unwrap(),
             subnet: "172.31.0.0/20".parse().unwrap(),
-            open_tcp: vec![(80, 80)],
+            groups: vec!["sg-web".parse().unwrap()],
         };
+        let all = |egress, protocol| Rule { egress, protocol, peer: Peer::Net(Ipv4Net::default().into()) };
+        let rules = vec![all(true, Protocol::All), all(false, Protocol::Tcp(80, 80))];
+        let web = Group { id: address.groups[0].clone(), rules, members: Default::default() };
+        crate::set_groups(state, &[web]).unwrap();
         let mut net = GuestNet::up_as(state, &address, 1, 1500, vec![]).unwrap();
         let host = net.take_taps().remove(0);
         let place = Place::new();
@@ -250,7 +259,7 @@ fn on_its_host_a_guest_is_reached_by_its_public_address_where_its_groups_let_it(
         assert_eq!(ask((ONE, 80).into()).as_deref(), Some("172.31.0.1"));
         drop(a);
         assert_eq!(tables(), "");
-        assert!(!any_tap() && records(state).unwrap().is_empty());
+        assert!(!any_tap() && Kept::open(state).unwrap().records.is_empty());
     });
 }
 
