@@ -3,6 +3,7 @@
 //! The machine's record names a volume before its process has it, and until its process has it no more: whoever comes after a
 //! crash finds in it each volume that may be open.
 
+use hutch_vmm::config::Rate;
 use hutch_vmm::launch::{self, LaunchError};
 use serde_json::{Value, json};
 
@@ -29,7 +30,8 @@ impl Local {
             volumes.push(volume.into());
         })?;
         let socket = slot.dir.0.join("control.sock");
-        let attached = launch::attach_disk(&socket, &layers, &serial(volume), false, ANSWER);
+        let attached =
+            launch::attach_disk(&socket, &layers, &serial(volume), false, &Rate::default(), ANSWER);
         if let Err(error) = attached {
             // It may have heard: its answer alone was lost.
             if matches!(error, LaunchError::Refused(_)) {

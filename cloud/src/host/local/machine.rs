@@ -23,7 +23,7 @@ use base64::prelude::BASE64_STANDARD;
 use hutch_blockdev::{Format, open_layers};
 use hutch_imagestore::boot;
 use hutch_netfw::guest::{self, Address, GuestNet, MTU, NetError, name_servers};
-use hutch_vmm::config::{BootConfig, End as VmmEnd, MachineConfig, NetConfig, RunAs};
+use hutch_vmm::config::{BootConfig, End as VmmEnd, MachineConfig, NetConfig, Rate, RunAs};
 use hutch_vmm::launch::{self, Inherit, LaunchError};
 use hutch_vmm::plan::Plan;
 use serde::{Deserialize, Serialize};
@@ -321,7 +321,7 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
         let (net, taps) = Net::up(interface, &machine, means)?;
         nets.push(net);
         let taps = taps.into_iter().map(|tap| inherit.give(tap.into())).collect();
-        configs.push(NetConfig { mac: interface.mac.clone(), taps, mtu: MTU });
+        configs.push(NetConfig { mac: interface.mac.clone(), taps, mtu: MTU, rate: Rate::default() });
     }
 
     let path = |name: &str| dir.0.join(name);
@@ -348,6 +348,7 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
         hugepages: false,
         boot,
         disks: disks.iter().map(|disk| lend(disk, &mut inherit)).collect::<Result<_>>()?,
+        disks_rate: Rate::default(),
         nets: configs,
         kvm: inherit.give(kvm.into()),
         control: Some(inherit.give(listener.into())),
