@@ -223,7 +223,7 @@ fn verdict(ended: &Ended, args: &Args) -> u8 {
 fn size(args: &Args) -> anyhow::Result<InstanceType> {
     match &args.instance_type {
         Some(name) => Ok(Table::built_in().get(name)?.clone()),
-        None => Ok(InstanceType { vcpus: args.cpus, memory_mib: args.memory }),
+        None => Ok(InstanceType { vcpus: args.cpus, memory_mib: args.memory, ..InstanceType::default() }),
     }
 }
 

@@ -10,6 +10,7 @@
 //! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
 //! | launch_templates.rs | requests to launch, kept |
 //! | images.rs, snapshots.rs, volumes.rs, attachments.rs, keys.rs | images; snapshots; volumes, and who has them; key pairs |
+//! | modify.rs | changes of volumes that are there, and what the host is told of any |
 //! | quota.rs, account.rs | what an account may have at most; what it has set for itself |
 //! | network.rs, groups.rs, tags.rs | what each account begins with, private addresses; security groups; tags |
 //! | addresses.rs | elastic addresses, and public ones that come and go with instances |
@@ -24,6 +25,7 @@ mod keys;
 mod launch;
 mod launch_templates;
 pub mod metadata;
+mod modify;
 mod network;
 mod quota;
 mod reconcile;
@@ -53,9 +55,10 @@ pub use instances::{Attribute, Change};
 pub use keys::{Algorithm, NewKey};
 pub use launch::{DeviceAsk, Launch};
 pub use launch_templates::{Data as TemplateData, NewTemplate, TemplateName};
+pub use modify::VolumeChange;
 pub use network::DEFAULT_CIDR;
 pub use reconcile::Reconciler;
-pub use snapshots::SnapshotCopy;
+pub use snapshots::{NewSnapshots, SnapshotCopy};
 pub use volumes::NewVolume;
 pub use work::Work;
 

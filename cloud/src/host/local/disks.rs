@@ -3,7 +3,6 @@
 //! The machine's record names a volume before its process has it, and until its process has it no more: whoever comes after a
 //! crash finds in it each volume that may be open.
 
-use hutch_vmm::config::Rate;
 use hutch_vmm::launch::{self, LaunchError};
 use serde_json::{Value, json};
 
@@ -19,10 +18,12 @@ impl Local {
         let slot = slot.ok_or_else(missing)?;
         let _work = lock(&slot.work);
         slot.state().running().ok_or_else(missing)?;
-        let files = self.shared.volumes.files(volume)?;
+        let _held = self.shared.volumes.hold([volume]);
+        self.shared.volumes.files(volume)?;
         if has(&slot.dir, volume)? {
             return Ok(());
         }
+        let (files, rate) = self.shared.volumes.ready(volume)?;
         // Locked here, so that no other machine has it; the machine gets the same open files, and with them the lock.
         let layers = files.open()?;
         record(&slot, |volumes| {
@@ -30,8 +31,7 @@ impl Local {
             volumes.push(volume.into());
         })?;
         let socket = slot.dir.0.join("control.sock");
-        let attached =
-            launch::attach_disk(&socket, &layers, &serial(volume), false, &Rate::default(), ANSWER);
+        let attached = launch::attach_disk(&socket, &layers, &serial(volume), false, &rate, ANSWER);
         if let Err(error) = attached {
             // It may have heard: its answer alone was lost.
             if matches!(error, LaunchError::Refused(_)) {
@@ -67,7 +67,7 @@ impl Local {
 }
 
 /// Whether the machine's process has the volume.
-fn has(dir: &Dir, volume: &str) -> Result<bool> {
+pub(super) fn has(dir: &Dir, volume: &str) -> Result<bool> {
     let status = dir.ask("status", ANSWER).map_err(|e| silent(&dir.0.display().to_string(), &e))?;
     let disks = status.get("disks").and_then(Value::as_array);
     let serial = serial(volume);
