@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use hutch_cloud::types::{InstanceType, Table};
 use hutch_netfw::guest::{self, GuestNet, MTU, name_servers};
-use hutch_vmm::config::{End, MachineConfig, NetConfig, Report, RunAs};
+use hutch_vmm::config::{End, MachineConfig, NetConfig, Rate, Report, RunAs};
 use hutch_vmm::launch::Inherit;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
@@ -82,6 +82,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             hugepages: args.hugepages,
             boot: disks.boot(args, &mut inherit)?,
             disks: disks.give(&mut inherit)?,
+            disks_rate: Rate::default(),
             nets: nets(net.as_ref(), &taps, &mut inherit)?,
             kvm: inherit.lend(&kvm)?,
             control: socket.as_ref().map(|socket| inherit.lend(&socket.listener)).transpose()?,
@@ -222,7 +223,7 @@ fn verdict(ended: &Ended, args: &Args) -> u8 {
 fn size(args: &Args) -> anyhow::Result<InstanceType> {
     match &args.instance_type {
         Some(name) => Ok(Table::built_in().get(name)?.clone()),
-        None => Ok(InstanceType { vcpus: args.cpus, memory_mib: args.memory }),
+        None => Ok(InstanceType { vcpus: args.cpus, memory_mib: args.memory, ..InstanceType::default() }),
     }
 }
 
@@ -241,7 +242,7 @@ fn network(args: &Args, vcpus: u32) -> anyhow::Result<(Option<GuestNet>, Vec<Fil
 fn nets(net: Option<&GuestNet>, taps: &[File], inherit: &mut Inherit) -> anyhow::Result<Vec<NetConfig>> {
     let Some(net) = net else { return Ok(vec![]) };
     let taps = taps.iter().map(|tap| inherit.lend(tap)).collect::<Result<Vec<_>, _>>()?;
-    Ok(vec![NetConfig { mac: net.mac.to_string(), taps, mtu: MTU }])
+    Ok(vec![NetConfig { mac: net.mac.to_string(), taps, mtu: MTU, rate: Rate::default() }])
 }
 
 /// Prints the console until it ends and returns its last lines.

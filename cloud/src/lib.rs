@@ -6,7 +6,7 @@
 //!     ├─ store      where they are: ordered keys under transactions
 //!     ├─ host       what runs the machines: a trait, simulated or local
 //!     ├─ metadata   what an instance is told        types    what a name such as t3.micro stands for
-//!     ├─ addresses  which public addresses there are
+//!     ├─ addresses  which public addresses there are    speed    how fast volumes and instances are
 //!     └─ backup     all of it, copied while it is used, and a state made of that
 //! ```
 #![forbid(unsafe_code)]
@@ -20,5 +20,6 @@ pub mod limits;
 pub mod metadata;
 pub mod model;
 pub mod region;
+pub mod speed;
 pub mod store;
 pub mod types;

@@ -20,6 +20,11 @@ pub struct Limits {
     pub groups_per_interface: u32,
     /// Elastic addresses: EC2 has 5.
     pub elastic_addresses: u32,
+    /// Changes of a volume within 24 hours: EC2 has 4.
+    pub changes_per_volume: u32,
+    /// Volumes, and instances to their volumes and their network, are held to the speed of their types. If not, everything
+    /// is as fast as the host.
+    pub speed: bool,
 }
 
 impl Default for Limits {
@@ -32,12 +37,14 @@ impl Default for Limits {
             rules_per_group: 60,
             groups_per_interface: 5,
             elastic_addresses: 5,
+            changes_per_volume: 4,
+            speed: true,
         }
     }
 }
 
 impl Limits {
-    /// Reads `limits.toml`: a name and a number a line.
+    /// Reads `limits.toml`: a name and what it is a line.
     ///
     /// # Errors
     /// What is wrong with it, and where.
@@ -60,7 +67,9 @@ mod tests {
         assert_eq!(Limits::read("").unwrap(), Limits::default());
         let some = Limits::read("vcpus = 8\nrules-per-group = 100").unwrap();
         assert_eq!((some.vcpus, some.rules_per_group, some.groups_per_interface), (Some(8), 100, 5));
-        for bad in ["vcpu = 8", "vcpus = -1", "vcpus = \"8\"", "vcpus"] {
+        let free = Limits::read("speed = false\nchanges-per-volume = 1000").unwrap();
+        assert_eq!((free.speed, free.changes_per_volume), (false, 1000));
+        for bad in ["speed = 1", "vcpu = 8", "vcpus = -1", "vcpus = \"8\"", "vcpus"] {
             assert!(Limits::read(bad).is_err(), "{bad}");
         }
     }

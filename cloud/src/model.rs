@@ -2,8 +2,6 @@
 //!
 //! A record says what is to be (`desired`) and what is known to be (`state`); the reconciler brings one to the other.
 
-mod network;
-
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
@@ -13,6 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::Source;
 
+mod modification;
+mod network;
+
+pub use modification::{Modification, Progress, Shape};
 pub use network::{Account, Gateway, RouteTable, Subnet, Target, Vpc, VpcParts};
 
 /// Tags: at most 50, keys to 128 characters, values to 256.
@@ -348,6 +350,12 @@ pub struct Volume {
     pub instance: Option<String>,
     /// What made it idempotent.
     pub client_token: Option<String>,
+    /// The latest change of its size, type or speed.
+    #[serde(default)]
+    pub modification: Option<Modification>,
+    /// When the changes of the last 24 hours were asked for.
+    #[serde(default)]
+    pub modified: Vec<Timestamp>,
     /// Its tags.
     pub tags: Tags,
 }
@@ -369,6 +377,9 @@ pub struct Snapshot {
     pub description: String,
     /// What a volume of it begins with.
     pub source: Source,
+    /// Those that are taken at one instant, this one among them; the first of them stands for all.
+    #[serde(default)]
+    pub together: Vec<String>,
     /// What it is a copy of, rather than of its volume.
     #[serde(default)]
     pub copy_of: Option<Copied>,
@@ -389,6 +400,11 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// It is still to be made.
+    pub fn is_pending(&self) -> bool {
+        !self.complete && self.failed.is_none()
+    }
+
     /// Whether an account may read it. A template's is the host's, for everyone.
     pub fn readable(&self, account: &str) -> bool {
         let template = matches!(self.source, Source::Template(_));

@@ -8,14 +8,63 @@ use serde::Deserialize;
 const BUILT_IN: &str = include_str!("../instance-types.toml");
 
 /// What an instance of a type gets.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct InstanceType {
     /// Virtual CPUs, 1 to 32.
     pub vcpus: u32,
     /// Memory in MiB.
     #[serde(rename = "memory")]
     pub memory_mib: u64,
+    /// Mbit a second of each interface, each way; without it there is no limit.
+    #[serde(default)]
+    pub network_mbit: Option<Span>,
+    /// Mbit a second of all volumes together, likewise.
+    #[serde(default)]
+    pub volume_mbit: Option<Span>,
+    /// Operations a second of all volumes together, likewise.
+    #[serde(default)]
+    pub volume_iops: Option<Span>,
+}
+
+/// A speed that an instance always has, and the one that it has for a while: `64` or `[64, 5000]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(from = "SpanText")]
+pub struct Span {
+    /// Always.
+    pub baseline: u64,
+    /// For a while.
+    pub burst: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a speed is a number, or two: the lasting one and the one for a while")]
+enum SpanText {
+    One(u64),
+    Two([u64; 2]),
+}
+
+impl From<SpanText> for Span {
+    fn from(text: SpanText) -> Span {
+        match text {
+            SpanText::One(speed) => Span { baseline: speed, burst: speed },
+            SpanText::Two([baseline, burst]) => Span { baseline, burst },
+        }
+    }
+}
+
+impl InstanceType {
+    /// What is wrong with it, if anything is.
+    fn wrong(&self) -> Option<&'static str> {
+        if !(1..=32).contains(&self.vcpus) || !(128..=1 << 20).contains(&self.memory_mib) {
+            return Some("has 1 to 32 vcpus and a memory of 128 to 1048576 MiB");
+        }
+        let speeds = [self.network_mbit, self.volume_mbit, self.volume_iops];
+        let sane = |span: Span| (1..=10_000_000).contains(&span.baseline) && span.baseline <= span.burst;
+        let sane = |span: Span| sane(span) && span.burst <= 10_000_000;
+        let all = speeds.into_iter().flatten().all(sane);
+        (!all).then_some("has speeds of 1 to 10000000, the lasting one first and no more than the other")
+    }
 }
 
 /// All types by family and size.
@@ -50,10 +99,8 @@ impl Table {
         let mut table = Table::built_in();
         for (family, sizes) in own.0 {
             for (size, kind) in sizes {
-                if !(1..=32).contains(&kind.vcpus) || !(128..=1 << 20).contains(&kind.memory_mib) {
-                    return Err(format!(
-                        "{family}.{size} has 1 to 32 vcpus and a memory of 128 to 1048576 MiB"
-                    ));
+                if let Some(why) = kind.wrong() {
+                    return Err(format!("{family}.{size} {why}"));
                 }
                 table.0.entry(family.clone()).or_default().insert(size, kind);
             }
@@ -96,11 +143,21 @@ mod tests {
     #[test]
     fn the_built_in_table_is_ec2s() {
         let table = Table::built_in();
-        assert_eq!(table.get("t3.micro"), Ok(&InstanceType { vcpus: 2, memory_mib: 1024 }));
+        let span = |baseline, burst| Some(Span { baseline, burst });
+        let micro = InstanceType {
+            vcpus: 2,
+            memory_mib: 1024,
+            network_mbit: span(64, 5000),
+            volume_mbit: span(87, 2085),
+            volume_iops: span(500, 11_800),
+        };
+        assert_eq!(table.get("t3.micro"), Ok(&micro));
         for (family, sizes) in &table.0 {
             for (size, kind) in sizes {
-                let sane = (1..=32).contains(&kind.vcpus) && (512..=1 << 20).contains(&kind.memory_mib);
-                assert!(sane, "{family}.{size}");
+                assert_eq!(kind.wrong(), None, "{family}.{size}");
+                // Either all of it is documented, or nothing.
+                assert_eq!(kind.network_mbit.is_some(), kind.volume_iops.is_some(), "{family}.{size}");
+                assert_eq!(kind.volume_mbit.is_some(), kind.volume_iops.is_some(), "{family}.{size}");
             }
         }
     }
@@ -111,11 +168,22 @@ mod tests {
             "[t3]\nmicro = { vcpus = 1, memory = 256 }\n[own]\nbig = { vcpus = 3, memory = 3000 }",
         );
         let table = table.unwrap();
-        assert_eq!(table.get("t3.micro"), Ok(&InstanceType { vcpus: 1, memory_mib: 256 }));
-        assert_eq!(table.get("own.big"), Ok(&InstanceType { vcpus: 3, memory_mib: 3000 }));
+        let plain = |vcpus, memory_mib| InstanceType { vcpus, memory_mib, ..InstanceType::default() };
+        assert_eq!(table.get("t3.micro"), Ok(&plain(1, 256)));
+        assert_eq!(table.get("own.big"), Ok(&plain(3, 3000)));
         assert!(table.get("t3.small").is_ok());
         for bad in ["[t3]\nmicro = { vcpus = 99, memory = 256 }", "[t3]\nmicro = { vcpu = 1 }", "t3 = 1"] {
             assert!(Table::read(bad).is_err(), "{bad}");
+        }
+        let speed = |text: &str| Table::read(&format!("[a]\nb = {{ vcpus = 1, memory = 256, {text} }}"));
+        let table = speed("network-mbit = 100, volume-iops = [10, 100]").unwrap();
+        let kind = table.get("a.b").unwrap();
+        assert_eq!(kind.network_mbit, Some(Span { baseline: 100, burst: 100 }));
+        assert_eq!(kind.volume_iops, Some(Span { baseline: 10, burst: 100 }));
+        for bad in
+            ["network-mbit = 0", "volume-mbit = [2, 1]", "volume-iops = [1]", "volume-mbit = -1", "iops = 1"]
+        {
+            assert!(speed(bad).is_err(), "{bad}");
         }
     }
 

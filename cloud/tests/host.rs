@@ -5,9 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use hutch_cloud::host::local::{Local, Means, MetadataService, Served};
-use hutch_cloud::host::{Content, End, Host, HostError, Interface, Machine, Public, Simulated, Source};
+use hutch_cloud::host::{
+    Content, End, Host, HostError, Interface, Machine, Public, Simulated, Source, Speed,
+};
 use hutch_cloud::metadata::Metadata;
 use hutch_imagestore::store::Store;
+use hutch_vmm::config::{Flow, Rate};
 
 const GIB: u64 = 1 << 30;
 
@@ -47,6 +50,7 @@ fn machine(id: &str, run: u64, volumes: &[&str]) -> Machine {
             public: None,
             groups: vec!["sg-12345678".into()],
         }],
+        speed: Speed::default(),
         metadata: Metadata {
             instance_id: id.into(),
             subnet_cidr: "172.31.0.0/20".into(),
@@ -63,6 +67,13 @@ fn runs(host: &dyn Host, id: &str) -> Option<(u64, bool)> {
     one
 }
 
+fn size(content: &Content) -> u64 {
+    match content {
+        Content::Bytes(bytes) => *bytes,
+        Content::File(path) => std::fs::metadata(path).unwrap().len(),
+    }
+}
+
 fn suite(open: Open<'_>, outlives: bool) {
     let host = open();
     let template = host.templates().unwrap().first().expect("a template").clone();
@@ -74,6 +85,14 @@ fn suite(open: Open<'_>, outlives: bool) {
         host.create_volume("vol-b", GIB, &Source::Empty).unwrap();
     }
     let missing = host.create_volume("vol-c", GIB, &Source::Snapshot("snap-none".into()));
+    assert!(matches!(missing, Err(HostError::Missing(_))), "{missing:?}");
+
+    // A volume is what it is to be, once it is told; it never becomes smaller.
+    let rate = |per_second| Rate { ops: vec![Flow { per_second, burst: 100 }], bytes: vec![] };
+    for bytes in [2 * GIB, 2 * GIB, GIB] {
+        host.modify_volume("vol-b", bytes, &rate(1000)).unwrap();
+    }
+    let missing = host.modify_volume("vol-none", GIB, &Rate::default());
     assert!(matches!(missing, Err(HostError::Missing(_))), "{missing:?}");
 
     // A run is started once; it has all its volumes or does not start.
@@ -102,6 +121,11 @@ fn suite(open: Open<'_>, outlives: bool) {
     host.delete_volume("vol-i").unwrap();
     host.reboot("i-a").unwrap();
     host.update(&first).unwrap();
+    // Also while a machine has it, and when somebody asks again who was not there.
+    host.modify_volume("vol-b", 3 * GIB, &rate(2000)).unwrap();
+    let slower = Speed { volumes: rate(500), network: rate(5000) };
+    let first = Machine { speed: slower, ..first };
+    host.update(&first).unwrap();
     let host = match outlives {
         true => {
             drop(host);
@@ -111,9 +135,23 @@ fn suite(open: Open<'_>, outlives: bool) {
     };
     assert_eq!(runs(&*host, "i-a"), Some((1, true)), "it outlives who asked for it");
     host.start(&first).unwrap();
+    for bytes in [3 * GIB, 4 * GIB, 4 * GIB] {
+        host.modify_volume("vol-b", bytes, &rate(2000)).unwrap();
+    }
+
+    // Snapshots of several volumes are all made, or none.
+    let missing = host.create_snapshots(&[("snap-x", "vol-a"), ("snap-y", "vol-none")]);
+    assert!(matches!(missing, Err(HostError::Missing(_))), "{missing:?}");
+    for id in ["snap-x", "snap-y"] {
+        assert!(matches!(host.content(&Source::Snapshot(id.into())), Err(HostError::Missing(_))), "{id}");
+    }
+    for _ in 0..2 {
+        host.create_snapshots(&[("snap-a", "vol-a"), ("snap-b", "vol-b")]).unwrap();
+    }
+    assert_eq!(size(&host.content(&Source::Snapshot("snap-b".into())).unwrap()), 4 * GIB);
+    host.delete_snapshot("snap-b").unwrap();
 
     // Stopped, it is known and can be started anew: as another run.
-    host.create_snapshot("snap-a", "vol-a").unwrap();
     host.stop("i-a", Duration::ZERO).unwrap();
     host.stop("i-a", Duration::ZERO).unwrap();
     host.stop("i-never", Duration::ZERO).unwrap();
@@ -125,16 +163,16 @@ fn suite(open: Open<'_>, outlives: bool) {
     host.start(&machine("i-a", 2, &["vol-a"])).unwrap();
     assert_eq!(runs(&*host, "i-a"), Some((2, true)));
     host.stop("i-a", Duration::ZERO).unwrap();
+    host.modify_volume("vol-b", 5 * GIB, &Rate::default()).unwrap();
+    host.create_snapshots(&[("snap-b", "vol-b")]).unwrap();
+    assert_eq!(size(&host.content(&Source::Snapshot("snap-b".into())).unwrap()), 5 * GIB);
+    host.delete_snapshot("snap-b").unwrap();
 
     // What is not needed goes; what was made of it stays.
     host.create_volume("vol-d", template.size.max(GIB), &Source::Snapshot("snap-a".into())).unwrap();
     for source in [Source::Snapshot("snap-a".into()), source] {
         let content = host.content(&source).unwrap();
-        let size = match &content {
-            Content::Bytes(bytes) => *bytes,
-            Content::File(path) => std::fs::metadata(path).unwrap().len(),
-        };
-        assert!(size >= template.size, "{content:?}");
+        assert!(size(&content) >= template.size, "{content:?}");
         for _ in 0..2 {
             host.copy_snapshot("snap-copy", &content).unwrap();
         }

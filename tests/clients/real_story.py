@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,14 @@ echo boot >>/root/boots; sync
 (while sleep 1; do
   now=; for d in /sys/block/vd?; do read s <$d/serial; read n <$d/size; now="$now $s=$n"; done
   [ "$now" = "$was" ] || echo "volumes:$now;"; was=$now
+done 2>/dev/null) &
+(while sleep 1; do
+  for d in /sys/block/vd?; do
+    # The disk of 4 GiB.
+    read n <$d/size; [ "$n" = 8388608 ] || continue
+    read a x </proc/uptime; dd if=/dev/${d##*/} of=/dev/null bs=4096 count=500 iflag=direct; read b x </proc/uptime
+    echo "500 reads from $a to $b;"; exit
+  done
 done 2>/dev/null) &
 printf '#!/bin/sh\n[ $1 = bound ] && ip addr add $ip/20 dev eth0 && ip route add default via $router\n' >/tmp/s
 chmod +x /tmp/s; ip link set eth0 up; udhcpc -i eth0 -nq -t 99 -s /tmp/s >/dev/null
@@ -307,6 +316,37 @@ class Story(unittest.TestCase):
         host("env", f"HUTCH_STATE={self.cloud.state}", f"HUTCH_VMM={programs / 'hutch-vmm'}", "unshare", "-n", "sh", "-c",
              f"ip link set lo up; exec {os.environ['HUTCH_HOST_SUITE']} --ignored the_local_host", timeout=2 * ENOUGH)
         say("the suite of all hosts")
+
+    def test_a_volume_is_as_slow_as_it_says_and_grows_under_its_guest(self):
+        ec2 = self.ec2
+        image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+        disk = {"VolumeSize": 4, "VolumeType": "io1", "Iops": 100, "DeleteOnTermination": True}
+        made = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="t3.nano",
+                                 BlockDeviceMappings=[{"DeviceName": "/dev/sdf", "Ebs": disk}])
+        one = made["Instances"][0]["InstanceId"]
+        self.becomes(one, "running")
+        # The bucket holds a tenth of a second's; the rest comes a hundred a second.
+        self.prints(one, "500 reads from")
+        began, ended = re.search(r"500 reads from ([0-9.]+) to ([0-9.]+);", self.console(one)).groups()
+        took = float(ended) - float(began)
+        say(f"500 reads of 100 a second took {took:.2f} s")
+        self.assertGreaterEqual(took, 4.8)
+        data = self.instance(one)["BlockDeviceMappings"][1]["Ebs"]["VolumeId"]
+        serial = data.replace("-", "")
+        self.prints(one, f"{serial}={4 << 21}")
+        ec2.modify_volume(VolumeId=data, Size=5, Iops=250)
+        self.prints(one, f"{serial}={5 << 21}")
+        state = lambda: ec2.describe_volumes_modifications(VolumeIds=[data])["VolumesModifications"][0]["ModificationState"]
+        self.eventually(lambda: state() == "completed", "the change is completed")
+        self.assertEqual(self.console(one).count("boots: "), 1)
+        snapshots = ec2.create_snapshots(InstanceSpecification={"InstanceId": one})["Snapshots"]
+        ids = [snapshot["SnapshotId"] for snapshot in snapshots]
+        ec2.get_waiter("snapshot_completed").wait(SnapshotIds=ids, WaiterConfig={"Delay": 1, "MaxAttempts": ENOUGH})
+        self.assertEqual(sorted(snapshot["VolumeSize"] for snapshot in snapshots)[-1], 5)
+        for snapshot in ids:
+            ec2.delete_snapshot(SnapshotId=snapshot)
+        ec2.terminate_instances(InstanceIds=[one])
+        self.becomes(one, "terminated")
 
     def test_an_instance_lives_through_all_its_states(self):
         ec2, cloud = self.ec2, self.cloud

@@ -13,6 +13,7 @@ use crate::devices::hotplug::Hotplug;
 use crate::drives::{Drive, Drives};
 use crate::pci::{PciBus, Vm};
 use crate::plan::{MAX_DEVICES, PCI_WINDOW, Plan, parse_mac};
+use crate::rate::Limiter;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::{Net, NetCounts};
 use crate::virtio::pci::{BAR_SIZE, VirtioPci};
@@ -24,8 +25,20 @@ use crate::virtio::{Memory, VirtioDevice};
 pub struct Backends {
     /// Disks, in the order of the plan.
     pub drives: Drives,
-    /// The queues of each tap, in the order of the plan.
-    pub taps: Vec<(Vec<File>, Arc<NetCounts>)>,
+    /// What all disks may do together.
+    pub disks_limit: Arc<Limiter>,
+    /// Taps, in the order of the plan.
+    pub taps: Vec<TapBackend>,
+}
+
+/// What an interface runs on.
+pub struct TapBackend {
+    /// The queues of its tap.
+    pub queues: Vec<File>,
+    /// Where it counts.
+    pub counts: Arc<NetCounts>,
+    /// What the guest may receive, and what it may send.
+    pub limits: [Arc<Limiter>; 2],
 }
 
 /// KVM, as PCI devices need it.
@@ -77,6 +90,7 @@ pub struct Board {
     pub hotplug: Arc<Hotplug>,
     placed: Mutex<Slots>,
     drives: Drives,
+    disks_limit: Arc<Limiter>,
     id: String,
     disk_queues: u16,
     memory: Arc<Memory>,
@@ -96,6 +110,7 @@ impl Board {
             hotplug: Arc::new(Hotplug::new()?),
             placed: Mutex::default(),
             drives: backends.drives.clone(),
+            disks_limit: backends.disks_limit.clone(),
             id: config.id.clone(),
             disk_queues: config.cpus.min(4) as u16,
             memory: memory.clone(),
@@ -106,10 +121,10 @@ impl Board {
         for drive in backends.drives.all() {
             board.add_drive(&drive)?;
         }
-        for ((taps, counts), asked) in backends.taps.iter().zip(&config.nets) {
-            let taps = taps.iter().map(File::try_clone).collect::<io::Result<Vec<_>>>()?;
+        for (backend, asked) in backends.taps.iter().zip(&config.nets) {
+            let taps = backend.queues.iter().map(File::try_clone).collect::<io::Result<Vec<_>>>()?;
             let mac = parse_mac(&asked.mac).unwrap_or_default();
-            let net = Net::new(mac, asked.mtu, taps, counts.clone())?;
+            let net = Net::new(mac, asked.mtu, taps, backend.counts.clone(), backend.limits.clone())?;
             board.add(format!("interface {}", asked.mac), Box::new(net), None)?;
         }
         Ok(board)
@@ -139,7 +154,8 @@ impl Board {
     }
 
     fn add_drive(&self, drive: &Drive) -> io::Result<usize> {
-        let blk = Blk::new(drive.disk.clone(), &drive.serial, self.disk_queues, drive.counts.clone());
+        let limits = [drive.limit.clone(), self.disks_limit.clone()];
+        let blk = Blk::new(drive.disk.clone(), &drive.serial, self.disk_queues, drive.counts.clone(), limits);
         self.add(drive.serial.clone(), Box::new(blk), Some(drive.serial.clone()))
     }
 
@@ -190,6 +206,11 @@ impl Board {
         self.each(VirtioPci::stop);
     }
 
+    /// Tells the guest what has changed of its devices' configuration, such as the size of a disk.
+    pub fn refresh(&self) {
+        self.each(VirtioPci::refresh);
+    }
+
     /// Holds every device between two requests. vCPUs must have been paused before.
     pub fn pause(&self) {
         self.each(|d| d.device().pause());
@@ -229,7 +250,7 @@ mod tests {
         });
         let plan = Plan::new(serde_json::from_value(config).unwrap()).unwrap();
         let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
-        let backends = Backends { drives: drives.clone(), taps: Vec::new() };
+        let backends = Backends { drives: drives.clone(), ..Backends::default() };
         Board::new(&plan, &backends, &memory, Arc::new(FakeVm::default())).unwrap()
     }
 

@@ -28,6 +28,9 @@ pub struct MachineConfig {
     /// Disks, in the order the guest sees them (`/dev/vda`, `/dev/vdb`, …).
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// What all disks may do together, beside what each may.
+    #[serde(default)]
+    pub disks_rate: Rate,
     /// Network interfaces, in the order the guest sees them.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
@@ -90,6 +93,53 @@ pub struct DiskConfig {
     /// Refuse the guest's writes.
     #[serde(default)]
     pub read_only: bool,
+    /// What it may do.
+    #[serde(default)]
+    pub rate: Rate,
+}
+
+/// How much may be done in a time: every flow holds. Without any there is no limit.
+///
+/// Of a disk, a read or a write is one operation for each 256 KiB begun, a discarded or zeroed range is one without
+/// bytes, and a flush is free. Of a network interface an operation is a frame.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Rate {
+    /// Of operations.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ops: Vec<Flow>,
+    /// Of bytes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub bytes: Vec<Flow>,
+}
+
+/// A token bucket: it begins full, and what is done takes tokens out of it. Something larger than the bucket passes when
+/// there is any token, and what comes next waits until that is paid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Flow {
+    /// Tokens that it gains a second; at least 1.
+    pub per_second: u64,
+    /// Tokens that it holds; at least 1.
+    pub burst: u64,
+}
+
+impl Rate {
+    /// The most flows of a kind.
+    pub const FLOWS_MAX: usize = 4;
+
+    /// What is wrong with it, if anything is.
+    pub fn wrong(&self) -> Option<&'static str> {
+        if self.ops.len() > Rate::FLOWS_MAX || self.bytes.len() > Rate::FLOWS_MAX {
+            return Some("its rate has more than four flows of a kind");
+        }
+        let idle = |flow: &Flow| flow.per_second == 0 || flow.burst == 0;
+        self.ops
+            .iter()
+            .chain(&self.bytes)
+            .any(idle)
+            .then_some("a flow of its rate is 0, so that it would never do anything")
+    }
 }
 
 /// One file of a disk.
@@ -122,6 +172,9 @@ pub struct NetConfig {
     pub taps: Vec<FdNumber>,
     /// The guest's MTU: 576 to 9001 bytes.
     pub mtu: u16,
+    /// What it may send, and what it may receive: so much each way.
+    #[serde(default)]
+    pub rate: Rate,
 }
 
 /// An unprivileged identity.

@@ -7,12 +7,16 @@
 //! {"command":"pause"}         → {"ok":true}       every vCPU and device is held when the answer comes, and all that
 //!                                                 the guest wrote is in the disks' files
 //! {"command":"resume"}        → {"ok":true}
-//! {"command":"attach-disk","serial":"vol…","formats":["qcow2","raw"],"read_only":false} with a descriptor for each format, the
+//! {"command":"attach-disk","serial":"vol…","formats":["qcow2","raw"],"read_only":false,"rate":{…}} with a descriptor for each format, the
 //!     top one first          → {"ok":true}       the guest is told of the new disk, over PCI
 //! {"command":"detach-disk","serial":"vol…","force":false}
 //!                             → {"ok":true}       the guest is asked to let it go; once it has, `status` does not name the
 //!                                                 disk any more; with `force`, it is gone at once
 //! {"command":"kill"}          → {"ok":true}       the machine ends now, its report says `killed`
+//! {"command":"disk","serial":"vol…","size":BYTES,"rate":{…}}  → {"ok":true}   the disk is at least so large and has this
+//!                                                 rate from now on (`config::Rate`); either may be left out
+//! {"command":"disks","rate":{…}}             → {"ok":true}   what all disks may do together
+//! {"command":"net","mac":"…","rate":{…}}     → {"ok":true}   what the interface may send, and receive
 //! {"command":"console"}       → {"ok":true,"text":"…"}   what is in the console's ring
 //! {"command":"console","follow":true} → {"ok":true}, and from then on the connection is the console: the guest's bytes
 //!                                out, from the oldest in the ring on, and what is typed in, until one side hangs up
@@ -27,19 +31,20 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::config::DiskFormat;
+use crate::config::{DiskFormat, Rate};
 use crate::console::{self, Console, Reader};
 use crate::counts::{Counts, Devices};
 use crate::devices::serial::Input;
 use crate::drives::Drive;
 use crate::machine::Handle;
 use crate::passing::Receiver;
+use crate::rate::Limiter;
 
 /// A request is at most so many bytes.
 const LINE_MAX: u64 = 64 << 10;
@@ -63,11 +68,25 @@ enum Request {
         formats: Vec<DiskFormat>,
         #[serde(default)]
         read_only: bool,
+        #[serde(default)]
+        rate: Rate,
     },
     DetachDisk {
         serial: String,
         #[serde(default)]
         force: bool,
+    },
+    Disk {
+        serial: String,
+        size: Option<u64>,
+        rate: Option<Rate>,
+    },
+    Disks {
+        rate: Rate,
+    },
+    Net {
+        mac: String,
+        rate: Rate,
     },
     Console {
         #[serde(default)]
@@ -90,6 +109,10 @@ pub struct Control {
     pub counts: Arc<Counts>,
     /// Its devices' counters.
     pub devices: Devices,
+    /// What its disks may do together.
+    pub disks_limit: Arc<Limiter>,
+    /// What its interfaces may receive and send, by their MACs.
+    pub nets: Vec<(String, [Arc<Limiter>; 2])>,
 }
 
 impl Control {
@@ -225,14 +248,14 @@ impl Control {
                     }
                 }
             }
-            Request::AttachDisk { serial, formats, read_only } => {
+            Request::AttachDisk { serial, formats, read_only, rate } => {
                 if fds.len() != formats.len() {
                     let (came, named) = (fds.len(), formats.len());
                     return done(Err(format!("disk {serial}: {came} descriptors came for {named} formats")));
                 }
                 let layers = fds.into_iter().map(File::from).zip(formats).collect();
                 match Drive::open(&self.id, &serial, layers, read_only) {
-                    Ok(drive) => done(self.handle.attach(drive)),
+                    Ok(drive) => done(hold(&rate, [&drive.limit]).and_then(|()| self.handle.attach(drive))),
                     Err(why) => json!({ "ok": false, "error": why }),
                 }
             }
@@ -245,8 +268,41 @@ impl Control {
                 self.handle.kill();
                 json!({ "ok": true })
             }
+            Request::Disk { serial, size, rate } => done(self.change_disk(&serial, size, rate.as_ref())),
+            Request::Disks { rate } => done(hold(&rate, [&self.disks_limit])),
+            Request::Net { mac, rate } => {
+                let limits = self.nets.iter().find(|(have, _)| *have == mac);
+                let limits = limits.ok_or_else(|| format!("it has no interface {mac}"));
+                done(limits.and_then(|(_, limits)| hold(&rate, limits)))
+            }
             Request::Console { follow: true } => json!({ "ok": true }),
             Request::Console { follow: false } => json!({ "ok": true, "text": console().tail(usize::MAX) }),
         }
     }
+
+    fn change_disk(&self, serial: &str, size: Option<u64>, rate: Option<&Rate>) -> Result<(), String> {
+        let found = self.devices.drives.all().into_iter().find(|drive| drive.serial == serial);
+        let drive = found.ok_or_else(|| format!("it has no disk {serial}"))?;
+        // Checked before anything is done.
+        if let Some(why) = rate.and_then(Rate::wrong) {
+            return Err(why.into());
+        }
+        if let Some(size) = size.filter(|size| *size > drive.disk.size()) {
+            drive.disk.grow(size).map_err(|e| {
+                let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
+                format!("the disk {serial} does not grow: {e}{cause}")
+            })?;
+            self.handle.refresh();
+        }
+        rate.map_or(Ok(()), |rate| hold(rate, [&drive.limit]))
+    }
+}
+
+/// Has these hold to `rate` from now on.
+fn hold<'a>(rate: &Rate, limits: impl IntoIterator<Item = &'a Arc<Limiter>>) -> Result<(), String> {
+    if let Some(why) = rate.wrong() {
+        return Err(why.into());
+    }
+    limits.into_iter().for_each(|limit| limit.set(rate, Instant::now()));
+    Ok(())
 }

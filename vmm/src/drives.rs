@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use hutch_blockdev::{Disk, Format, open_layers};
 
 use crate::config::DiskFormat;
+use crate::rate::Limiter;
 use crate::virtio::blk::DiskCounts;
 
 /// How long a guest has before it is asked to let a disk go once more. One that is asked while it does so could take the
@@ -24,12 +25,14 @@ pub struct Drive {
     pub disk: Arc<dyn Disk>,
     /// What it did.
     pub counts: Arc<DiskCounts>,
+    /// What it may do.
+    pub limit: Arc<Limiter>,
     /// When the guest was last asked to let it go.
     pub leaving: Option<Instant>,
 }
 
 impl Drive {
-    /// Opens a disk on files that the parent opened, the top one first. `id` names the machine in messages.
+    /// Opens a disk without a limit on files that the parent opened, the top one first. `id` names the machine in messages.
     ///
     /// # Errors
     /// What is wrong with the serial or the files.
@@ -51,7 +54,8 @@ impl Drive {
             let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
             format!("{id}: disk {serial}: {e}{cause}")
         })?;
-        Ok(Drive { serial: serial.to_owned(), disk, counts: Arc::default(), leaving: None })
+        let (counts, limit) = Default::default();
+        Ok(Drive { serial: serial.to_owned(), disk, counts, limit, leaving: None })
     }
 }
 

@@ -22,7 +22,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::pipe2;
 use serde_json::Value;
 
-use crate::config::{DiskConfig, DiskFormat, FdNumber, LayerConfig, Report};
+use crate::config::{DiskConfig, DiskFormat, FdNumber, LayerConfig, Rate, Report};
 use crate::passing;
 
 /// The longest answer at a control socket, in bytes; a console's ring, escaped, is the largest.
@@ -142,7 +142,7 @@ impl Inherit {
             Ok(LayerConfig { fd: self.lend(file)?, format: disk_format(*format) })
         };
         let layers = layers.iter().map(&mut lend).collect::<Result<Vec<_>>>()?;
-        Ok(DiskConfig { serial, layers, read_only })
+        Ok(DiskConfig { serial, layers, read_only, rate: Rate::default() })
     }
 
     /// The command that starts `program`, a `hutch-vmm`, with all this under the same numbers. It reads its
@@ -231,7 +231,8 @@ pub fn ask(
     ask_with(socket, request, &[], limit)
 }
 
-/// Hands a disk to the machine behind a control socket: its files, the top one first, which it then has open too.
+/// Hands a disk to the machine behind a control socket: its files, the top one first, which it then has open too, and what
+/// it may do.
 ///
 /// # Errors
 /// Those of [`ask`].
@@ -240,11 +241,12 @@ pub fn attach_disk(
     layers: &[(File, Format)],
     serial: &str,
     read_only: bool,
+    rate: &Rate,
     limit: Duration,
 ) -> Result<()> {
     let formats: Vec<_> = layers.iter().map(|(_, format)| disk_format(*format)).collect();
     let request = serde_json::json!({
-        "command": "attach-disk", "serial": serial, "formats": formats, "read_only": read_only,
+        "command": "attach-disk", "serial": serial, "formats": formats, "read_only": read_only, "rate": rate,
     });
     let files: Vec<_> = layers.iter().map(|(file, _)| file.as_fd()).collect();
     ask_with(socket, &request, &files, limit).map(drop)

@@ -23,6 +23,7 @@ pub mod passing;
 pub mod pci;
 pub mod plan;
 pub mod probe;
+pub mod rate;
 pub mod vcpu;
 pub mod virtio;
 pub mod x86_64;

@@ -30,6 +30,7 @@ use crate::ending::{Ending, Outcome};
 use crate::gate::Gate;
 use crate::memory;
 use crate::plan::{ECAM, PCI_WINDOW, Plan};
+use crate::rate::Limiter;
 use crate::vcpu;
 use crate::x86_64::{acpi, cpuid, regs, smbios};
 
@@ -202,6 +203,13 @@ impl Handle {
         Ok(())
     }
 
+    /// Tells the guest what has changed of its devices' configuration, such as the size of a disk.
+    pub fn refresh(&self) {
+        if let Some(board) = &*self.0.board() {
+            board.refresh();
+        }
+    }
+
     /// Whether the machine is paused or about to be.
     pub fn is_paused(&self) -> bool {
         self.0.gate.is_closed()
@@ -267,8 +275,19 @@ impl Machine {
         let nets = self.plan.config().nets.iter().zip(&self.backends.taps);
         Devices {
             drives: self.backends.drives.clone(),
-            nets: nets.map(|(net, (_, counts))| (net.mac.clone(), counts.clone())).collect(),
+            nets: nets.map(|(net, backend)| (net.mac.clone(), backend.counts.clone())).collect(),
         }
+    }
+
+    /// What all of its disks may do together.
+    pub fn disks_limit(&self) -> Arc<Limiter> {
+        self.backends.disks_limit.clone()
+    }
+
+    /// What its interfaces may do, by their MACs, in the order of the plan.
+    pub fn net_limits(&self) -> Vec<(String, [Arc<Limiter>; 2])> {
+        let macs = self.plan.config().nets.iter().map(|net| net.mac.clone());
+        macs.zip(self.backends.taps.iter().map(|backend| backend.limits.clone())).collect()
     }
 
     /// Runs the machine until it ends, reboots included. `handle` receives the way to end it from outside.

@@ -135,10 +135,15 @@ impl Plan {
         if count > MAX_DEVICES {
             return Err(PlanError::Slots { id, count });
         }
+        if let Some(why) = config.disks_rate.wrong() {
+            return Err(PlanError::Disk { id, index: 0, why });
+        }
         for (index, disk) in config.disks.iter().enumerate() {
             let twice = config.disks.iter().take(index).any(|other| other.serial == disk.serial);
             let wrong = drives::wrong(&disk.serial, disk.layers.len());
-            if let Some(why) = wrong.or(twice.then_some("has the serial of another disk")) {
+            if let Some(why) =
+                wrong.or(twice.then_some("has the serial of another disk")).or(disk.rate.wrong())
+            {
                 return Err(PlanError::Disk { id, index, why });
             }
         }
@@ -148,7 +153,10 @@ impl Plan {
                 Some(mac) if mac[0] & 1 == 1 || mac == [0; 6] => "its MAC is no unicast address",
                 Some(_) if net.taps.is_empty() || net.taps.len() > 8 => "it has not 1 to 8 tap queues",
                 Some(_) if !(576..=9001).contains(&net.mtu) => "its MTU is outside 576 to 9001",
-                Some(_) => continue,
+                Some(_) => match net.rate.wrong() {
+                    Some(why) => why,
+                    None => continue,
+                },
             };
             return Err(PlanError::Net { id, index, why });
         }
@@ -199,7 +207,7 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{BootConfig, DiskConfig, DiskFormat, LayerConfig, NetConfig, RunAs};
+    use crate::config::{BootConfig, DiskConfig, DiskFormat, Flow, LayerConfig, NetConfig, Rate, RunAs};
 
     fn config() -> MachineConfig {
         MachineConfig {
@@ -210,6 +218,7 @@ mod tests {
             hugepages: false,
             boot: BootConfig { kernel: 3, initrd: None, cmdline: "console=ttyS0".into() },
             disks: vec![],
+            disks_rate: Rate::default(),
             nets: vec![],
             kvm: 4,
             control: None,
@@ -254,18 +263,33 @@ mod tests {
     #[test]
     fn bad_devices_are_refused_with_their_place() {
         let layer = LayerConfig { fd: 5, format: DiskFormat::Raw };
-        let disk =
-            |serial: &str, n| DiskConfig { serial: serial.into(), layers: vec![layer; n], read_only: false };
+        let none = Rate::default();
+        let disk = |serial: &str, n| DiskConfig {
+            serial: serial.into(),
+            layers: vec![layer; n],
+            read_only: false,
+            rate: none.clone(),
+        };
+        let idle = |per_second, burst| Rate { ops: vec![], bytes: vec![Flow { per_second, burst }] };
+        let many = Rate { ops: vec![Flow { per_second: 1, burst: 1 }; 5], bytes: vec![] };
+        let slow = [idle(0, 1), idle(1, 0), many].map(|rate| DiskConfig { rate, ..disk("vol1", 1) });
         let good = disk("vol0123456789abcdef0", 1);
         let long = disk(&"v".repeat(21), 1);
-        for bad in [disk("vol1", 0), disk("vol1", 17), disk("vol-1", 1), disk("", 1), long, good.clone()] {
+        let bad = [disk("vol1", 0), disk("vol1", 17), disk("vol-1", 1), disk("", 1), long, good.clone()];
+        for bad in bad.into_iter().chain(slow) {
             let good = good.clone();
             assert!(matches!(refused(|c| c.disks = vec![good, bad]), PlanError::Disk { index: 1, .. }));
         }
         let thirty = vec![disk("v", 1); 31];
         assert!(matches!(refused(|c| c.disks = thirty), PlanError::Slots { count: 31, .. }));
-        let net = |mac: &str, taps: usize, mtu| NetConfig { mac: mac.into(), taps: vec![6; taps], mtu };
+        let net = |mac: &str, taps: usize, mtu| NetConfig {
+            mac: mac.into(),
+            taps: vec![6; taps],
+            mtu,
+            rate: none.clone(),
+        };
         for bad in [
+            NetConfig { rate: idle(0, 1), ..net("02:00:00:00:00:01", 1, 1500) },
             net("02:00:00:00:00", 1, 1500),
             net("03:00:00:00:00:01", 1, 1500),
             net("02:00:00:00:00:01", 0, 1500),

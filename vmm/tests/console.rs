@@ -1,4 +1,4 @@
-//! The console of a real machine, followed and typed into through the control socket. The guest is a payload of a few
+//! A real machine at its control socket: its console followed and typed into, its disk changed. The guest is a payload of a few
 //! instructions; where there is no /dev/kvm the tests say so and pass.
 
 mod support;
@@ -10,9 +10,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use hutch_vmm::board::Backends;
-use hutch_vmm::config::{End, MachineConfig, Report};
+use hutch_vmm::config::{DiskFormat, End, MachineConfig, Report};
 use hutch_vmm::control::Control;
 use hutch_vmm::devices::serial;
+use hutch_vmm::drives::Drive;
 use hutch_vmm::machine::{Files, Machine};
 use hutch_vmm::plan::Plan;
 
@@ -54,25 +55,29 @@ fn with_socket(code: &[u8], act: impl FnOnce(&Path) + Send + 'static) -> Option<
     let config = serde_json::json!({
         "id": "i-0123456789abcdef0", "uuid": "ec2e1916-9099-7caf-fd21-012345abcdef",
         "cpus": 1, "memory_mib": 32, "kvm": 0, "boot": { "kernel": 0, "cmdline": "" },
+        "disks": [{ "serial": "vol1", "layers": [{ "fd": 9, "format": "raw" }] }],
     });
     let plan = Plan::new(serde_json::from_value::<MachineConfig>(config).unwrap()).unwrap();
-    let files = Files {
-        kvm,
-        kernel: support::kernel(code),
-        initrd: None,
-        console_log: None,
-        backends: Backends::default(),
-    };
+    let bytes = tempfile::tempfile().unwrap();
+    bytes.set_len(1 << 20).unwrap();
+    let backends = Backends::default();
+    let drive = Drive::open("i-1", "vol1", vec![(bytes, DiskFormat::Raw)], false).unwrap();
+    assert!(backends.drives.add(drive));
+    let files = Files { kvm, kernel: support::kernel(code), initrd: None, console_log: None, backends };
     let mut machine = Machine::new(plan, files).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("control");
     let listener = UnixListener::bind(&path).unwrap();
     let (console, input) = (machine.console(), machine.input());
     let (counts, devices) = (machine.counts(), machine.devices());
+    let (disks_limit, nets) = (machine.disks_limit(), machine.net_limits());
     let mut acting = None;
     let report = machine.run(|handle| {
         let id = "i-0123456789abcdef0".into();
-        Control { id, handle: handle.clone(), console, input, counts, devices }.serve(listener).unwrap();
+        let handle_too = handle.clone();
+        Control { id, handle: handle_too, console, input, counts, devices, disks_limit, nets }
+            .serve(listener)
+            .unwrap();
         acting = Some(std::thread::spawn(move || {
             let acted = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| act(&path)));
             handle.kill();
@@ -159,6 +164,39 @@ fn clients_are_bounded_and_one_that_hangs_up_frees_its_place() {
             assert!(Instant::now() < deadline, "the place is not freed");
             std::thread::sleep(Duration::from_millis(10));
         }
+    });
+    let Some(report) = report else { return };
+    assert_eq!(report.end, End::Killed);
+}
+
+#[test]
+fn a_disk_grows_and_gets_a_rate_and_what_is_wrong_is_said() {
+    let report = with_socket(&DEAF, |path| {
+        let disk = |more: &str| ask(path, &format!(r#"{{"command":"disk",{more}}}"#)).1;
+        let rate = r#""rate":{"ops":[{"per_second":100,"burst":10}]}"#;
+        for good in [
+            format!(r#""serial":"vol1","size":4194304,{rate}"#),
+            format!(r#""serial":"vol1",{rate}"#),
+            // It is that large.
+            r#""serial":"vol1","size":2097152"#.into(),
+            r#""serial":"vol1","rate":{}"#.into(),
+        ] {
+            assert_eq!(disk(&good), "{\"ok\":true}\n", "{good}");
+        }
+        for (bad, why) in [
+            (r#""serial":"vol2","size":4194304"#, "no disk vol2"),
+            (r#""serial":"vol1","size":4194305"#, "cannot become 4194305"),
+            (r#""serial":"vol1","size":8388608,"rate":{"ops":[{"per_second":0,"burst":1}]}"#, "0"),
+            (r#""serial":"vol1","rate":{"iops":1}"#, "unknown field"),
+            (r#""size":4194304"#, "serial"),
+        ] {
+            let said = disk(bad);
+            assert!(said.contains("\"ok\":false") && said.contains(why), "{said}");
+        }
+        let all = format!(r#"{{"command":"disks",{rate}}}"#);
+        assert_eq!(ask(path, &all).1, "{\"ok\":true}\n");
+        let (_, said) = ask(path, &format!(r#"{{"command":"net","mac":"02:00:00:00:00:01",{rate}}}"#));
+        assert!(said.contains("no interface 02:00:00:00:00:01"), "{said}");
     });
     let Some(report) = report else { return };
     assert_eq!(report.end, End::Killed);

@@ -91,6 +91,16 @@ const PATHS: &[(&str, &str, &str)] = &[
         "processor-info.supported-architecture",
         "processorInfo.supportedArchitectures",
     ),
+    (
+        "DescribeInstanceTypes",
+        "ebs-info.ebs-optimized-info.baseline-throughput-in-mbps",
+        "ebsInfo.ebsOptimizedInfo.baselineThroughputInMBps",
+    ),
+    (
+        "DescribeInstanceTypes",
+        "ebs-info.ebs-optimized-info.maximum-throughput-in-mbps",
+        "ebsInfo.ebsOptimizedInfo.maximumThroughputInMBps",
+    ),
     ("DescribeInstanceTypes", "supported-root-device-type", "supportedRootDeviceTypes"),
     ("DescribeInstanceTypes", "supported-usage-class", "supportedUsageClasses"),
     ("DescribeInstanceTypes", "supported-virtualization-type", "supportedVirtualizationTypes"),

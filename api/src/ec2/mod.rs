@@ -71,8 +71,6 @@ static OPERATIONS: &[&[(&str, Operation)]] = &[
 
 /// Operations of EC2 that hutch is to have, and has not yet: said so, where a wrong name is said to be wrong.
 const LATER: &[&str] = &[
-    "CreateSnapshots",
-    "ModifyVolume",
     "RequestSpotInstances",
     "CancelSpotInstanceRequests",
     "PurchaseReservedInstancesOffering",

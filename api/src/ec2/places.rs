@@ -1,7 +1,7 @@
 //! Where things can run, and on what: regions, zones, instance types; what an account may.
 
 use hutch_cloud::region::metadata::zone_id;
-use hutch_cloud::types::InstanceType;
+use hutch_cloud::types::{InstanceType, Span};
 
 use super::{Answer, Context, Operation};
 use crate::node;
@@ -67,6 +67,44 @@ fn zones(c: &Context<'_>) -> Answer {
     c.describe("availabilityZoneInfo", told.collect(), &[])
 }
 
+/// A thousandth of a number, as text: `0.064`, `5`.
+fn thousandths(n: u64) -> String {
+    (n as f64 / 1000.0).to_string()
+}
+
+/// What EC2 says in words of a network's speed.
+fn performance(span: Option<Span>) -> String {
+    match span {
+        None => "Up to the host's".into(),
+        Some(span) => {
+            let upto = if span.burst > span.baseline { "Up to " } else { "" };
+            format!("{upto}{} Gigabit", thousandths(span.burst))
+        }
+    }
+}
+
+/// What an instance of a type gets of its volumes.
+fn ebs(kind: &InstanceType) -> Node {
+    // A Mbit is an eighth of a MB.
+    let mb = |mbit: u64| (mbit as f64 / 8.0).to_string();
+    let (mbit, iops) = (kind.volume_mbit, kind.volume_iops);
+    let optimized = mbit.is_some() || iops.is_some();
+    let info = node! {
+        "baselineBandwidthInMbps": mbit.map(|span| span.baseline),
+        "baselineThroughputInMBps": mbit.map(|span| mb(span.baseline)),
+        "baselineIops": iops.map(|span| span.baseline),
+        "maximumBandwidthInMbps": mbit.map(|span| span.burst),
+        "maximumThroughputInMBps": mbit.map(|span| mb(span.burst)),
+        "maximumIops": iops.map(|span| span.burst),
+    };
+    node! {
+        "ebsOptimizedSupport": if optimized { "default" } else { "unsupported" },
+        "encryptionSupport": "unsupported",
+        "ebsOptimizedInfo": optimized.then_some(info),
+        "nvmeSupport": "unsupported",
+    }
+}
+
 fn told(name: &str, kind: &InstanceType) -> Node {
     let list = |items: &[&'static str]| Node::list(items, |item| Node::Text((*item).into()));
     let burstable = name.starts_with('t');
@@ -85,9 +123,16 @@ fn told(name: &str, kind: &InstanceType) -> Node {
         },
         "memoryInfo": node! { "sizeInMiB": kind.memory_mib },
         "instanceStorageSupported": false,
-        "ebsInfo": node! { "ebsOptimizedSupport": "default", "encryptionSupport": "unsupported", "nvmeSupport": "unsupported" },
+        "ebsInfo": ebs(kind),
         "networkInfo": node! {
-            "networkPerformance": "Up to the host's",
+            "networkPerformance": performance(kind.network_mbit),
+            "networkCards": Node::List(vec![node! {
+                "networkCardIndex": 0u32,
+                "networkPerformance": performance(kind.network_mbit),
+                "maximumNetworkInterfaces": 1u32,
+                "baselineBandwidthInGbps": kind.network_mbit.map(|span| thousandths(span.baseline)),
+                "peakBandwidthInGbps": kind.network_mbit.map(|span| thousandths(span.burst)),
+            }]),
             "maximumNetworkInterfaces": 1u32,
             "maximumNetworkCards": 1u32,
             "defaultNetworkCardIndex": 0u32,

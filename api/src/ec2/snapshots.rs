@@ -1,7 +1,7 @@
 //! Snapshots.
 
 use hutch_cloud::model::Snapshot;
-use hutch_cloud::region::SnapshotCopy;
+use hutch_cloud::region::{NewSnapshots, SnapshotCopy};
 
 use super::images::{permissions, permit, permitted};
 use super::{Answer, Context, Operation, chosen, done, tag_set, time};
@@ -10,6 +10,7 @@ use crate::query::{Fault, Node};
 
 pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     ("CreateSnapshot", create),
+    ("CreateSnapshots", create_all),
     ("CopySnapshot", copy),
     ("DeleteSnapshot", delete),
     ("DescribeSnapshots", describe),
@@ -46,6 +47,42 @@ fn create(c: &Context<'_>) -> Answer {
     let description = c.params.str("Description").unwrap_or_default();
     let tags = c.tag_specifications()?.remove("snapshot").unwrap_or_default();
     Ok(told(c, &c.region.create_snapshot(c.account, c.params.required("VolumeId")?, description, &tags)?))
+}
+
+fn create_all(c: &Context<'_>) -> Answer {
+    let p = c.params;
+    let local = p.str("Location").is_some_and(|place| place != "regional");
+    if local || p.str("OutpostArn").is_some() {
+        return Err(Fault::new("UnsupportedOperation", "hutch keeps snapshots in the region only"));
+    }
+    let new = NewSnapshots {
+        instance: p.required("InstanceSpecification.InstanceId")?.into(),
+        without_root: p.boolean("InstanceSpecification.ExcludeBootVolume")? == Some(true),
+        without: p.strings("InstanceSpecification.ExcludeDataVolumeId"),
+        description: p.str("Description").unwrap_or_default().into(),
+        copy_tags: match p.str("CopyTagsFromSource") {
+            None => false,
+            Some("volume") => true,
+            Some(other) => return Err(Fault::value("copyTagsFromSource", other, "There is: volume.")),
+        },
+        tags: c.tag_specifications()?.remove("snapshot").unwrap_or_default(),
+    };
+    let made = c.region.create_snapshots(c.account, &new)?;
+    let info = |s: &Snapshot| {
+        node! {
+            "snapshotId": &s.id,
+            "volumeId": &s.volume,
+            "state": "pending",
+            "startTime": time(s.started),
+            "progress": "0%",
+            "ownerId": &s.account,
+            "volumeSize": s.gib,
+            "description": &s.description,
+            "encrypted": false,
+            "tagSet": tag_set(&s.tags),
+        }
+    };
+    Ok(node! { "snapshotSet": Node::list(&made, info) })
 }
 
 fn copy(c: &Context<'_>) -> Answer {

@@ -1,8 +1,8 @@
 //! Volumes.
 
-use hutch_cloud::model::{Device, Instance, Volume, VolumeState};
-use hutch_cloud::region::NewVolume;
+use hutch_cloud::model::{Device, Instance, Progress, Volume, VolumeState};
 use hutch_cloud::region::metadata::zone_id;
+use hutch_cloud::region::{NewVolume, VolumeChange};
 
 use super::{Answer, Context, Operation, chosen, done, tag_set, time};
 use crate::node;
@@ -14,7 +14,8 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     ("DescribeVolumes", describe),
     ("DescribeVolumeStatus", status),
     ("DescribeVolumeAttribute", attribute),
-    ("DescribeVolumesModifications", |c| c.describe("volumeModificationSet", vec![], &[])),
+    ("ModifyVolume", modify),
+    ("DescribeVolumesModifications", modifications),
     ("AttachVolume", attach),
     ("DetachVolume", detach),
 ];
@@ -69,40 +70,103 @@ fn own(c: &Context<'_>, ids: &[String]) -> Result<Vec<Volume>, Fault> {
     chosen(all, ids, |volume| &volume.id, KIND)
 }
 
+/// A number that is not negative.
+fn number(c: &Context<'_>, name: &str) -> Result<Option<u64>, Fault> {
+    let n = c.params.int(name)?;
+    n.map(|n| u64::try_from(n).map_err(|_| Fault::value(name, &n.to_string(), "It is negative."))).transpose()
+}
+
+/// A text that is not empty.
+fn text(c: &Context<'_>, name: &str) -> Option<String> {
+    c.params.str(name).filter(|text| !text.is_empty()).map(str::to_owned)
+}
+
+fn no_multi_attach(c: &Context<'_>) -> Result<(), Fault> {
+    match c.params.boolean("MultiAttachEnabled")? {
+        Some(true) => {
+            let why = "hutch does not attach a volume to several instances";
+            Err(Fault::new("UnsupportedOperation", why))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn create(c: &Context<'_>) -> Answer {
     let p = c.params;
-    let number = |name: &str| -> Result<Option<u64>, Fault> {
-        let n = p.int(name)?;
-        n.map(|n| u64::try_from(n).map_err(|_| Fault::value(name, &n.to_string(), "It is negative.")))
-            .transpose()
-    };
-    if p.boolean("MultiAttachEnabled")? == Some(true) {
-        return Err(Fault::new(
-            "UnsupportedOperation",
-            "hutch does not attach a volume to several instances",
-        ));
-    }
+    no_multi_attach(c)?;
     if p.boolean("Encrypted")? == Some(true) {
         return Err(Fault::new("UnsupportedOperation", "hutch does not encrypt volumes yet"));
     }
-    let text = |name: &str| p.str(name).filter(|text| !text.is_empty()).map(str::to_owned);
-    let zone = text("AvailabilityZone").or_else(|| {
+    let zone = text(c, "AvailabilityZone").or_else(|| {
         let id = p.str("AvailabilityZoneId")?;
         c.region.zones().into_iter().find(|zone| zone_id(c.region, zone) == id)
     });
     let new = NewVolume {
         zone: zone.ok_or_else(|| Fault::missing("AvailabilityZone"))?,
-        gib: number("Size")?,
-        snapshot: text("SnapshotId"),
-        kind: text("VolumeType"),
-        iops: number("Iops")?,
-        throughput: number("Throughput")?,
+        gib: number(c, "Size")?,
+        snapshot: text(c, "SnapshotId"),
+        kind: text(c, "VolumeType"),
+        iops: number(c, "Iops")?,
+        throughput: number(c, "Throughput")?,
         encrypted: false,
         tags: c.tag_specifications()?.remove("volume").unwrap_or_default(),
-        client_token: text("ClientToken"),
+        client_token: text(c, "ClientToken"),
         request: c.digest(),
     };
     told(c, &c.region.create_volume(c.account, &new)?)
+}
+
+fn modify(c: &Context<'_>) -> Answer {
+    no_multi_attach(c)?;
+    let change = VolumeChange {
+        volume: c.params.required("VolumeId")?.into(),
+        gib: number(c, "Size")?,
+        kind: text(c, "VolumeType"),
+        iops: number(c, "Iops")?,
+        throughput: number(c, "Throughput")?,
+    };
+    let volume = c.region.modify_volume(c.account, &change)?;
+    Ok(Node::empty().with("volumeModification", modification(&volume)))
+}
+
+/// A volume's latest change, as answers tell it.
+fn modification(volume: &Volume) -> Option<Node> {
+    let change = volume.modification.as_ref()?;
+    let progress = match change.progress {
+        Progress::Modifying | Progress::Failed => 0u64,
+        Progress::Optimizing => 50,
+        Progress::Completed => 100,
+    };
+    let (original, target) = (&change.original, &change.target);
+    Some(node! {
+        "volumeId": &volume.id,
+        "modificationState": change.progress.name(),
+        "statusMessage": change.failed.as_ref(),
+        "targetSize": target.gib,
+        "targetIops": target.iops,
+        "targetVolumeType": &target.kind,
+        "targetThroughput": target.throughput,
+        "targetMultiAttachEnabled": false,
+        "originalSize": original.gib,
+        "originalIops": original.iops,
+        "originalVolumeType": &original.kind,
+        "originalThroughput": original.throughput,
+        "originalMultiAttachEnabled": false,
+        "progress": progress,
+        "startTime": time(change.started),
+        "endTime": change.progress.is_over().then(|| time(change.since)),
+    })
+}
+
+fn modifications(c: &Context<'_>) -> Answer {
+    let ids = c.ids("VolumeId");
+    let all = own(c, &ids)?;
+    if let Some(volume) = all.iter().find(|volume| !ids.is_empty() && volume.modification.is_none()) {
+        let why = format!("Modification for volume '{}' does not exist.", volume.id);
+        return Err(Fault::new("InvalidVolumeModification.NotFound", why));
+    }
+    let told = all.into_iter().filter_map(|volume| Some((volume.id.clone(), modification(&volume)?)));
+    c.describe("volumeModificationSet", told.collect(), &ids)
 }
 
 fn delete(c: &Context<'_>) -> Answer {

@@ -97,7 +97,7 @@ fn write_to(volumes: &Path, id: &str, at: u64, text: &[u8]) {
 /// What a volume begins with, by way of a snapshot.
 fn content(host: &Local, state: &Path, id: &str, at: u64) -> Vec<u8> {
     let snapshot = format!("snap-of-{id}");
-    host.create_snapshot(&snapshot, id).unwrap();
+    host.create_snapshots(&[(&snapshot, id)]).unwrap();
     let file = File::open(state.join(format!("home-1/host/snapshots/{snapshot}.raw"))).unwrap();
     let mut text = vec![0; 8];
     file.read_exact_at(&mut text, at).unwrap();
@@ -133,7 +133,7 @@ fn this_machines_disks_are_there_again() {
     let volumes = state.join("home-1/host/volumes");
     host.create_volume("vol-a", 64 * MIB, &Source::Template("micro".into())).unwrap();
     write_to(&volumes, "vol-a", 0, b"written");
-    host.create_snapshot("snap-a", "vol-a").unwrap();
+    host.create_snapshots(&[("snap-a", "vol-a")]).unwrap();
     host.create_volume("vol-b", 64 * MIB, &Source::Snapshot("snap-a".into())).unwrap();
     write_to(&volumes, "vol-b", 2 * MIB, b"later");
 
@@ -206,7 +206,7 @@ fn a_volume_that_somebody_has_is_waited_for() {
         std::thread::sleep(Duration::from_millis(700));
         drop(file);
     });
-    host.create_snapshot("snap-a", "vol-a").unwrap();
+    host.create_snapshots(&[("snap-a", "vol-a")]).unwrap();
     assert!(begun.elapsed() >= Duration::from_millis(600), "it was copied while it was written");
     free.join().unwrap();
 }

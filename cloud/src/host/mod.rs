@@ -13,6 +13,7 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hutch_vmm::config::Rate;
 use serde::{Deserialize, Serialize};
 
 pub use hutch_netfw::groups::Group;
@@ -38,8 +39,20 @@ pub struct Machine {
     pub volumes: Vec<String>,
     /// The interfaces in the order the guest sees them.
     pub interfaces: Vec<Interface>,
+    /// What it may do.
+    #[serde(default)]
+    pub speed: Speed,
     /// What the guest is told about itself.
     pub metadata: Metadata,
+}
+
+/// What a machine may do, beside what each of its volumes may.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Speed {
+    /// All of its volumes together.
+    pub volumes: Rate,
+    /// Each of its interfaces, each way.
+    pub network: Rate,
 }
 
 /// An interface of a machine.
@@ -183,17 +196,26 @@ pub trait Host: Send + Sync {
     /// [`HostError::Missing`] source, [`HostError::NoRoom`].
     fn create_volume(&self, id: &str, bytes: u64, source: &Source) -> Result<()>;
 
+    /// Has a volume be at least `bytes` bytes large and held to `rate` from now on, also where a machine that runs has it:
+    /// its guest sees the new size. A volume that was never told a rate has none.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`] volume; [`HostError::NoRoom`]: it cannot become so large, and is as it was.
+    fn modify_volume(&self, id: &str, bytes: u64, rate: &Rate) -> Result<()>;
+
     /// Removes a volume, if it is there. No machine that runs has it.
     ///
     /// # Errors
     /// It cannot be removed now.
     fn delete_volume(&self, id: &str) -> Result<()>;
 
-    /// Keeps what a volume holds now as a snapshot; a guest that has it is paused meanwhile.
+    /// Keeps what volumes hold at one instant as snapshots, given as the id and the volume of each; a guest that has any of
+    /// the volumes is paused meanwhile. Either all are made, or none counts: called again, those that are there already are
+    /// made anew where others are missing, so that they are of one instant.
     ///
     /// # Errors
     /// [`HostError::Missing`] volume, [`HostError::NoRoom`].
-    fn create_snapshot(&self, id: &str, volume: &str) -> Result<()>;
+    fn create_snapshots(&self, snapshots: &[(&str, &str)]) -> Result<()>;
 
     /// What a volume of this source would begin with, to be handed to [`copy_snapshot`](Host::copy_snapshot).
     ///
@@ -233,7 +255,7 @@ pub trait Host: Send + Sync {
     /// [`HostError::Missing`] volume, [`HostError::NoRoom`]; nothing of the run is left then.
     fn start(&self, machine: &Machine) -> Result<()>;
 
-    /// Tells a machine that runs what has changed of its metadata, its firewall and its public addresses; its volumes come
+    /// Tells a machine that runs what has changed of its metadata, its firewall, its speed and its public addresses; its volumes come
     /// and go by [`attach`](Host::attach) and [`detach`](Host::detach).
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use hutch_vmm::config::Rate;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -32,11 +33,15 @@ impl Kept {
     }
 }
 
+/// What is kept of a volume: its bytes, where they came from, what it may do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Disk(u64, Source, #[serde(default)] Rate);
+
 /// Everything there is.
 #[derive(Default)]
 struct State {
     machines: BTreeMap<String, Kept>,
-    volumes: BTreeMap<String, (u64, Source)>,
+    volumes: BTreeMap<String, Disk>,
     snapshots: BTreeMap<String, u64>,
     groups: Vec<Group>,
     events: u64,
@@ -110,6 +115,11 @@ impl Simulated {
     /// The volumes that are kept.
     pub fn volumes(&self) -> Vec<String> {
         self.lock().volumes.keys().cloned().collect()
+    }
+
+    /// How large a volume is, in bytes, and what it may do.
+    pub fn volume(&self, id: &str) -> Option<(u64, Rate)> {
+        self.lock().volumes.get(id).map(|Disk(bytes, _, rate)| (*bytes, rate.clone()))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -223,7 +233,7 @@ impl Host for Simulated {
         {
             return Err(HostError::Missing(format!("snapshot {snapshot}")));
         }
-        let volume = (bytes, source.clone());
+        let volume = Disk(bytes, source.clone(), Rate::default());
         self.keep("volumes", id, Some(&volume))?;
         state.volumes.insert(id.into(), volume);
         Ok(())
@@ -240,12 +250,30 @@ impl Host for Simulated {
         Ok(())
     }
 
-    fn create_snapshot(&self, id: &str, volume: &str) -> Result<()> {
+    fn modify_volume(&self, id: &str, bytes: u64, rate: &Rate) -> Result<()> {
         let mut state = self.lock();
-        let missing = || HostError::Missing(format!("volume {volume}"));
-        let bytes = state.volumes.get(volume).map(|(bytes, _)| *bytes).ok_or_else(missing)?;
-        self.keep("snapshots", id, Some(&bytes))?;
-        state.snapshots.insert(id.into(), bytes);
+        let missing = || HostError::Missing(format!("volume {id}"));
+        let Disk(had, source, old) = state.volumes.get(id).ok_or_else(missing)?;
+        if *had >= bytes && old == rate {
+            return Ok(());
+        }
+        let volume = Disk(bytes.max(*had), source.clone(), rate.clone());
+        self.keep("volumes", id, Some(&volume))?;
+        state.volumes.insert(id.into(), volume);
+        Ok(())
+    }
+
+    fn create_snapshots(&self, snapshots: &[(&str, &str)]) -> Result<()> {
+        let mut state = self.lock();
+        let mut made = Vec::new();
+        for (id, volume) in snapshots {
+            let missing = || HostError::Missing(format!("volume {volume}"));
+            made.push((*id, state.volumes.get(*volume).ok_or_else(missing)?.0));
+        }
+        for (id, bytes) in made {
+            self.keep("snapshots", id, Some(&bytes))?;
+            state.snapshots.insert(id.into(), bytes);
+        }
         Ok(())
     }
 

@@ -5,10 +5,9 @@ use jiff::{SignedDuration, Timestamp};
 use crate::fault::{Fault, Result};
 use crate::host::{Source, Template};
 use crate::id;
-use crate::model::{Image, ImageDevice, Instance, InstanceState, Name, Snapshot, Tags, Volume};
+use crate::model::{Image, ImageDevice, Instance, InstanceState, Name, Shape, Snapshot, Tags, Volume};
 
 use super::snapshots::{self, begun};
-use super::volumes::Shape;
 use super::{DeviceAsk, Region, Work, now, recall, remember, tags};
 
 /// The root's device name of images made here.
@@ -141,6 +140,7 @@ impl Region {
             started: now(),
             description: format!("The template {}", template.name),
             source: Source::Template(template.name.clone()),
+            together: Vec::new(),
             copy_of: None,
             public: true,
             shared: Vec::new(),
@@ -176,8 +176,7 @@ impl Region {
         })
     }
 
-    /// Makes an image of an instance: snapshots of its volumes, each at a moment when the guest does not write. It is
-    /// `pending` until they are complete.
+    /// Makes an image of an instance: snapshots of its volumes, all at one instant. It is `pending` until they are complete.
     ///
     /// # Errors
     /// `InvalidAMIName.*`, `IncorrectState`, `InvalidInstanceID.*`.
@@ -194,7 +193,7 @@ impl Region {
             }
             let image = id::new("ami");
             self.take_name(work, account, &new.name, &image)?;
-            let mut devices = Vec::new();
+            let (mut devices, mut taken) = (Vec::new(), Vec::new());
             let asked = |name: &str| new.devices.iter().find(|ask| ask.name == name);
             for device in &instance.devices {
                 let ask = asked(&device.name);
@@ -208,9 +207,8 @@ impl Region {
                 let volume: Volume = tags::own(work, account, &device.volume)?;
                 let description = format!("Created by CreateImage({}) for {image}", instance.id);
                 let snapshot = begun(&volume, &description, new.snapshot_tags.clone())?;
-                work.put(&snapshot)?;
-                let gib = ask.and_then(|ask| ask.gib).unwrap_or(volume.gib);
-                if gib < volume.gib {
+                let gib = ask.and_then(|ask| ask.gib).unwrap_or(snapshot.gib);
+                if gib < snapshot.gib {
                     let why =
                         format!("Volume of size {gib}GB is smaller than {}, which it is made of", volume.id);
                     return Err(Fault::new("InvalidBlockDeviceMapping", why));
@@ -221,13 +219,15 @@ impl Region {
                 let goes = ask.and_then(|ask| ask.delete_on_termination);
                 devices.push(ImageDevice {
                     name: device.name.clone(),
-                    snapshot: Some(snapshot.id),
+                    snapshot: Some(snapshot.id.clone()),
                     iops: provisioned(&shape.kind, shape.iops),
                     kind: shape.kind,
                     gib,
                     delete_on_termination: goes.unwrap_or(device.delete_on_termination),
                 });
+                taken.push(snapshot);
             }
+            snapshots::put_together(work, &mut taken)?;
             for ask in new.devices.iter().filter(|ask| !ask.leaves_out()) {
                 if !instance.devices.iter().any(|have| have.name == ask.name) {
                     devices.push(device(work, account, ask, &instance.root_device)?);

@@ -8,10 +8,9 @@ use crate::host::Source;
 use crate::id;
 use crate::model::{
     Attachment, AttachmentState, Device, Group, Image, ImageDevice, Instance, InstanceState, Interface,
-    KeyPair, MetadataOptions, Name, Snapshot, Subnet, Tags, Volume, VolumeState,
+    KeyPair, MetadataOptions, Name, Shape, Snapshot, Subnet, Tags, Volume, VolumeState,
 };
 
-use super::volumes::Shape;
 use super::{Region, Work, now, recall, remember, snapshots, tags};
 
 /// The most user data, in bytes.
@@ -494,6 +493,8 @@ fn volume_of(disk: &Disk, account: &str, zone: &str, instance: &str, tags: Tags)
         encrypted: disk.encrypted,
         instance: Some(instance.into()),
         client_token: None,
+        modification: None,
+        modified: Vec::new(),
         tags,
     }
 }

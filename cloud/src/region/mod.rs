@@ -10,6 +10,7 @@
 //! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
 //! | launch_templates.rs | requests to launch, kept |
 //! | images.rs, snapshots.rs, volumes.rs, attachments.rs, keys.rs | images; snapshots; volumes, and who has them; key pairs |
+//! | modify.rs | changes of volumes that are there, and what the host is told of any |
 //! | quota.rs, account.rs | what an account may have at most; what it has set for itself |
 //! | addresses.rs | elastic addresses, and public ones that come and go with instances |
 //! | vpcs.rs, routes.rs | what each account begins with, networks and subnets; internet gateways and route tables |
@@ -28,6 +29,7 @@ mod keys;
 mod launch;
 mod launch_templates;
 pub mod metadata;
+mod modify;
 mod network;
 mod quota;
 mod reconcile;
@@ -60,9 +62,10 @@ pub use interfaces::{InterfaceAttribute, NewInterface};
 pub use keys::{Algorithm, NewKey};
 pub use launch::{DeviceAsk, Launch};
 pub use launch_templates::{Data as TemplateData, NewTemplate, TemplateName};
+pub use modify::VolumeChange;
 pub use reconcile::Reconciler;
 pub use routes::RouteChange;
-pub use snapshots::SnapshotCopy;
+pub use snapshots::{NewSnapshots, SnapshotCopy};
 pub use volumes::NewVolume;
 pub use vpcs::{DEFAULT_CIDR, NewSubnet};
 pub use work::Work;

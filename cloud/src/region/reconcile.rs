@@ -483,68 +483,6 @@ impl Region {
         self.host.stop(&instance.id, patience).map_err(Fault::internal)
     }
 
-    fn step_volume(&self, id: &str) -> Result<Option<Duration>> {
-        let Some(volume) = self.get::<Volume>(id)? else { return Ok(None) };
-        match volume.state {
-            VolumeState::Creating => {
-                let made = self.host.create_volume(id, volume.gib << 30, &volume.source);
-                if let Err(error) = &made {
-                    tracing::warn!(volume = id, %error, "the volume cannot be made");
-                }
-                self.transact(|work| {
-                    let Some(mut volume) = work.get::<Volume>(id)? else { return Ok(()) };
-                    if volume.state == VolumeState::Creating {
-                        volume.state = if made.is_ok() { VolumeState::Ready } else { VolumeState::Error };
-                        work.put(&volume)?;
-                    }
-                    Ok(())
-                })?;
-                Ok(None)
-            }
-            VolumeState::Deleting => {
-                self.host.delete_volume(id).map_err(Fault::internal)?;
-                self.transact(|work| {
-                    work.delete::<Volume>(id);
-                    Ok(())
-                })?;
-                Ok(None)
-            }
-            _ => Ok(None),
-        }
-    }
-
-    fn step_snapshot(&self, id: &str) -> Result<Option<Duration>> {
-        let Some(snapshot) = self.get::<Snapshot>(id)? else { return Ok(None) };
-        if snapshot.deleting {
-            // A template stays: it is the image store's.
-            if matches!(snapshot.source, host::Source::Snapshot(_)) {
-                self.host.delete_snapshot(id).map_err(Fault::internal)?;
-            }
-            self.transact(|work| {
-                work.delete::<Snapshot>(id);
-                Ok(())
-            })?;
-            return Ok(None);
-        }
-        if snapshot.complete || snapshot.failed.is_some() {
-            return Ok(None);
-        }
-        let taken = match &snapshot.copy_of {
-            None => self.host.create_snapshot(id, &snapshot.volume),
-            Some(from) => self
-                .host_of(&from.region)?
-                .content(&from.source)
-                .and_then(|content| self.host.copy_snapshot(id, &content)),
-        };
-        self.transact(|work| {
-            let Some(mut snapshot) = work.get::<Snapshot>(id)? else { return Ok(()) };
-            snapshot.complete = taken.is_ok();
-            snapshot.failed = taken.as_ref().err().map(ToString::to_string);
-            work.put(&snapshot)
-        })?;
-        Ok(None)
-    }
-
     /// An image that is being made is there when its snapshots are.
     fn step_image(&self, id: &str) -> Result<Option<Duration>> {
         let Some(image) = self.get::<Image>(id)? else { return Ok(None) };
@@ -599,6 +537,7 @@ impl Region {
             memory_mib: kind.memory_mib,
             volumes: instance.devices.iter().map(|device| device.volume.clone()).collect(),
             interfaces,
+            speed: self.speed_of(kind),
             metadata,
         })
     }

@@ -1,9 +1,11 @@
 //! Snapshots: of volumes, and copies of other snapshots.
 
+use std::time::Duration;
+
 use crate::fault::{Fault, Result};
 use crate::host::Source;
 use crate::id;
-use crate::model::{Copied, Image, Snapshot, Tags, Volume, VolumeState};
+use crate::model::{Copied, Device, Image, Instance, InstanceState, Snapshot, Tags, Volume, VolumeState};
 
 use super::{Region, Work, now, tags};
 
@@ -18,6 +20,23 @@ pub struct SnapshotCopy {
     /// What the copy is said to be.
     pub description: String,
     /// The copy's tags.
+    pub tags: Tags,
+}
+
+/// What CreateSnapshots asks for.
+#[derive(Debug, Clone, Default)]
+pub struct NewSnapshots {
+    /// The instance.
+    pub instance: String,
+    /// Not of its root volume.
+    pub without_root: bool,
+    /// Not of these volumes.
+    pub without: Vec<String>,
+    /// What their owner says of them.
+    pub description: String,
+    /// Their volumes' tags come along.
+    pub copy_tags: bool,
+    /// Their tags.
     pub tags: Tags,
 }
 
@@ -48,9 +67,10 @@ pub(super) fn begun(volume: &Volume, description: &str, tags: Tags) -> Result<Sn
         id,
         account: volume.account.clone(),
         volume: volume.id.clone(),
-        gib: volume.gib,
+        gib: volume.most_gib(),
         started: now(),
         description: description.into(),
+        together: Vec::new(),
         copy_of: None,
         public: false,
         shared: Vec::new(),
@@ -59,6 +79,16 @@ pub(super) fn begun(volume: &Volume, description: &str, tags: Tags) -> Result<Sn
         deleting: false,
         tags,
     })
+}
+
+/// Writes down snapshots that are taken at one instant.
+pub(super) fn put_together(work: &mut Work<'_>, snapshots: &mut [Snapshot]) -> Result<()> {
+    let together: Vec<String> = snapshots.iter().map(|snapshot| snapshot.id.clone()).collect();
+    for snapshot in snapshots {
+        snapshot.together.clone_from(&together);
+        work.put(snapshot)?;
+    }
+    Ok(())
 }
 
 /// A copy of a snapshot of another region, or of the same, begun.
@@ -78,6 +108,7 @@ pub(super) fn copied(
         gib: of.gib,
         started: now(),
         description,
+        together: Vec::new(),
         copy_of: Some(Copied { region: from.settings.name.clone(), source: of.source.clone() }),
         public: false,
         shared: Vec::new(),
@@ -106,6 +137,47 @@ impl Region {
             let snapshot = begun(&volume, description, tags.clone())?;
             work.put(&snapshot)?;
             Ok(snapshot)
+        })
+    }
+
+    /// Takes snapshots of the volumes of an instance, all at one instant. They are `pending` when this returns.
+    ///
+    /// # Errors
+    /// `InvalidInstanceID.*`, `IncorrectState`, `InvalidParameterValue`: what is left out is none of its data volumes, or
+    /// nothing is left.
+    pub fn create_snapshots(&self, account: &str, new: &NewSnapshots) -> Result<Vec<Snapshot>> {
+        tags::check(&new.tags)?;
+        self.transact(|work| {
+            let instance: Instance = tags::own(work, account, &new.instance)?;
+            if !matches!(instance.state, InstanceState::Running | InstanceState::Stopped) {
+                let why = format!("Instance '{}' is not 'running' or 'stopped'.", instance.id);
+                return Err(Fault::new("IncorrectState", why));
+            }
+            let is_root = |device: &Device| device.name == instance.root_device;
+            let data = |id: &String| instance.devices.iter().any(|d| d.volume == *id && !is_root(d));
+            if let Some(id) = new.without.iter().find(|id| !data(id)) {
+                let why = format!("It is no data volume of the instance '{}'.", instance.id);
+                return Err(Fault::value("excludeDataVolumeId", id, &why));
+            }
+            let mut taken = Vec::new();
+            for device in &instance.devices {
+                if new.without.contains(&device.volume) || new.without_root && is_root(device) {
+                    continue;
+                }
+                let volume: Volume = tags::own(work, account, &device.volume)?;
+                let mut tags = if new.copy_tags { volume.tags.clone() } else { Tags::new() };
+                tags.retain(|key, _| !key.starts_with("aws:"));
+                tags.extend(new.tags.clone());
+                tags::check(&tags)?;
+                taken.push(begun(&volume, &new.description, tags)?);
+            }
+            if taken.is_empty() {
+                let why =
+                    format!("No volume of the instance '{}' is left to take a snapshot of", instance.id);
+                return Err(Fault::new("InvalidParameterValue", why));
+            }
+            put_together(work, &mut taken)?;
+            Ok(taken)
         })
     }
 
@@ -154,5 +226,60 @@ impl Region {
             snapshot.deleting = true;
             work.put(&snapshot)
         })
+    }
+
+    /// Looks at a snapshot. Returns when it is to be looked at again without a change.
+    pub(super) fn step_snapshot(&self, id: &str) -> Result<Option<Duration>> {
+        let Some(snapshot) = self.get::<Snapshot>(id)? else { return Ok(None) };
+        let first = snapshot.together.first().filter(|first| *first != id);
+        if snapshot.is_pending()
+            && let Some(first) = first
+            && self.get::<Snapshot>(first)?.is_some_and(|first| first.is_pending())
+        {
+            // It is taken with that one, and all of them are recorded at once; only then can it go.
+            return Ok(snapshot.deleting.then_some(Duration::from_millis(50)));
+        }
+        let stands_for_others = first.is_none() && snapshot.together.len() > 1;
+        if snapshot.deleting && !(snapshot.is_pending() && stands_for_others) {
+            // A template stays: it is the image store's.
+            if matches!(snapshot.source, Source::Snapshot(_)) {
+                self.host.delete_snapshot(id).map_err(Fault::internal)?;
+            }
+            self.transact(|work| {
+                work.delete::<Snapshot>(id);
+                Ok(())
+            })?;
+            return Ok(None);
+        }
+        if !snapshot.is_pending() {
+            return Ok(None);
+        }
+        let all = match snapshot.together.is_empty() {
+            true => vec![snapshot.clone()],
+            false => {
+                let all = snapshot.together.iter().map(|id| self.get::<Snapshot>(id));
+                all.filter_map(Result::transpose).collect::<Result<_>>()?
+            }
+        };
+        let taken = match &snapshot.copy_of {
+            None => {
+                let all: Vec<_> = all.iter().map(|s| (s.id.as_str(), s.volume.as_str())).collect();
+                self.host.create_snapshots(&all)
+            }
+            Some(from) => self
+                .host_of(&from.region)?
+                .content(&from.source)
+                .and_then(|content| self.host.copy_snapshot(id, &content)),
+        };
+        self.transact(|work| {
+            for snapshot in &all {
+                let Some(mut snapshot) = work.get::<Snapshot>(&snapshot.id)? else { continue };
+                snapshot.complete = taken.is_ok();
+                snapshot.failed = taken.as_ref().err().map(ToString::to_string);
+                work.put(&snapshot)?;
+            }
+            Ok(())
+        })?;
+        Ok(None)
     }
 }

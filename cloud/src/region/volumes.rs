@@ -3,18 +3,9 @@
 use crate::fault::{Fault, Result};
 use crate::host::Source;
 use crate::id;
-use crate::model::{Tags, Volume, VolumeState};
+use crate::model::{Shape, Tags, Volume, VolumeState};
 
 use super::{Region, now, recall, remember, snapshots, tags};
-
-/// A volume's type, size and speed, checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Shape {
-    pub gib: u64,
-    pub kind: String,
-    pub iops: Option<u64>,
-    pub throughput: Option<u64>,
-}
 
 /// Type, least and most GiB, IOPS (least, most, default), throughput (least, most, default).
 type Kind = (&'static str, (u64, u64), Option<(u64, u64, u64)>, Option<(u64, u64, u64)>);
@@ -30,8 +21,18 @@ const KINDS: &[Kind] = &[
     ("standard", (1, 1_024), None, None),
 ];
 
+/// The most operations a second for each GiB. gp3 has what it has by default whatever its size.
+fn iops_per_gib(kind: &str) -> u64 {
+    match kind {
+        "io1" => 50,
+        "io2" => 1000,
+        _ => 500,
+    }
+}
+
 impl Shape {
-    pub(super) fn new(
+    /// A shape that EC2 has; what is not said is as the type has it.
+    pub(crate) fn new(
         kind: Option<&str>,
         gib: u64,
         iops: Option<u64>,
@@ -66,6 +67,12 @@ impl Shape {
                     let why = format!("A volume of the type {name} has {least} to {most} IOPS.");
                     return Err(Fault::value("iops", &iops.to_string(), &why));
                 }
+                let (ratio, per_gib) = (iops as f64 / gib as f64, iops_per_gib(name));
+                if iops > *default && iops > gib.saturating_mul(per_gib) {
+                    let why =
+                        format!("Iops to volume size ratio of {ratio:.6} is too high; maximum is {per_gib}");
+                    return Err(Fault::new("InvalidParameterValue", why));
+                }
                 Some(iops)
             }
         };
@@ -80,6 +87,14 @@ impl Shape {
                 if !(*least..=*most).contains(&flow) {
                     let why = format!("A volume of the type {name} has {least} to {most} MiB/s.");
                     return Err(Fault::value("throughput", &flow.to_string(), &why));
+                }
+                let iops = iops.unwrap_or_default();
+                if flow * 4 > iops {
+                    let ratio = flow as f64 / iops as f64;
+                    let why = format!(
+                        "Throughput (MiBps) to iops ratio of {ratio:.6} is too high; maximum is 0.250000 MiBps per iops"
+                    );
+                    return Err(Fault::new("InvalidParameterValue", why));
                 }
                 Some(flow)
             }
@@ -164,6 +179,8 @@ impl Region {
                 encrypted: new.encrypted,
                 instance: None,
                 client_token: new.client_token.clone(),
+                modification: None,
+                modified: Vec::new(),
                 tags: new.tags.clone(),
             };
             work.put(&volume)?;
@@ -215,9 +232,18 @@ mod tests {
             ("gp2", 1, Some(100), None, "InvalidParameterCombination"),
             ("io1", 4, None, None, "MissingParameter"),
             ("st1", 1, None, None, "InvalidParameterValue"),
+            ("gp3", 6, Some(3001), None, "InvalidParameterValue"),
+            ("gp3", 100, None, Some(751), "InvalidParameterValue"),
+            ("io1", 4, Some(201), None, "InvalidParameterValue"),
+            ("io2", 4, Some(4001), None, "InvalidParameterValue"),
         ] {
             let fault = Shape::new(Some(kind), gib, iops, throughput).unwrap_err();
             assert_eq!(fault.code, code, "{kind} {gib} {iops:?} {throughput:?}");
+        }
+        for (kind, gib, iops, throughput) in
+            [("gp3", 8, Some(4000), Some(1000)), ("io1", 4, Some(200), None), ("io2", 4, Some(4000), None)]
+        {
+            assert!(Shape::new(Some(kind), gib, iops, throughput).is_ok(), "{kind}");
         }
     }
 }

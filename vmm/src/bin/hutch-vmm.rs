@@ -7,17 +7,19 @@ use std::os::fd::{AsFd, FromRawFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use clap::Parser;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, Signal};
 
-use hutch_vmm::board::Backends;
+use hutch_vmm::board::{Backends, TapBackend};
 use hutch_vmm::config::{Counters, End, FdNumber, MachineConfig, Report, RunAs};
 use hutch_vmm::control::Control;
 use hutch_vmm::drives::Drive;
 use hutch_vmm::machine::{Files, Machine};
 use hutch_vmm::plan::Plan;
+use hutch_vmm::rate::Limiter;
 
 /// Runs one virtual machine from a configuration on standard input.
 ///
@@ -77,6 +79,7 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
     let mut machine = Machine::new(plan, files).map_err(|e| e.to_string())?;
     let (console, input) = (machine.console(), machine.input());
     let (counts, devices) = (machine.counts(), machine.devices());
+    let (disks_limit, nets) = (machine.disks_limit(), machine.net_limits());
     let mut trouble = None;
     let report = machine.run(|handle| {
         let killer = handle.clone();
@@ -97,7 +100,8 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
         });
         let served = control.map_or(Ok(()), |listener| {
             let handle = handle.clone();
-            Control { id: id.clone(), handle, console, input, counts, devices }.serve(listener)
+            Control { id: id.clone(), handle, console, input, counts, devices, disks_limit, nets }
+                .serve(listener)
         });
         if let Err(e) = signals.and(tethered).and(served) {
             trouble = Some(format!("{id}: cannot start a thread: {e}"));
@@ -109,16 +113,20 @@ fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, Stri
 
 /// Opens what the disks and interfaces run on, from inherited descriptors.
 fn backends(config: &MachineConfig, fds: &mut Inherited) -> Result<Backends, String> {
-    let mut backends = Backends::default();
+    let limiter = |rate| Arc::new(Limiter::new(rate, Instant::now()));
+    let mut backends = Backends { disks_limit: limiter(&config.disks_rate), ..Backends::default() };
     for disk in &config.disks {
         let layers = disk.layers.iter().map(|layer| Ok((fds.file(layer.fd, &disk.serial)?, layer.format)));
         let layers = layers.collect::<Result<_, String>>()?;
         // The plan has checked that there are no two of one serial.
-        let _ = backends.drives.add(Drive::open(&config.id, &disk.serial, layers, disk.read_only)?);
+        let drive = Drive::open(&config.id, &disk.serial, layers, disk.read_only)?;
+        drive.limit.set(&disk.rate, Instant::now());
+        let _ = backends.drives.add(drive);
     }
     for net in &config.nets {
-        let taps = net.taps.iter().map(|fd| fds.file(*fd, "tap")).collect::<Result<Vec<_>, _>>()?;
-        backends.taps.push((taps, Arc::default()));
+        let queues = net.taps.iter().map(|fd| fds.file(*fd, "tap")).collect::<Result<Vec<_>, _>>()?;
+        let limits = [limiter(&net.rate), limiter(&net.rate)];
+        backends.taps.push(TapBackend { queues, counts: Arc::default(), limits });
     }
     Ok(backends)
 }

@@ -12,6 +12,7 @@ use super::chain::{self, Buffers, ChainError};
 use super::pci::{EVENT_IDX, INDIRECT_DESC};
 use super::worker::{Control, Manners, Wake, Worker, bell};
 use super::{ActiveQueue, Memory, Notify, Start, VirtioDevice};
+use crate::rate::Limiter;
 
 /// Feature bits (5.2.3).
 const F_SEG_MAX: u64 = 1 << 2;
@@ -44,6 +45,8 @@ const RANGES_MAX: u32 = 64;
 const RANGE: usize = 16;
 const RANGE_SECTORS_MAX: u32 = 4 << 20;
 const FLAG_UNMAP: u32 = 1;
+/// So many bytes of a read or a write are one operation (EC2 counts those of its SSDs so).
+const OPERATION: usize = 256 << 10;
 /// How long a guest's write waits for room on the host before it is tried again.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -64,6 +67,8 @@ pub struct DiskCounts {
 pub struct Blk {
     core: Arc<Core>,
     queues: u16,
+    /// In sectors, as the driver is told.
+    capacity: u64,
     workers: Vec<Worker>,
 }
 
@@ -73,17 +78,25 @@ struct Core {
     disk: Arc<dyn Disk>,
     serial: [u8; 20],
     counts: Arc<DiskCounts>,
+    limits: [Arc<Limiter>; 2],
 }
 
 impl Blk {
     /// A device on `disk`; `serial` is what the guest reads as its id (at most 20 bytes), `queues` how many it is
-    /// offered, `counts` where it counts.
-    pub fn new(disk: Arc<dyn Disk>, serial: &str, queues: u16, counts: Arc<DiskCounts>) -> Blk {
+    /// offered, `counts` where it counts. It holds to both of `limits`: its own, and that of all disks together.
+    pub fn new(
+        disk: Arc<dyn Disk>,
+        serial: &str,
+        queues: u16,
+        counts: Arc<DiskCounts>,
+        limits: [Arc<Limiter>; 2],
+    ) -> Blk {
         let mut bytes = [0; 20];
         bytes.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
         let queues = queues.clamp(1, disk.parallelism().clamp(1, 32) as u16);
-        let core = Core { id: serial.to_owned(), disk, serial: bytes, counts };
-        Blk { core: Arc::new(core), queues, workers: Vec::new() }
+        let capacity = disk.size() / SECTOR;
+        let core = Core { id: serial.to_owned(), disk, serial: bytes, counts, limits };
+        Blk { core: Arc::new(core), queues, capacity, workers: Vec::new() }
     }
 
     /// The device's configuration (5.2.4), as far as features here fill it.
@@ -92,7 +105,7 @@ impl Blk {
         let mut put = |at: usize, bytes: &[u8]| {
             config.iter_mut().skip(at).zip(bytes).for_each(|(to, from)| *to = *from);
         };
-        put(0, &(self.core.disk.size() / SECTOR).to_le_bytes());
+        put(0, &self.capacity.to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
         put(20, &(SECTOR as u32).to_le_bytes());
         // Topology: physical blocks of 4 KiB (2^3 sectors), best used by 4 KiB and by 64 KiB.
@@ -129,6 +142,11 @@ impl VirtioDevice for Blk {
         data.fill(0);
         let offset = usize::try_from(offset).unwrap_or(usize::MAX);
         data.iter_mut().zip(self.config().iter().skip(offset)).for_each(|(to, from)| *to = *from);
+    }
+
+    fn refresh(&mut self) -> bool {
+        let now = self.core.disk.size() / SECTOR;
+        std::mem::replace(&mut self.capacity, now) != now
     }
 
     fn start(&mut self, start: Start) -> io::Result<()> {
@@ -191,7 +209,10 @@ impl Core {
                 let into = writable.take(data).ok_or(ChainError::Short)?;
                 let mut bytes = [0; HEADER];
                 header.read(&mut bytes);
-                let status = self.request(bytes, &readable, &into, through, &held);
+                let status = match self.rest(bytes, &readable, &into, notify, index, control) {
+                    Wake::Stop => S_IOERR,
+                    _ => self.request(bytes, &readable, &into, through, &held),
+                };
                 writable.write(&[status]);
                 Ok(if status == S_OK { into.len() as u32 + 1 } else { 1 })
             });
@@ -200,6 +221,37 @@ impl Core {
                 Err(e) => return notify.needs_reset(&e.to_string()),
             }
         }
+    }
+
+    /// Waits until a request may begin, and takes what it costs out of the limits. The driver is told before of what was
+    /// answered; the queue's other requests wait behind this one.
+    fn rest(
+        &self,
+        header: [u8; HEADER],
+        from: &Buffers<'_>,
+        into: &Buffers<'_>,
+        notify: &dyn Notify,
+        index: u16,
+        control: &Control,
+    ) -> Wake {
+        let [a, b, c, d, ..] = header;
+        let (ops, bytes) = match u32::from_le_bytes([a, b, c, d]) {
+            T_IN => (into.len().div_ceil(OPERATION).max(1), into.len()),
+            T_OUT => (from.len().div_ceil(OPERATION).max(1), from.len()),
+            T_DISCARD | T_WRITE_ZEROES => ((from.len() / RANGE).max(1), 0),
+            _ => return Wake::Timeout,
+        };
+        let mut told = false;
+        while let Some(rest) = self.limits.iter().filter_map(|limit| limit.rest(Instant::now)).max() {
+            if !std::mem::replace(&mut told, true) {
+                notify.used(index);
+            }
+            if control.wait(&[], Some(rest)) == Wake::Stop {
+                return Wake::Stop;
+            }
+        }
+        self.limits.iter().for_each(|limit| limit.charge(ops as u64, bytes as u64));
+        Wake::Timeout
     }
 
     /// Carries one request out and returns its status. A write that finds no room on the host is held and tried again

@@ -3,6 +3,7 @@ use std::sync::Mutex;
 use hutch_blockdev::{IoBuf, IoBufMut};
 
 use super::*;
+use crate::config::{Flow, Rate};
 use crate::virtio::testing::{Answer, Driver};
 
 /// A disk in memory that counts flushes and can run full.
@@ -66,8 +67,9 @@ impl Disk for FakeDisk {
         self.flushes.fetch_add(1, Relaxed);
         Ok(())
     }
-    fn grow(&self, _: u64) -> hutch_blockdev::Result<()> {
-        Err(fails(DiskErrorKind::OutOfRange))
+    fn grow(&self, size: u64) -> hutch_blockdev::Result<()> {
+        self.bytes.lock().unwrap().resize(size as usize, 0);
+        Ok(())
     }
 }
 
@@ -82,7 +84,7 @@ fn device(change: impl FnOnce(&mut FakeDisk)) -> (Driver, Blk, Arc<FakeDisk>) {
     *disk.bytes.get_mut().unwrap() = pattern(SIZE as usize);
     change(&mut disk);
     let disk = Arc::new(disk);
-    let mut blk = Blk::new(disk.clone(), "vol0123456789abcdef0", 1, Arc::default());
+    let mut blk = Blk::new(disk.clone(), "vol0123456789abcdef0", 1, Arc::default(), Default::default());
     let mut driver = Driver::new(1);
     driver.start(&mut blk);
     (driver, blk, disk)
@@ -210,7 +212,7 @@ fn a_guest_waiting_for_room_can_be_stopped() {
 #[test]
 fn without_flush_every_write_is_durable() {
     let disk = Arc::new(FakeDisk { bytes: Mutex::new(vec![0; 4096]), ..FakeDisk::default() });
-    let mut blk = Blk::new(disk.clone(), "v", 1, Arc::default());
+    let mut blk = Blk::new(disk.clone(), "v", 1, Arc::default(), Default::default());
     let mut driver = Driver::new(1);
     let features = blk.features() & !F_FLUSH;
     driver.start_with(&mut blk, features);
@@ -235,7 +237,7 @@ fn broken_chains_ask_for_a_reset() {
 #[test]
 fn queues_and_capacity_are_in_the_configuration() {
     let disk = Arc::new(FakeDisk { bytes: Mutex::new(vec![0; 1 << 20]), ..FakeDisk::default() });
-    let blk = Blk::new(disk, "v", 9, Arc::default());
+    let blk = Blk::new(disk, "v", 9, Arc::default(), Default::default());
     assert_eq!(blk.queue_sizes().len(), 4, "as many as the disk can use");
     assert_ne!(blk.features() & F_MQ, 0);
     let mut config = [0xff; 80];
@@ -284,7 +286,7 @@ impl Disk for NoDisk {
 #[ignore = "it measures"]
 fn a_request_of_many_pages() {
     const TIMES: u32 = 2000;
-    let mut blk = Blk::new(Arc::new(NoDisk), "vol1", 1, Arc::default());
+    let mut blk = Blk::new(Arc::new(NoDisk), "vol1", 1, Arc::default(), Default::default());
     let mut driver = Driver::new(1);
     driver.start(&mut blk);
     let started = std::time::Instant::now();
@@ -294,4 +296,76 @@ fn a_request_of_many_pages() {
     }
     blk.stop();
     println!("{:?} a request", started.elapsed() / TIMES);
+}
+
+#[test]
+fn a_disk_that_grew_shows_it_when_it_is_asked_to_look() {
+    let (mut driver, mut blk, disk) = device(|_| ());
+    disk.grow(2 * SIZE).unwrap();
+    let capacity = |blk: &Blk| {
+        let mut bytes = [0; 8];
+        blk.read_config(0, &mut bytes);
+        u64::from_le_bytes(bytes)
+    };
+    assert_eq!(capacity(&blk), SIZE / 512, "not while the driver may be reading it");
+    assert!(blk.refresh() && !blk.refresh());
+    assert_eq!(capacity(&blk), 2 * SIZE / 512);
+    assert_eq!(status(&ask(&mut driver, T_OUT, SIZE / 512, &[7; 512], 0)), S_OK);
+}
+
+fn slow(ops: &[Flow], bytes: &[Flow]) -> [Arc<Limiter>; 2] {
+    let rate = Rate { ops: ops.to_vec(), bytes: bytes.to_vec() };
+    [Arc::default(), Arc::new(Limiter::new(&rate, Instant::now()))]
+}
+
+fn device_held_to(limits: [Arc<Limiter>; 2]) -> (Driver, Blk) {
+    let disk = Arc::new(FakeDisk { bytes: Mutex::new(pattern(SIZE as usize)), ..FakeDisk::default() });
+    let mut blk = Blk::new(disk, "v", 1, Arc::default(), limits);
+    let mut driver = Driver::new(1);
+    driver.start(&mut blk);
+    (driver, blk)
+}
+
+#[test]
+fn a_disk_takes_the_time_that_its_rate_says() {
+    let began = Instant::now();
+    let (mut driver, _blk) = device_held_to(slow(&[Flow { per_second: 100, burst: 1 }], &[]));
+    // 300 KiB are two operations; who asks for the serial, or flushes, pays nothing.
+    for _ in 0..5 {
+        assert_eq!(status(&ask(&mut driver, T_IN, 0, &[], 300 << 10)), S_OK);
+        ask(&mut driver, T_GET_ID, 0, &[], 20);
+        ask(&mut driver, T_FLUSH, 0, &[], 0);
+    }
+    assert_eq!(status(&ask(&mut driver, T_DISCARD, 0, &range(0, 8, 0), 0)), S_OK);
+    // The last waits for all but one of ten operations to be paid, and for the burst's one not at all.
+    assert!(began.elapsed() >= Duration::from_millis(90), "{:?}", began.elapsed());
+
+    let began = Instant::now();
+    let (mut driver, _blk) = device_held_to(slow(&[], &[Flow { per_second: 10 << 20, burst: 1 }]));
+    for _ in 0..2 {
+        assert_eq!(status(&ask(&mut driver, T_OUT, 0, &[1; 512 << 10], 0)), S_OK, "larger than the bucket");
+    }
+    assert!(began.elapsed() >= Duration::from_millis(49), "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_throttled_disk_pauses_stops_and_changes_at_once() {
+    let hour = [Flow { per_second: 1, burst: 1 }];
+    let limits = slow(&hour, &[]);
+    let (mut driver, mut blk) = device_held_to(limits.clone());
+    // An hour of debt.
+    limits[1].charge(3600, 0);
+    driver.offer_writable(0, 1);
+    let began = Instant::now();
+    blk.pause();
+    blk.resume();
+    blk.stop();
+    assert!(began.elapsed() < Duration::from_secs(60));
+
+    let (mut driver, mut blk) = device_held_to(limits.clone());
+    blk.pause();
+    let later = std::thread::spawn(move || status(&ask(&mut driver, T_IN, 0, &[], 512)));
+    limits[1].set(&Rate::default(), Instant::now());
+    blk.resume();
+    assert_eq!(later.join().unwrap(), S_OK);
 }

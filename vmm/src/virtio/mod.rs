@@ -76,6 +76,10 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes the device's configuration; what is not writable is ignored.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// Takes note of what has changed behind it; whether that shows in its configuration.
+    fn refresh(&mut self) -> bool {
+        false
+    }
     /// Begins to serve the queues.
     fn start(&mut self, start: Start) -> io::Result<()>;
     /// Stops serving and gives up guest memory.

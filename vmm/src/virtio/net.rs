@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
@@ -20,6 +21,7 @@ use super::chain::{self, Buffers, ChainError};
 use super::pci::{EVENT_IDX, INDIRECT_DESC};
 use super::worker::{Control, Wake, Worker, bell};
 use super::{ActiveQueue, Broken, Memory, Notify, Start, VirtioDevice};
+use crate::rate::Limiter;
 
 /// Feature bits (5.1.3).
 const F_CSUM: u64 = 1 << 0;
@@ -86,6 +88,7 @@ pub struct Net {
     taps: Vec<Arc<File>>,
     pairs: Arc<Mutex<Pairs>>,
     counts: Arc<NetCounts>,
+    limits: [Arc<Limiter>; 2],
     workers: Vec<Worker>,
 }
 
@@ -124,11 +127,18 @@ impl Pairs {
 }
 
 impl Net {
-    /// A device on the tap whose queues are `taps` (1 to 8, opened with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR).
+    /// A device on the tap whose queues are `taps` (1 to 8, opened with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR). The guest
+    /// receives as fast as the first of `limits` lets it, and sends by the second.
     ///
     /// # Errors
     /// The tap's, when it takes no header of 12 bytes or cannot be read without blocking.
-    pub fn new(mac: [u8; 6], mtu: u16, taps: Vec<File>, counts: Arc<NetCounts>) -> io::Result<Net> {
+    pub fn new(
+        mac: [u8; 6],
+        mtu: u16,
+        taps: Vec<File>,
+        counts: Arc<NetCounts>,
+        limits: [Arc<Limiter>; 2],
+    ) -> io::Result<Net> {
         for tap in &taps {
             use nix::fcntl::{FcntlArg, OFlag, fcntl};
             fcntl(tap, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))?;
@@ -138,7 +148,7 @@ impl Net {
         }
         let taps: Vec<_> = taps.into_iter().map(Arc::new).collect();
         let pairs = Pairs { taps: taps.clone(), used: taps.len(), kicks: Vec::new() };
-        Ok(Net { mac, mtu, taps, pairs: Arc::new(Mutex::new(pairs)), counts, workers: Vec::new() })
+        Ok(Net { mac, mtu, taps, pairs: Arc::new(Mutex::new(pairs)), counts, limits, workers: Vec::new() })
     }
 
     /// Tells the tap which frames the guest takes (linux/if_tun.h, TUNSETOFFLOAD).
@@ -211,8 +221,10 @@ impl VirtioDevice for Net {
                 self.workers.push(Worker::spawn(name, run)?);
                 continue;
             };
-            let end = Port { tap, counts, mergeable, enough };
             let receives = queue.index.is_multiple_of(2);
+            let [receiving, sending] = &self.limits;
+            let limit = if receives { receiving } else { sending }.clone();
+            let end = Port { tap, counts, limit, mergeable, enough };
             let run = move |control: &Control| {
                 let ended = match receives {
                     true => end.receive(queue, &memory, &*notify, control),
@@ -246,6 +258,7 @@ impl VirtioDevice for Net {
 struct Port {
     tap: Arc<File>,
     counts: Arc<NetCounts>,
+    limit: Arc<Limiter>,
     mergeable: bool,
     /// The room that any frame fits in.
     enough: usize,
@@ -278,9 +291,10 @@ impl Port {
                 detached = false;
                 continue;
             }
-            let mut told = false;
+            let (mut told, mut rest) = (false, None);
             for _ in 0..BURST {
-                if !self.gather(&mut queue, memory, &mut rooms)? {
+                rest = self.limit.rest(Instant::now);
+                if rest.is_some() || !self.gather(&mut queue, memory, &mut rooms)? {
                     break;
                 }
                 let count = match self.read_frame(&rooms) {
@@ -291,6 +305,7 @@ impl Port {
                     }
                     _ => break,
                 };
+                self.limit.charge(1, (count - HEADER) as u64);
                 self.counts.frames[0].fetch_add(1, Relaxed);
                 self.counts.bytes[0].fetch_add(count as u64, Relaxed);
                 deliver(&mut queue, memory, &mut rooms, count)?;
@@ -298,6 +313,10 @@ impl Port {
             }
             if told {
                 notify.used(index);
+            }
+            // What comes meanwhile waits in the tap, as far as it has room.
+            if rest.is_some() && control.wait(&[], rest) == Wake::Stop {
+                return Ok(());
             }
         }
     }
@@ -340,6 +359,20 @@ impl Port {
         usize::try_from(got).map_err(|_| io::Error::last_os_error())
     }
 
+    /// Waits until the next frame may be sent; the driver is told before of those that were.
+    fn rest(&self, notify: &dyn Notify, index: u16, control: &Control) -> Wake {
+        let mut told = false;
+        while let Some(rest) = self.limit.rest(Instant::now) {
+            if !std::mem::replace(&mut told, true) {
+                notify.used(index);
+            }
+            if control.wait(&[], Some(rest)) == Wake::Stop {
+                return Wake::Stop;
+            }
+        }
+        Wake::Timeout
+    }
+
     fn transmit(
         &self,
         mut active: ActiveQueue,
@@ -347,6 +380,7 @@ impl Port {
         notify: &dyn Notify,
         control: &Control,
     ) -> Result<(), Broken> {
+        let index = active.index;
         while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
             let _ = active.kick.read();
             super::drain(&mut active, memory, notify, super::LONG, |chain| {
@@ -354,6 +388,11 @@ impl Port {
                 if frame.len() < HEADER {
                     return Err(ChainError::Short);
                 }
+                if self.rest(notify, index, control) == Wake::Stop {
+                    self.counts.dropped.fetch_add(1, Relaxed);
+                    return Ok(0);
+                }
+                self.limit.charge(1, (frame.len() - HEADER) as u64);
                 let mut iovecs = frame.iovecs();
                 iovecs.truncate(libc::UIO_MAXIOV as usize);
                 // SAFETY: as above; the kernel checks the header that the guest wrote.

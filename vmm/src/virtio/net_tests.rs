@@ -75,7 +75,7 @@ fn frame(payload: usize) -> Vec<u8> {
 #[test]
 fn frames_pass_both_ways_whole() {
     let Some((tap, mut wire)) = tap() else { return };
-    let mut net = Net::new(MAC, 1500, vec![tap], Arc::default()).unwrap();
+    let mut net = Net::new(MAC, 1500, vec![tap], Arc::default(), Default::default()).unwrap();
     let mut driver = Driver::new(2);
     // Small frames only: one buffer of 2 KiB is enough room.
     let features = net.features() & !(F_GUEST_TSO4 | F_GUEST_TSO6);
@@ -108,7 +108,7 @@ fn frames_pass_both_ways_whole() {
 #[test]
 fn a_frame_fills_several_buffers_and_says_how_many() {
     let Some((tap, mut wire)) = tap() else { return };
-    let mut net = Net::new(MAC, 1500, vec![tap], Arc::default()).unwrap();
+    let mut net = Net::new(MAC, 1500, vec![tap], Arc::default(), Default::default()).unwrap();
     let mut driver = Driver::new(2);
     let features = net.features() & !(F_GUEST_TSO4 | F_GUEST_TSO6);
     driver.start_with(&mut net, features);
@@ -128,7 +128,7 @@ fn a_frame_fills_several_buffers_and_says_how_many() {
 #[test]
 fn frames_cut_short_ask_for_a_reset() {
     let Some((tap, _wire)) = tap() else { return };
-    let mut net = Net::new(MAC, 1500, vec![tap], Arc::default()).unwrap();
+    let mut net = Net::new(MAC, 1500, vec![tap], Arc::default(), Default::default()).unwrap();
     let mut driver = Driver::new(2);
     driver.start(&mut net);
     assert!(driver.request(1, &[0; HEADER - 1], 0).is_none());
@@ -139,7 +139,7 @@ fn frames_cut_short_ask_for_a_reset() {
 #[test]
 fn the_configuration_has_address_link_and_mtu() {
     let Some((tap, _wire)) = tap() else { return };
-    let net = Net::new(MAC, 9001, vec![tap], Arc::default()).unwrap();
+    let net = Net::new(MAC, 9001, vec![tap], Arc::default(), Default::default()).unwrap();
     let mut config = [0xff; 16];
     net.read_config(0, &mut config);
     assert_eq!(config, [2, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0x29, 0x23, 0, 0, 0, 0]);
@@ -160,7 +160,7 @@ fn flow(port: u16) -> Vec<u8> {
 #[test]
 fn flows_go_to_the_pairs_that_the_driver_uses() {
     let Some((taps, mut wire)) = taps(2) else { return };
-    let mut net = Net::new(MAC, 1500, taps, Arc::default()).unwrap();
+    let mut net = Net::new(MAC, 1500, taps, Arc::default(), Default::default()).unwrap();
     let mut driver = Driver::new(5);
     let features = net.features() & !(F_GUEST_TSO4 | F_GUEST_TSO6);
     assert_eq!(features & (F_MQ | F_CTRL_VQ), F_MQ | F_CTRL_VQ);
@@ -194,4 +194,42 @@ fn flows_go_to_the_pairs_that_the_driver_uses() {
     (0..16).for_each(|n| wire.write_all(&flow(3000 + n)).unwrap());
     (0..16).for_each(|_| assert!(driver.wait_used(0).is_some()));
     net.stop();
+}
+
+#[test]
+fn a_slow_interface_takes_its_time_each_way_and_stops_at_once() {
+    use crate::config::{Flow, Rate};
+    use std::time::Duration;
+    let Some((tap, mut wire)) = tap() else { return };
+    let rate = Rate { ops: vec![Flow { per_second: 50, burst: 1 }], bytes: vec![] };
+    let limits = [(); 2].map(|()| Arc::new(Limiter::new(&rate, Instant::now())));
+    let mut net = Net::new(MAC, 1500, vec![tap], Arc::default(), limits.clone()).unwrap();
+    let mut driver = Driver::new(2);
+    let features = net.features() & !(F_GUEST_TSO4 | F_GUEST_TSO6);
+    driver.start_with(&mut net, features);
+    let began = Instant::now();
+    let sent = [&[0; HEADER][..], &frame(100)].concat();
+    for _ in 0..6 {
+        driver.request(1, &sent, 0).unwrap();
+    }
+    assert!(began.elapsed() >= Duration::from_millis(80), "{:?}", began.elapsed());
+    assert_eq!((net.counts.frames[1].load(Relaxed), net.counts.dropped.load(Relaxed)), (6, 0));
+
+    let began = Instant::now();
+    for _ in 0..6 {
+        driver.offer_writable(0, 2048);
+        wire.write_all(&frame(100)).unwrap();
+        driver.wait_used(0).unwrap();
+    }
+    assert!(began.elapsed() >= Duration::from_millis(80), "{:?}", began.elapsed());
+
+    // Years of debt hold neither a pause nor the end.
+    limits.iter().for_each(|limit| limit.charge(1 << 40, 0));
+    driver.offer_writable(0, 2048);
+    wire.write_all(&frame(100)).unwrap();
+    driver.offer_again(1, 1);
+    net.pause();
+    net.resume();
+    net.stop();
+    assert!(driver.broken().is_empty());
 }

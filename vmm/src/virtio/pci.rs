@@ -59,6 +59,8 @@ struct Interrupts {
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
     isr: AtomicU8,
+    /// Changes with the device's configuration (4.1.4.3.1), so that a driver knows that it has read halves of two.
+    generation: AtomicU8,
     broken: AtomicBool,
 }
 
@@ -201,6 +203,7 @@ impl VirtioPci {
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: queues.iter().map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             isr: AtomicU8::new(0),
+            generation: AtomicU8::new(0),
             broken: AtomicBool::new(false),
         };
         Ok(VirtioPci {
@@ -230,6 +233,16 @@ impl VirtioPci {
             self.running = false;
         }
         self.detach();
+    }
+
+    /// Has the device take note of what has changed behind it, and tells the driver.
+    pub fn refresh(&mut self) {
+        if self.device.refresh() {
+            self.interrupts.generation.fetch_add(1, Ordering::AcqRel);
+            if self.running {
+                self.interrupts.config_changed();
+            }
+        }
     }
 
     /// The device behind the transport.
@@ -341,6 +354,7 @@ impl VirtioPci {
         put(16, &self.interrupts.config_vector.load(Ordering::Acquire).to_le_bytes());
         put(18, &(self.queues.len() as u16).to_le_bytes());
         put(20, &[self.status | if broken { NEEDS_RESET } else { 0 }]);
+        put(21, &[self.interrupts.generation.load(Ordering::Acquire)]);
         put(22, &self.queue_select.to_le_bytes());
         if let Some(queue) = self.selected() {
             put(24, &queue.size.to_le_bytes());

@@ -178,3 +178,54 @@ fn random_accesses_never_panic() {
     negotiate(&mut pci, VERSION_1);
     assert_eq!(status(&mut pci), 0xb);
 }
+
+/// A device whose configuration changes whenever it is asked to look.
+struct Restless;
+
+impl VirtioDevice for Restless {
+    fn device_type(&self) -> u32 {
+        2
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![SIZE]
+    }
+    fn read_config(&self, _: u64, _: &mut [u8]) {}
+    fn refresh(&mut self) -> bool {
+        true
+    }
+    fn start(&mut self, _: Start) -> io::Result<()> {
+        Ok(())
+    }
+    fn stop(&mut self) {}
+}
+
+#[test]
+fn a_change_of_the_configuration_has_a_new_generation_and_an_interrupt() {
+    let driver = Driver::new(1);
+    let vm = Arc::new(FakeVm::default());
+    let made = VirtioPci::new("i-1/x".into(), Box::new(Restless), BAR, driver.memory.clone(), vm.clone());
+    let mut pci = made.unwrap();
+    let generation = |pci: &mut VirtioPci| read::<1>(pci, 21)[0];
+    let first = generation(&mut pci);
+    pci.refresh();
+    assert_ne!(generation(&mut pci), first);
+    assert!(vm.messages.lock().unwrap().is_empty(), "no driver is there");
+    negotiate(&mut pci, VERSION_1);
+    enable_queue(&mut pci);
+    pci.bar_write(16, &0u16.to_le_bytes());
+    pci.bar_write(TABLE, &0xfee0_0000_u64.to_le_bytes());
+    pci.bar_write(TABLE + 8, &0x42_u64.to_le_bytes());
+    let control = pci.msix_at + 2;
+    pci.config_write(control, &0x8000u16.to_le_bytes());
+    pci.bar_write(20, &[0xf]);
+    pci.refresh();
+    assert_eq!(*vm.messages.lock().unwrap(), [(0xfee0_0000, 0x42)]);
+    assert_eq!(read::<1>(&mut pci, ISR), [2]);
+    let (mut rng, _) = transport(&driver);
+    let before = generation(&mut rng);
+    rng.refresh();
+    assert_eq!(generation(&mut rng), before, "nothing of it changes");
+}

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::super::{End, HostError, Result};
 use super::machine::{Dir, Kept, Phase};
 use super::volumes::{failed, files, has_extension};
-use super::{Shared, lock};
+use super::{Shared, Slot, lock};
 use crate::backup::{self, BackupError, Captured, Target, allocated};
 
 /// Where files are pinned, below the host's directory.
@@ -183,7 +183,7 @@ impl Moment {
             let until = Instant::now() + UNSETTLED;
             let mut copied = Vec::new();
             // All volumes of a machine at one moment: they may belong together.
-            self.shared.hold(&first, until, LOOK, |together| {
+            self.shared.hold(&[first], until, LOOK, |together| {
                 for id in together.iter().filter(|id| left.contains(*id)) {
                     let path = file(id, "qcow2");
                     target.file(&path, &below(dir, &path), false)?;
@@ -203,54 +203,57 @@ fn below(dir: &str, path: &Path) -> String {
 }
 
 impl Shared {
-    /// Does `job` while nobody writes to the volume `id`, nor to those of the machine that has it, which are handed to
-    /// it: a machine that runs is held with its disks flushed, one that is to start waits.
+    /// Does `job` while nobody writes to the volumes `ids`, nor to the others of the machines that have them; all of these
+    /// are handed to it. A machine that runs is held with its disks flushed, one that is to start waits.
     ///
     /// # Errors
-    /// The job's; the machine cannot be held.
+    /// The job's; a machine cannot be held.
     pub fn hold<E: From<HostError>>(
         &self,
-        id: &str,
+        ids: &[String],
         until: Instant,
         look: Duration,
         job: impl FnOnce(&[String]) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         loop {
-            let user = self.user(id);
-            let together = user.as_ref().map_or_else(|| vec![id.to_owned()], |(_, volumes)| volumes.clone());
-            let taken = self.volumes.take(&together);
-            // It may have begun or ended before all of them were ours.
-            if self.user(id).map(|(_, volumes)| volumes) != user.as_ref().map(|(_, volumes)| volumes.clone())
-            {
+            let users = self.users(ids);
+            let of_users = users.iter().flat_map(|(_, volumes)| volumes);
+            let together: BTreeSet<String> = ids.iter().chain(of_users).cloned().collect();
+            let together: Vec<String> = together.into_iter().collect();
+            let taken = self.volumes.hold(together.iter().map(String::as_str));
+            // One may have begun or ended before all of them were ours.
+            let now = self.users(ids);
+            if !now.iter().map(|(_, volumes)| volumes).eq(users.iter().map(|(_, volumes)| volumes)) {
                 continue;
             }
-            let why = match &user {
-                Some((dir, _)) => match super::Held::new(dir) {
-                    Ok(_held) => return job(&together),
-                    Err(error) => error.to_string(),
-                },
-                None => match self.volumes.is_free(id)? {
-                    true => return job(&together),
-                    false => "some process has it".into(),
-                },
+            let held = users.iter().map(|(dir, _)| super::Held::new(dir).map_err(|e| e.to_string()));
+            let held = held.collect::<std::result::Result<Vec<_>, String>>();
+            let mut unused = ids.iter().filter(|id| !users.iter().any(|(_, volumes)| volumes.contains(id)));
+            let busy = unused.try_fold(false, |busy, id| Ok::<_, E>(busy || !self.volumes.is_free(id)?))?;
+            let why = match held {
+                Ok(_held) if !busy => return job(&together),
+                Ok(_) => "some process has it".into(),
+                Err(error) => error,
             };
             drop(taken);
             if Instant::now() >= until {
-                let why = format!("the volume {id} cannot be held still: {why}");
+                let ids = ids.join(", ");
+                let why = format!("the volume {ids} cannot be held still: {why}");
                 return Err(HostError::Failed(why).into());
             }
             std::thread::sleep(look);
         }
     }
 
-    /// The machine that runs and has this volume, and all volumes that it has.
-    fn user(&self, id: &str) -> Option<(Dir, Vec<String>)> {
+    /// The machines that run and have any of these volumes, each with all volumes that it has.
+    fn users(&self, ids: &[String]) -> Vec<(Dir, Vec<String>)> {
         let slots: Vec<_> = lock(&self.slots).values().cloned().collect();
-        slots.into_iter().find_map(|slot| {
+        let user = |slot: Arc<Slot>| {
             let mut state = slot.state();
             let (kept, _) = state.running()?;
             let volumes = &kept.machine.volumes;
-            volumes.iter().any(|volume| volume == id).then(|| (slot.dir.clone(), volumes.clone()))
-        })
+            volumes.iter().any(|volume| ids.contains(volume)).then(|| (slot.dir.clone(), volumes.clone()))
+        };
+        slots.into_iter().filter_map(user).collect()
     }
 }

@@ -18,13 +18,12 @@ impl Local {
         let slot = slot.ok_or_else(missing)?;
         let _work = lock(&slot.work);
         slot.state().running().ok_or_else(missing)?;
-        // Nobody copies it from here on, until it is the machine's.
-        let ids = [volume.to_owned()];
-        let _taken = self.shared.volumes.take(&ids);
-        let files = self.shared.volumes.files(volume)?;
+        let _held = self.shared.volumes.hold([volume]);
+        self.shared.volumes.files(volume)?;
         if has(&slot.dir, volume)? {
             return Ok(());
         }
+        let (files, rate) = self.shared.volumes.ready(volume)?;
         // Locked here, so that no other machine has it; the machine gets the same open files, and with them the lock.
         let layers = files.open()?;
         record(&slot, |volumes| {
@@ -32,7 +31,7 @@ impl Local {
             volumes.push(volume.into());
         })?;
         let socket = slot.dir.0.join("control.sock");
-        let attached = launch::attach_disk(&socket, &layers, &serial(volume), false, ANSWER);
+        let attached = launch::attach_disk(&socket, &layers, &serial(volume), false, &rate, ANSWER);
         if let Err(error) = attached {
             // It may have heard: its answer alone was lost.
             if matches!(error, LaunchError::Refused(_)) {
@@ -68,7 +67,7 @@ impl Local {
 }
 
 /// Whether the machine's process has the volume.
-fn has(dir: &Dir, volume: &str) -> Result<bool> {
+pub(super) fn has(dir: &Dir, volume: &str) -> Result<bool> {
     let status = dir.ask("status", ANSWER).map_err(|e| silent(&dir.0.display().to_string(), &e))?;
     let disks = status.get("disks").and_then(Value::as_array);
     let serial = serial(volume);

@@ -24,7 +24,7 @@ use hutch_blockdev::{Format, open_layers};
 use hutch_imagestore::boot;
 use hutch_netfw::guest::{self, Address, GuestNet, MTU, NetError, name_servers};
 use hutch_netfw::name::GroupId;
-use hutch_vmm::config::{BootConfig, End as VmmEnd, MachineConfig, NetConfig, RunAs};
+use hutch_vmm::config::{BootConfig, DiskConfig, End as VmmEnd, MachineConfig, NetConfig, Rate, RunAs};
 use hutch_vmm::launch::{self, Inherit, LaunchError};
 use hutch_vmm::plan::Plan;
 use serde::{Deserialize, Serialize};
@@ -180,6 +180,34 @@ impl Dir {
         ])
     }
 
+    /// Has the machine that runs make its disk so large and hold it to `rate`.
+    ///
+    /// # Errors
+    /// [`HostError::NoRoom`]: it refuses.
+    pub fn change_disk(&self, volume: &str, size: u64, rate: &Rate) -> Result<()> {
+        let request = json!({ "command": "disk", "serial": serial(volume), "size": size, "rate": rate });
+        match self.ask_all(&request, FLUSH) {
+            Err(LaunchError::Refused(why)) => Err(HostError::NoRoom(why)),
+            asked => asked.map(drop).map_err(|e| launch_failed(&e)),
+        }
+    }
+
+    /// Has the machine that runs hold all its disks, and each of its interfaces, to what `machine` says.
+    pub fn change_speed(&self, machine: &Machine) -> Result<()> {
+        let disks = json!({ "command": "disks", "rate": machine.speed.volumes });
+        let net = |interface: &Interface| json!({ "command": "net", "mac": interface.mac, "rate": machine.speed.network });
+        for request in machine.interfaces.iter().map(net).chain([disks]) {
+            match self.ask_all(&request, ANSWER) {
+                // It was started by an earlier version; the next start is of this one.
+                Err(LaunchError::Refused(why)) => {
+                    tracing::warn!(instance = machine.id, why, "it keeps its speed")
+                }
+                asked => drop(asked.map_err(|e| launch_failed(&e))?),
+            }
+        }
+        Ok(())
+    }
+
     /// How its process says it ended; `None` when it could not say.
     pub fn report(&self) -> Option<VmmEnd> {
         launch::report(File::open(self.0.join("report.json")).ok()?).ok().map(|report| report.end)
@@ -309,18 +337,26 @@ fn launch_failed(error: &LaunchError) -> HostError {
     HostError::Failed(chain(error))
 }
 
+/// A disk of a machine that is being started.
+struct Disk {
+    serial: String,
+    layers: Vec<(File, Format)>,
+    rate: Rate,
+}
+
 /// Starts what `kept` says, and records it: disks, then interfaces with their rules and metadata, then the process.
 ///
 /// # Errors
 /// Those of [`super::super::Host::start`]; nothing of it runs then.
 pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> Result<Live> {
     let machine = kept.machine.clone();
-    // Nobody copies them from here on, until they are the machine's.
-    let _taken = volumes.take(&machine.volumes);
-    let files = machine.volumes.iter().map(|id| Ok((id, volumes.files(id)?))).collect::<Result<Vec<_>>>()?;
-    let disks = files.iter().map(|(id, files)| Ok((*id, files.open()?))).collect::<Result<Vec<_>>>()?;
+    let open = |id| {
+        let (files, rate) = volumes.ready(id)?;
+        Ok(Disk { serial: serial(id), layers: files.open()?, rate })
+    };
+    let disks = machine.volumes.iter().map(|id| open(id)).collect::<Result<Vec<_>>>()?;
     let mut inherit = Inherit::default();
-    let boot = boot_config(&machine, disks.first().map(|(_, layers)| layers.as_slice()), &mut inherit)?;
+    let boot = boot_config(&machine, disks.first().map(|disk| disk.layers.as_slice()), &mut inherit)?;
 
     let mut nets = Vec::new();
     let mut configs = Vec::new();
@@ -328,7 +364,8 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
         let (net, taps) = Net::up(interface, &machine, means)?;
         nets.push(net);
         let taps = taps.into_iter().map(|tap| inherit.give(tap.into())).collect();
-        configs.push(NetConfig { mac: interface.mac.clone(), taps, mtu: MTU });
+        let rate = machine.speed.network.clone();
+        configs.push(NetConfig { mac: interface.mac.clone(), taps, mtu: MTU, rate });
     }
 
     let path = |name: &str| dir.0.join(name);
@@ -344,8 +381,9 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
     let listener = UnixListener::bind(&socket).map_err(|e| failed(&socket, e))?;
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     let kvm = kvm.map_err(|e| failed(Path::new("/dev/kvm"), e))?;
-    let lend = |(id, layers): &(&String, Vec<(File, Format)>), inherit: &mut Inherit| {
-        inherit.disk(layers, serial(id), false).map_err(|e| launch_failed(&e))
+    let lend = |disk: &Disk, inherit: &mut Inherit| {
+        let lent = inherit.disk(&disk.layers, disk.serial.clone(), false).map_err(|e| launch_failed(&e))?;
+        Ok(DiskConfig { rate: disk.rate.clone(), ..lent })
     };
     let config = MachineConfig {
         id: machine.id.clone(),
@@ -355,6 +393,7 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
         hugepages: false,
         boot,
         disks: disks.iter().map(|disk| lend(disk, &mut inherit)).collect::<Result<_>>()?,
+        disks_rate: machine.speed.volumes.clone(),
         nets: configs,
         kvm: inherit.give(kvm.into()),
         control: Some(inherit.give(listener.into())),

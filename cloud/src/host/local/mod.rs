@@ -26,6 +26,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use hutch_imagestore::store::Store;
+use hutch_vmm::config::Rate;
 
 use crate::backup::Captured;
 
@@ -143,6 +144,13 @@ impl Local {
     /// The places of all machines.
     fn slots(&self) -> Vec<Arc<Slot>> {
         lock(&self.shared.slots).values().cloned().collect()
+    }
+
+    /// The machine that runs and has a volume.
+    fn user(&self, id: &str) -> Option<Arc<Slot>> {
+        let has = |kept: &Kept| kept.machine.volumes.iter().any(|volume| volume == id);
+        let uses = |slot: &Arc<Slot>| slot.state().running().is_some_and(|(kept, _)| has(kept));
+        self.slots().into_iter().find(uses)
     }
 
     /// Memory in MiB that machines may have together, and what those have that run.
@@ -266,6 +274,8 @@ impl Shared {
         } else if !stopping && (end.is_none() || kept.restart || kept.phase == Phase::Restarting) {
             tracing::info!(instance = id, "it reboots");
             (kept.phase, kept.restart) = (Phase::Restarting, false);
+            // A snapshot that is being taken of them has to be done.
+            let _held = self.volumes.hold(kept.machine.volumes.iter().map(String::as_str));
             // Before the report of its end is gone: whoever finds it later knows that it is to run.
             let again = slot.dir.write(&kept);
             let again =
@@ -335,10 +345,27 @@ impl Host for Local {
         self.shared.volumes.delete(id)
     }
 
-    /// Copies the volume, so the guest is held as long as that takes.
-    fn create_snapshot(&self, id: &str, volume: &str) -> Result<()> {
-        self.shared
-            .hold(volume, Instant::now() + FLUSH, TICK, |_| self.shared.volumes.create_snapshot(id, volume))
+    fn modify_volume(&self, id: &str, bytes: u64, rate: &Rate) -> Result<()> {
+        let volumes = &self.shared.volumes;
+        let _held = volumes.hold([id]);
+        let user = self.user(id);
+        let ask =
+            user.as_ref().map(|slot| move |size: u64, rate: &Rate| slot.dir.change_disk(id, size, rate));
+        let asked = volumes.modify(id, bytes, rate, ask.as_ref().map(|ask| ask as _));
+        let gone =
+            |slot: Arc<Slot>| slot.state().running().is_none() || !disks::has(&slot.dir, id).unwrap_or(false);
+        match asked {
+            // One that has ended meanwhile, or let it go, leaves the volume to us, and we are called again.
+            Err(HostError::NoRoom(why)) if user.is_some_and(gone) => Err(HostError::Failed(why)),
+            asked => asked,
+        }
+    }
+
+    /// Copies the volumes, so the guests are held as long as that takes.
+    fn create_snapshots(&self, snapshots: &[(&str, &str)]) -> Result<()> {
+        let ids: Vec<_> = snapshots.iter().map(|(_, volume)| (*volume).to_owned()).collect();
+        let until = Instant::now() + FLUSH;
+        self.shared.hold(&ids, until, TICK, |_| self.shared.volumes.create_snapshots(snapshots))
     }
 
     fn content(&self, source: &Source) -> Result<Content> {
@@ -388,6 +415,8 @@ impl Host for Local {
             }
         };
         let work = lock(&slot.work);
+        // Until it is known to run, so that who takes a snapshot finds out whom to hold.
+        let _held = shared.volumes.hold(machine.volumes.iter().map(String::as_str));
         let mut kept = Kept::new(machine.clone());
         match machine::launch(&mut kept, &slot.dir, &shared.volumes, &shared.means) {
             Ok(live) => {
@@ -415,11 +444,21 @@ impl Host for Local {
         let missing = || HostError::Missing(format!("machine {}", machine.id));
         let slot = self.slot(&machine.id).ok_or_else(missing)?;
         let _work = lock(&slot.work);
+        let slower = {
+            let mut state = slot.state();
+            let (kept, _) = state.running().ok_or_else(missing)?;
+            kept.machine.speed != machine.speed
+        };
+        if slower {
+            // It takes the time that its process takes to answer; nobody else changes the machine meanwhile.
+            slot.dir.change_speed(machine)?;
+        }
         let mut state = slot.state();
         let (kept, live) = state.running().ok_or_else(missing)?;
         // Interfaces are those it was started with; volumes come and go on their own.
         let mut new = kept.machine.clone();
         new.metadata.clone_from(&machine.metadata);
+        new.speed.clone_from(&machine.speed);
         for (own, told) in new.interfaces.iter_mut().zip(&machine.interfaces) {
             own.groups.clone_from(&told.groups);
             own.public = told.public;
@@ -453,7 +492,7 @@ impl Host for Local {
         };
         if let Some((volumes, process)) = process {
             // Not while its disks are copied: who holds it lets it go on then.
-            drop(self.shared.volumes.take(&volumes));
+            drop(self.shared.volumes.hold(volumes.iter().map(String::as_str)));
             let failed = |e: std::io::Error| HostError::Failed(format!("{id} cannot be ended: {e}"));
             // Held by one that was killed, it would not hear of its button.
             let pressed = !patience.is_zero()

@@ -17,8 +17,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use hutch_blockdev::store::lock;
-use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Format, Qcow2Disk, RawDisk, SECTOR, qcow2};
+use hutch_blockdev::{
+    Disk, DiskError, DiskErrorKind, Format, Qcow2Disk, RawDisk, SECTOR, open_layers, qcow2,
+};
 use hutch_imagestore::store::{Image, Store, StoreError};
+use hutch_vmm::config::Rate;
 use serde::{Deserialize, Serialize};
 
 use super::super::{Content, HostError, Result, Source, Template};
@@ -40,6 +43,12 @@ struct Record {
     source: Source,
     /// Whether it lies on its own `.base`.
     based: bool,
+    /// What it may do.
+    #[serde(default)]
+    rate: Rate,
+    /// It is being made larger: its file may still have this size.
+    #[serde(default)]
+    growing: Option<u64>,
 }
 
 /// The files of a volume.
@@ -56,22 +65,26 @@ pub struct Volumes {
     volumes: PathBuf,
     snapshots: PathBuf,
     templates: Store,
-    /// Those that somebody copies or gives to a machine.
-    taken: Mutex<BTreeSet<String>>,
-    freed: Condvar,
+    busy: Mutex<BTreeSet<String>>,
+    free: Condvar,
+    /// Volumes whose machine has been told since this process began what they are.
+    told: Mutex<BTreeSet<String>>,
 }
 
-/// Volumes that are one's own for a while.
-pub struct Taken<'a> {
+/// Asks a machine for a size and a rate of its disk.
+pub type Ask<'a> = dyn Fn(u64, &Rate) -> Result<()> + 'a;
+
+/// Volumes that nobody else holds until this is dropped.
+pub struct Hold<'a> {
     all: &'a Volumes,
-    ids: &'a [String],
+    ids: BTreeSet<String>,
 }
 
-impl Drop for Taken<'_> {
+impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        let mut taken = self.all.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        taken.retain(|id| !self.ids.contains(id));
-        self.all.freed.notify_all();
+        let mut busy = self.all.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.retain(|id| !self.ids.contains(id));
+        self.all.free.notify_all();
     }
 }
 
@@ -81,8 +94,14 @@ impl Volumes {
     /// # Errors
     /// A directory cannot be made, read or cleaned.
     pub fn open(dir: &Path, templates: Store) -> Result<Volumes> {
-        let (volumes, snapshots) = (dir.join("volumes"), dir.join("snapshots"));
-        let all = Volumes { volumes, snapshots, templates, taken: Mutex::default(), freed: Condvar::new() };
+        let all = Volumes {
+            volumes: dir.join("volumes"),
+            snapshots: dir.join("snapshots"),
+            templates,
+            busy: Mutex::default(),
+            free: Condvar::new(),
+            told: Mutex::default(),
+        };
         for dir in [&all.volumes, &all.snapshots] {
             fs::create_dir_all(dir).map_err(|e| failed(dir, e))?;
         }
@@ -93,14 +112,14 @@ impl Volumes {
         Ok(all)
     }
 
-    /// Waits until nobody else copies these volumes or gives them to a machine, and keeps others from that.
-    pub fn take<'a>(&'a self, ids: &'a [String]) -> Taken<'a> {
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        while ids.iter().any(|id| taken.contains(id)) {
-            taken = self.freed.wait(taken).unwrap_or_else(PoisonError::into_inner);
-        }
-        taken.extend(ids.iter().cloned());
-        Taken { all: self, ids }
+    /// Waits until nobody holds any of these volumes, and holds all of them: while a machine is started on them, while they
+    /// are copied, while one grows. None of these may see a half of another.
+    pub fn hold<'a>(&self, ids: impl IntoIterator<Item = &'a str>) -> Hold<'_> {
+        let ids: BTreeSet<String> = ids.into_iter().map(str::to_owned).collect();
+        let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = self.free.wait_while(busy, |busy| !busy.is_disjoint(&ids));
+        free.unwrap_or_else(PoisonError::into_inner).extend(ids.iter().cloned());
+        Hold { all: self, ids }
     }
 
     /// Whether no process may write to a volume now. One that is gone is free.
@@ -175,9 +194,94 @@ impl Volumes {
         write(&path(&self.volumes, id, "qcow2")?, |file| {
             qcow2::create(file, size).map_err(|e| disk_failed(id, &e))
         })?;
-        let record = Record { size, source: source.clone(), based: base.is_some() };
-        let text = serde_json::to_vec(&record).map_err(|e| failed(&record_path, e.into()))?;
-        write(&record_path, |file| file.write_all_at(&text, 0).map_err(|e| failed(&record_path, e)))
+        let (based, rate) = (base.is_some(), Rate::default());
+        self.put(id, &Record { size, source: source.clone(), based, rate, growing: None })
+    }
+
+    /// See [`Host::modify_volume`](super::super::Host::modify_volume). Who calls it holds the volume. `machine` asks the
+    /// machine that has it for that size and that rate: only a machine may write to what it runs on.
+    ///
+    /// The record is written first, so that who comes after a crash knows what was meant; a machine that is started next
+    /// finds its volume large.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`], [`HostError::NoRoom`].
+    pub fn modify(&self, id: &str, bytes: u64, rate: &Rate, machine: Option<&Ask<'_>>) -> Result<()> {
+        let old = self.record(id)?;
+        let size = bytes.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX).max(old.size);
+        let had = (size > old.size).then_some(old.size);
+        let meant = Record { size, rate: rate.clone(), growing: old.growing.or(had), ..old.clone() };
+        let told = || self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if meant == old && meant.growing.is_none() && (machine.is_none() || told().contains(id)) {
+            return Ok(());
+        }
+        if meant != old {
+            self.put(id, &meant)?;
+        }
+        let done = match machine {
+            Some(ask) => ask(size, rate),
+            None if meant.growing.is_some() => self.grow(id, &meant),
+            None => Ok(()),
+        };
+        match &done {
+            Ok(()) if meant.growing.is_some() => self.put(id, &Record { growing: None, ..meant })?,
+            Ok(()) => {}
+            // As it was, so that nobody tries it again.
+            Err(HostError::NoRoom(_)) => {
+                self.put(id, &Record { size: meant.growing.unwrap_or(old.size), growing: None, ..old })?;
+            }
+            Err(_) => {}
+        }
+        if done.is_ok() {
+            told().insert(id.to_owned());
+        }
+        done
+    }
+
+    /// Makes the file of a volume that no machine has as large as its record says.
+    fn grow(&self, id: &str, record: &Record) -> Result<()> {
+        let files = self.files_of(id, record)?;
+        let disk = open_layers(files.open()?, false).map_err(|e| disk_failed(id, &e))?;
+        match disk.grow(record.size) {
+            Err(e) if e.kind == DiskErrorKind::OutOfRange => {
+                Err(HostError::NoRoom(format!("the volume {id}: {}", chain(&e))))
+            }
+            grown => grown.map_err(|e| disk_failed(id, &e)),
+        }
+    }
+
+    /// The files of a volume for a machine that is being started, and what the volume may do. A growth that was cut short
+    /// is done first. Who calls it holds the volume.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`].
+    pub fn ready(&self, id: &str) -> Result<(Files, Rate)> {
+        let record = self.record(id)?;
+        if record.growing.is_some() {
+            match self.grow(id, &record) {
+                Ok(()) => self.put(id, &Record { growing: None, ..record.clone() })?,
+                // It is tried again by who wants it so large, and then by the machine.
+                Err(error) => tracing::warn!(volume = id, %error, "it does not grow"),
+            }
+        }
+        Ok((self.files_of(id, &record)?, record.rate))
+    }
+
+    fn put(&self, id: &str, record: &Record) -> Result<()> {
+        let path = path(&self.volumes, id, "json")?;
+        let text = serde_json::to_vec(record).map_err(|e| failed(&path, e.into()))?;
+        write(&path, |file| file.write_all_at(&text, 0).map_err(|e| failed(&path, e)))
+    }
+
+    fn record(&self, id: &str) -> Result<Record> {
+        let path = path(&self.volumes, id, "json")?;
+        let text = match fs::read(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(HostError::Missing(format!("volume {id}")));
+            }
+            text => text.map_err(|e| failed(&path, e))?,
+        };
+        serde_json::from_slice(&text).map_err(|e| failed(&path, e.into()))
     }
 
     /// Removes a volume, if it is there. Nobody may have it.
@@ -185,6 +289,7 @@ impl Volumes {
     /// # Errors
     /// A file cannot be removed.
     pub fn delete(&self, id: &str) -> Result<()> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
         remove(&path(&self.volumes, id, "json")?)?;
         sync_dir(&self.volumes)?;
         remove(&path(&self.volumes, id, "qcow2")?)?;
@@ -196,35 +301,44 @@ impl Volumes {
     /// # Errors
     /// [`HostError::Missing`].
     pub fn files(&self, id: &str) -> Result<Files> {
-        let record_path = path(&self.volumes, id, "json")?;
-        let text = match fs::read(&record_path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return Err(HostError::Missing(format!("volume {id}")));
-            }
-            text => text.map_err(|e| failed(&record_path, e))?,
-        };
-        let record: Record = serde_json::from_slice(&text).map_err(|e| failed(&record_path, e.into()))?;
+        self.files_of(id, &self.record(id)?)
+    }
+
+    fn files_of(&self, id: &str, record: &Record) -> Result<Files> {
         let base = record.based.then(|| path(&self.volumes, id, "base")).transpose()?;
         Ok(Files { top: path(&self.volumes, id, "qcow2")?, base })
     }
 
-    /// Keeps what a volume's files hold as a snapshot. A machine that has the volume is to be paused meanwhile; what its
-    /// guest has not flushed may then be missing, as after loss of power. All data are copied: the time that takes grows
-    /// with them.
+    /// See [`Host::create_snapshots`](super::super::Host::create_snapshots). Who calls it holds the volumes, and has paused
+    /// the machine that has them; what its guest has not flushed may be missing, as after loss of power. All data are
+    /// copied: the time that takes grows with them.
     ///
     /// # Errors
-    /// [`HostError::Missing`] volume, [`HostError::NoRoom`]; there is no snapshot then.
-    pub fn create_snapshot(&self, id: &str, volume: &str) -> Result<()> {
-        let snapshot = path(&self.snapshots, id, "raw")?;
-        if snapshot.exists() {
-            // Whoever gave it the name may have been killed before the name was durable.
+    /// [`HostError::Missing`] volume, [`HostError::NoRoom`]; none of the snapshots is there then.
+    pub fn create_snapshots(&self, snapshots: &[(&str, &str)]) -> Result<()> {
+        let paths = snapshots.iter().map(|(id, _)| path(&self.snapshots, id, "raw"));
+        let paths = paths.collect::<Result<Vec<_>>>()?;
+        if paths.iter().all(|path| path.exists()) {
+            // Whoever gave them their names may have been killed before the names were durable.
             return sync_dir(&self.snapshots);
         }
+        let made = snapshots.iter().zip(&paths).try_for_each(|((_, volume), path)| {
+            // One that is there is of another instant than those that are missing.
+            remove(path)?;
+            self.copy_volume(volume, path)
+        });
+        if made.is_err() {
+            paths.iter().try_for_each(|path| remove(path))?;
+        }
+        made
+    }
+
+    fn copy_volume(&self, volume: &str, to: &Path) -> Result<()> {
         let disk = read_only(&self.files(volume)?).map_err(|e| match e {
             Unopened::File(path, e) => failed(&path, e),
             Unopened::Disk(e) => disk_failed(volume, &e),
         })?;
-        write(&snapshot, |file| copy(&disk, file).map_err(|e| disk_failed(volume, &e)))
+        write(to, |file| copy(&disk, file).map_err(|e| disk_failed(volume, &e)))
     }
 
     /// See [`Host::content`](super::super::Host::content).
