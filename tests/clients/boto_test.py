@@ -90,7 +90,7 @@ class Instances(Case):
             ("InvalidSnapshot.NotFound", self.ec2.delete_snapshot, dict(SnapshotId="snap-12345678")),
             ("InvalidGroup.NotFound", self.ec2.delete_security_group, dict(GroupId="sg-12345678")),
             ("InvalidZone.NotFound", self.ec2.create_volume, dict(AvailabilityZone="mars-1a", Size=1)),
-            ("UnsupportedOperation", self.ec2.create_vpc, dict(CidrBlock="10.0.0.0/16")),
+            ("UnsupportedOperation", self.ec2.request_spot_instances, dict(InstanceCount=1)),
         ]:
             before = len(self.ec2.describe_instances()["Reservations"])
             answer = self.fails(code, call, **more)
