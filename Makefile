@@ -24,7 +24,7 @@ lint:
 unit:
 	cargo test --workspace --exclude hutch-tests --locked
 
-# boto3, the aws CLI, Ansible and hutch itself against hutchd on the simulated host.
+# boto3, the aws CLI, Ansible, Terraform and hutch itself against hutchd on the simulated host.
 clients:
 	tests/clients/run
 
