@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::wire::{ACK, End, FAR, Packet, SYN, Wire, forget_connections, in_namespace};
 use super::*;
@@ -250,22 +250,24 @@ fn nothing_leaks_while_a_group_is_refilled() {
         put(&rules[0]);
         // A full replace, which is for repair, may drop what is allowed; the steady state does not.
         for (packets, replace) in [(15_000, false), (5_000, true)] {
-            let over = Arc::new(AtomicBool::new(false));
-            let (ends, rules) = (over.clone(), rules.clone());
+            let (over, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+            let (ends, count, rules) = (over.clone(), done.clone(), rules.clone());
             // In the same namespace: threads begin in their parent's.
             let changes = std::thread::spawn(move || {
-                let mut n = 0;
                 while !ends.load(Ordering::Relaxed) {
-                    n += 1;
+                    let n = count.fetch_add(1, Ordering::Relaxed) + 1;
                     match replace {
                         true => apply(&rules[n % 2].render(&Listing::default())).unwrap(),
                         false => apply(&rules[n % 2].change(&rules[(n + 1) % 2]).unwrap()).unwrap(),
                     }
                 }
-                n
             });
-            let (mut wrong, mut lost) = (0, 0);
-            for port in 0..packets {
+            let (mut wrong, mut lost, mut sent) = (0, 0, 0u32);
+            // So many packets and so many changes under them: where changes are slow, more packets. Their ports come again, for
+            // a guest has only so many connections.
+            while sent < packets || done.load(Ordering::Relaxed) <= 20 && !changes.is_finished() {
+                let port = (sent % packets) as u16;
+                sent += 1;
                 for (protocol, ports, passes) in [(TCP, (port, 22), false), (UDP, (port, 9), true)] {
                     let packet = wire.packet(G(1), G(0), false, protocol, ports);
                     let passed = wire.passes(G(1), G(0), packet, passes);
@@ -274,9 +276,10 @@ fn nothing_leaks_while_a_group_is_refilled() {
                 }
             }
             over.store(true, Ordering::Relaxed);
-            let changes = changes.join().unwrap();
+            changes.join().unwrap();
+            let changes = done.load(Ordering::Relaxed);
             println!(
-                "{packets} packets each way, {changes} changes, replace {replace}: {wrong} wrong, {lost} lost"
+                "{sent} packets each way, {changes} changes, replace {replace}: {wrong} wrong, {lost} lost"
             );
             assert_eq!(wrong, 0);
             assert!(replace || lost == 0, "{lost}");
