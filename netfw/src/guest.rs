@@ -14,6 +14,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use ipnet::Ipv4Net;
 use nix::sys::socket::{Backlog, SockType, listen};
@@ -42,6 +43,8 @@ pub const SUBNET: Ipv4Net = match Ipv4Net::new(Ipv4Addr::new(172, 31, 0, 0), 20)
 const RESERVED: u32 = 4;
 /// The MTU of a guest's link, in bytes.
 pub const MTU: u16 = 1500;
+/// How long a tap may take to go when nobody has it any more.
+const GONE: Duration = Duration::from_millis(500);
 /// The most queues of a tap.
 const QUEUES: u32 = 8;
 /// Where networks are recorded.
@@ -394,13 +397,20 @@ impl Drop for GuestNet {
         self.server = None;
         self.router = None;
         self.metadata.clear();
+        let last = !self.taps.is_empty();
         self.taps.clear();
         if !self.undone {
             return;
         }
+        // A process that is just being started holds what we had open, until it is another program.
+        let tap = self.guest.tap.to_string();
+        let until = Instant::now() + GONE;
+        while last && nix::net::if_::if_nametoindex(tap.as_str()).is_ok() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         // What cannot be undone now is undone by the next start.
         let Ok(mut kept) = Kept::open(&self.state) else { return };
-        kept.forget(&self.guest.tap.to_string());
+        kept.forget(&tap);
         if let Err(error) = kept.settle() {
             tracing::warn!(tap = %self.guest.tap, %error, "its rules are left");
         }

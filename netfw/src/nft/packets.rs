@@ -249,7 +249,7 @@ fn nothing_leaks_while_a_group_is_refilled() {
         let rules = [wire.rules(&of(80)), wire.rules(&of(443))];
         put(&rules[0]);
         // A full replace, which is for repair, may drop what is allowed; the steady state does not.
-        for (packets, replace) in [(15_000, false), (5_000, true)] {
+        for (packets, replace) in [(12_000, false), (5_000, true)] {
             let (over, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
             let (ends, count, rules) = (over.clone(), done.clone(), rules.clone());
             // In the same namespace: threads begin in their parent's.
