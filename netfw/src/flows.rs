@@ -17,18 +17,19 @@ const ACK: u16 = 4;
 const DUMP: u16 = 0x300;
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
-/// `CTA_TUPLE_ORIG`, `CTA_TUPLE_REPLY`; within these `CTA_TUPLE_IP`, and within that `CTA_IP_V4_DST`.
+/// `CTA_TUPLE_ORIG`, `CTA_TUPLE_REPLY`; within these `CTA_TUPLE_IP`, and within that `CTA_IP_V4_SRC` and `CTA_IP_V4_DST`.
 const ORIGINAL: u16 = 1;
 const REPLY: u16 = 2;
 const TUPLE_IP: u16 = 1;
+const V4_SRC: u16 = 1;
 const V4_DST: u16 = 2;
 /// A message's header, and netfilter's behind it; an attribute's.
 const HEAD: usize = 16;
 const FAMILY_HEAD: usize = 4;
 const ATTRIBUTE_HEAD: usize = 4;
 
-/// Forgets the connections to an address, and those that others see as coming from it. What goes on with them is new to the
-/// firewall. Returns how many there were.
+/// Forgets the connections to and from an address, as either side sees it. What goes on with them is new to the firewall.
+/// Returns how many there were.
 ///
 /// # Errors
 /// The kernel does not tell them.
@@ -62,12 +63,12 @@ pub(crate) fn forget(address: Ipv4Addr) -> io::Result<usize> {
 
 /// The connection's name, an attribute whole, if it has to do with the address.
 fn about(body: &[u8], address: Ipv4Addr) -> Option<Vec<u8>> {
-    let leads = |kind: u16| {
-        let tuple = payload(body, kind)?;
-        let to = payload(payload(tuple, TUPLE_IP)?, V4_DST)?;
-        (to == address.octets()).then_some(tuple)
+    let names = |kind: u16| {
+        let addresses = payload(payload(body, kind)?, TUPLE_IP)?;
+        let same = |end: u16| payload(addresses, end).is_some_and(|bytes| bytes == address.octets());
+        (same(V4_SRC) || same(V4_DST)).then_some(())
     };
-    leads(ORIGINAL).or_else(|| leads(REPLY))?;
+    names(ORIGINAL).or_else(|| names(REPLY))?;
     let original = payload(body, ORIGINAL)?;
     let len = u16::try_from(original.len() + ATTRIBUTE_HEAD).ok()?;
     // `NLA_F_NESTED`.
@@ -144,6 +145,8 @@ mod tests {
         assert_eq!(about(&to, public.into()), Some(tuple(ORIGINAL, host, public)));
         assert_eq!(about(&from, public.into()), Some(tuple(ORIGINAL, guest, [8, 8, 8, 8])));
         assert_eq!(about(&own, public.into()), None);
+        assert_eq!(about(&own, guest.into()), Some(tuple(ORIGINAL, host, guest)));
+        assert_eq!(about(&to, guest.into()), Some(tuple(ORIGINAL, host, public)));
         // Cut short anywhere, it is none.
         for len in 0..to.len() {
             let _ = about(&to[..len], public.into());

@@ -322,7 +322,7 @@ impl GuestNet {
             forwarding_was_off: forwards,
         };
         // Recorded first, so that whatever happens next can be undone by someone else.
-        kept.write_record(&record)?;
+        kept.announce(&record)?;
         let mut net = GuestNet::unserved(state, guest, subnet);
         kept.records.push(record);
         let done = net.bring_up(&mut kept, forwards, queues, mtu, dns);

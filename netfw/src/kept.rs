@@ -20,6 +20,7 @@ use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::flows;
 use crate::groups::Group;
 use crate::guest::elastic::{self, Published};
 use crate::guest::{NetError, SUBNET, VPC};
@@ -184,6 +185,13 @@ impl Kept {
         for record in std::mem::take(&mut self.dead) {
             elastic::withdraw(&record);
             elastic::forget(&record);
+            // Who gets its address next is another guest: what was let through to this one is nothing to that. Where the kernel
+            // does not tell its connections, they end by their time.
+            let _ = flows::forget(record.ip);
+            if self.records.iter().any(|other| other.tap == record.tap) {
+                // Its place has been taken already.
+                continue;
+            }
             let path = record_path(&self.dir, &record.tap);
             match fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -200,7 +208,18 @@ impl Kept {
     ///
     /// # Errors
     /// [`NetError::State`].
-    pub fn write_record(&self, record: &Record) -> Result<(), NetError> {
+    pub fn announce(&self, record: &Record) -> Result<(), NetError> {
+        // The kernel does not have it yet, and who comes after a crash must not believe that it has.
+        match fs::remove_file(self.dir.join("applied")) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(NetError::State { path: self.dir.join("applied"), source });
+            }
+            _ => {}
+        }
+        self.write_record(record)
+    }
+
+    fn write_record(&self, record: &Record) -> Result<(), NetError> {
         if record.forwarding_was_off {
             let path = self.dir.join("forwarding-was-off");
             fs::write(&path, "").map_err(|source| NetError::State { path, source })?;
@@ -328,12 +347,13 @@ pub fn set_groups(dir: &Path, groups: &[Group]) -> Result<(), NetError> {
 pub fn repair(dir: &Path) -> Result<usize, NetError> {
     let mut kept = Kept::open(dir)?;
     let dead = kept.dead.len();
-    // An uplink that went down has forgotten what it announces.
-    kept.records.iter().try_for_each(elastic::republish)?;
+    // An uplink that went down has forgotten what it announces; one that is gone must not keep the firewall from being mended.
+    let announced = kept.records.iter().map(elastic::republish).collect::<Vec<_>>();
     // Without tables there is nothing to be taken away, and perhaps no right to.
     if kept.in_use() || dead > 0 || nft::listing().is_ok_and(|there| there != Listing::default()) {
         kept.settle()?;
     }
+    announced.into_iter().collect::<Result<(), _>>()?;
     Ok(dead)
 }
 

@@ -25,7 +25,7 @@ use ipnet::Ipv4Net;
 
 use crate::groups::Group;
 use crate::name::{GroupId, MacAddr, TapName, Uplink};
-use crate::ra::{GATEWAY6, METADATA6, ROUTER};
+use crate::ra::{GATEWAY6, METADATA6, PREFIX6, ROUTER};
 
 mod content;
 mod listing;
@@ -174,6 +174,7 @@ impl Ruleset {
         let content = Content::of(self);
         let mut text = declarations();
         text.push_str(&content.forget_others(present));
+        text.push_str(&content.empty_sets());
         text.push_str(&self.constants());
         text.push_str(&content.change(&Content::empty()));
         text.push_str(&nat::render(&self.public, self.uplink.as_ref()));
@@ -203,10 +204,13 @@ impl Ruleset {
 
     fn constants(&self) -> String {
         let range = self.range;
-        let (mut out, mut come, mut nat) = Default::default();
+        let (mut out, mut come, mut forged, mut nat) = <(String, String, String, String)>::default();
         if let Some(up) = &self.uplink {
             out = format!("iifname \"hu*\" oifname \"{up}\" ip saddr {range} ip daddr != {range} accept");
             come = format!("iifname \"{up}\" goto arriving");
+            forged = format!(
+                "iifname \"{up}\" ip saddr {range} counter name spoofed drop\n\t\tiifname \"{up}\" ip6 saddr {PREFIX6} counter name spoofed drop"
+            );
             nat = format!("oifname \"{up}\" ip saddr {range} ip daddr != {range} masquerade");
         }
         format!(
@@ -297,6 +301,7 @@ impl Ruleset {
 	}}
 	chain prerouting {{
 		iifname "hu*" jump unspoofed
+		{forged}
 	}}
 	chain metadata {{
 		iifname "hu*" ip daddr 169.254.169.254 tcp dport 80 redirect to :{METADATA_PORT}

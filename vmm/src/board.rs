@@ -185,12 +185,16 @@ impl Board {
 
     /// Empties a slot: the guest let it go, whether or not it was asked to.
     pub fn eject(&self, slot: usize) {
-        let Some(placed) = self.lock().placed.remove(&slot) else { return };
-        // No access reaches it any more, then its threads end, then its disk may go.
-        drop(self.bus.take(slot));
-        placed.device.lock().unwrap_or_else(PoisonError::into_inner).stop();
-        drop(placed.device);
-        if let Some(serial) = placed.serial {
+        let serial = {
+            // Held until it stands still: nobody takes it for gone before.
+            let mut slots = self.lock();
+            let Some(placed) = slots.placed.remove(&slot) else { return };
+            // No access reaches it any more, then its threads end, then its disk may go.
+            drop(self.bus.take(slot));
+            placed.device.lock().unwrap_or_else(PoisonError::into_inner).stop();
+            placed.serial
+        };
+        if let Some(serial) = serial {
             self.drives.remove(&serial);
         }
     }

@@ -125,7 +125,7 @@ impl Control {
                     busy.fetch_sub(1, Ordering::Relaxed);
                     let why = format!("{}: {CONNECTIONS_MAX} clients are connected; end one", self.id);
                     // A new socket's buffer takes it whole, so this does not wait.
-                    let _ = writeln!(stream, "{}", json!({ "ok": false, "error": why }));
+                    let _ = writeln!(stream, "{}", json!({ "ok": false, "busy": true, "error": why }));
                     continue;
                 }
                 let (control, done) = (self.clone(), busy.clone());

@@ -112,14 +112,15 @@ impl Drives {
     /// Lets one go that is leaving: all that was written to it is durable, and its files are closed with the last user.
     /// One that was not asked to leave stays, whatever its guest says.
     pub fn remove(&self, serial: &str) {
-        let gone = {
-            let mut drives = self.lock();
-            let at = drives.iter().position(|drive| drive.leaving.is_some() && drive.serial == serial);
-            at.map(|at| drives.remove(at))
+        let leaves = |drive: &Drive| drive.leaving.is_some() && drive.serial == serial;
+        // It is one of the machine's until all of it is durable, which may take a while.
+        let Some(disk) = self.lock().iter().find(|drive| leaves(drive)).map(|drive| drive.disk.clone())
+        else {
+            return;
         };
-        if let Some(drive) = gone
-            && let Err(e) = drive.disk.flush()
-        {
+        let flushed = disk.flush();
+        self.lock().retain(|drive| !leaves(drive));
+        if let Err(e) = flushed {
             let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
             eprintln!(
                 "hutch-vmm: {serial} is detached, but what its guest did not flush may be lost: {e}{cause}"

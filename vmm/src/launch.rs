@@ -27,6 +27,8 @@ use crate::passing;
 
 /// The longest answer at a control socket, in bytes; a console's ring, escaped, is the largest.
 const ANSWER_MAX: usize = 1 << 20;
+/// What is passed on of a refusal, in characters.
+const REFUSAL_MAX: usize = 500;
 /// The longest report, in bytes.
 const REPORT_MAX: u64 = 1 << 20;
 
@@ -259,6 +261,16 @@ fn disk_format(format: Format) -> DiskFormat {
     }
 }
 
+/// Connects within `limit`, which also bounds each write: a machine that accepts nobody must not hold who asks.
+fn connect(socket: &Path, limit: Duration) -> io::Result<UnixStream> {
+    use rustix::net::sockopt::{Timeout, set_socket_timeout};
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+    let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    set_socket_timeout(&fd, Timeout::Send, Some(limit))?;
+    rustix::net::connect(&fd, &SocketAddrUnix::new(socket)?)?;
+    Ok(UnixStream::from(fd))
+}
+
 fn ask_with(
     socket: &Path,
     request: &Value,
@@ -266,9 +278,8 @@ fn ask_with(
     limit: Duration,
 ) -> Result<(BufReader<UnixStream>, UnixStream, Value)> {
     let silent = |source| LaunchError::Silent { path: socket.into(), source };
-    let stream = UnixStream::connect(socket).map_err(silent)?;
     let until = Instant::now() + limit;
-    stream.set_write_timeout(Some(limit)).map_err(silent)?;
+    let stream = connect(socket, limit).map_err(silent)?;
     let sent = passing::send(&stream, format!("{request}\n").as_bytes(), fds);
     let mut reader = BufReader::new(stream.try_clone().map_err(silent)?);
     let answer = line(&mut reader, until).map_err(silent)?;
@@ -279,8 +290,13 @@ fn ask_with(
     let answer: Value = serde_json::from_slice(&answer).map_err(|e| silent(e.into()))?;
     stream.set_read_timeout(Some(limit)).map_err(silent)?;
     if answer["ok"] != Value::Bool(true) {
-        let why = answer["error"].as_str().unwrap_or("the machine refused");
-        return Err(LaunchError::Refused(why.into()));
+        let why: String =
+            answer["error"].as_str().unwrap_or("the machine refused").chars().take(REFUSAL_MAX).collect();
+        // It did not hear what was asked: asked again, it may.
+        if answer["busy"] == Value::Bool(true) {
+            return Err(silent(io::Error::other(why)));
+        }
+        return Err(LaunchError::Refused(why));
     }
     Ok((reader, stream, answer))
 }
@@ -322,6 +338,19 @@ mod tests {
         assert!(
             matches!(answered(much, long), Err(LaunchError::Silent { source, .. }) if source.to_string().contains("does not end"))
         );
+    }
+
+    #[test]
+    fn a_machine_that_accepts_nobody_holds_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control");
+        let listener = UnixListener::bind(&path).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let request = serde_json::json!({ "command": "status" });
+        for _ in 0..4 {
+            let asked = ask(&path, &request, Duration::from_millis(50));
+            assert!(matches!(asked, Err(LaunchError::Silent { .. })));
+        }
     }
 
     #[test]

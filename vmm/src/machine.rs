@@ -355,6 +355,9 @@ impl Machine {
             .map_err(self.host("SMBIOS tables"))?;
         let vm = Arc::new(self.create_vm(&memory)?);
         vm.register_irqfd(&self.reach.button, acpi::BUTTON_GSI).map_err(self.error("KVM_IRQFD"))?;
+        // Until the guest runs, whoever changes its disks waits: what came in between would be on no board.
+        let reach = self.reach.clone();
+        let mut current = reach.board();
         let board = Board::new(&self.plan, &self.backends, &memory, Arc::new(KvmVm(vm.clone())));
         let board = Arc::new(board.map_err(self.host("devices"))?);
         vm.register_irqfd(board.hotplug.line(), acpi::HOTPLUG_GSI).map_err(self.error("KVM_IRQFD"))?;
@@ -386,18 +389,17 @@ impl Machine {
             }
             fds.push(fd);
         }
-        let threads = {
-            let mut current = self.reach.board();
-            let threads = vcpu::Threads::start(fds, ports, mmio, ending, &self.reach.gate, &self.counts)
-                .map_err(self.host("cannot start a vCPU's thread"))?;
-            *current = Some(board.clone());
-            threads
-        };
+        let threads = vcpu::Threads::start(fds, ports, mmio, ending, &self.reach.gate, &self.counts)
+            .map_err(self.host("cannot start a vCPU's thread"))?;
+        *current = Some(board.clone());
+        drop(current);
         let outcome = self.watch(ending, &board.hotplug);
         // In this order: nobody can start a device any more, then none runs, then the memory may go.
         drop(threads);
-        *self.reach.board() = None;
+        let mut current = reach.board();
         board.stop();
+        *current = None;
+        drop(current);
         drop(vm);
         Ok(outcome)
     }

@@ -97,16 +97,20 @@ fn rule(group: &Group, id: &str, rule: &Rule) -> Node {
 /// What the ports of a protocol may be.
 fn ports(protocol: &str, from: Option<i64>, to: Option<i64>) -> Result<(String, i64, i64), Fault> {
     let protocol = match protocol.to_ascii_lowercase().as_str() {
-        "6" => "tcp".into(),
-        "17" => "udp".into(),
-        "1" => "icmp".into(),
-        "58" => "icmpv6".into(),
         "all" | "-1" => "-1".into(),
         named @ ("tcp" | "udp" | "icmp" | "icmpv6") => named.to_owned(),
-        number if number.parse::<u8>().is_ok() => number.to_owned(),
-        other => {
-            return Err(Fault::value("protocol", other, "It is tcp, udp, icmp, icmpv6, a number, or -1."));
-        }
+        // However it is written: 06 is TCP too, and has ports.
+        number => match number.parse::<u8>() {
+            Ok(6) => "tcp".into(),
+            Ok(17) => "udp".into(),
+            Ok(1) => "icmp".into(),
+            Ok(58) => "icmpv6".into(),
+            Ok(other) => other.to_string(),
+            Err(_) => {
+                let why = "It is tcp, udp, icmp, icmpv6, a number, or -1.";
+                return Err(Fault::value("protocol", number, why));
+            }
+        },
     };
     let (least, most) = match protocol.as_str() {
         "tcp" | "udp" => (0, 65_535),

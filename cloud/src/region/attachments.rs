@@ -133,7 +133,8 @@ impl Region {
 
     /// Brings the volumes of a machine that runs to what is to be. Returns when it is to be looked at again.
     pub(super) fn follow_volumes(&self, instance: &Instance) -> Result<Option<Duration>> {
-        let mut again = None;
+        // One that cannot come or go is no reason for the others to stay as they are.
+        let (mut again, mut failed) = (None, None);
         for device in &instance.devices {
             let (id, volume) = (&instance.id, &device.volume);
             match device.state {
@@ -149,7 +150,7 @@ impl Region {
                     })?,
                     // What ended meanwhile is seen with the next event.
                     Err(HostError::Missing(_)) => {}
-                    Err(error) => return Err(Fault::internal(error)),
+                    Err(error) => failed = failed.or(Some(error)),
                 },
                 state => match self.host.detach(id, volume, state == AttachmentState::Forced) {
                     Ok(true) => self.settle(id, InstanceState::Running, |work, instance| {
@@ -157,11 +158,11 @@ impl Region {
                     })?,
                     Ok(false) => again = Some(LOOK),
                     Err(HostError::Missing(_)) => {}
-                    Err(error) => return Err(Fault::internal(error)),
+                    Err(error) => failed = failed.or(Some(error)),
                 },
             }
         }
-        Ok(again)
+        failed.map_or(Ok(again), |error| Err(Fault::internal(error)))
     }
 }
 

@@ -139,9 +139,7 @@ impl Region {
             let mut group = own(work, account, id)?;
             let mut added = Vec::new();
             for rule in rules {
-                if let Peer::Group(other) = &rule.peer {
-                    own(work, account, other)?;
-                }
+                check_peer(work, account, &group, rule)?;
                 firewall::compiled(rule)?;
                 if group.rules.values().any(|have| same(have, rule)) {
                     let why = format!("the specified rule \"{}\" already exists", tell(rule));
@@ -218,14 +216,26 @@ impl Region {
             for (id, rule) in &group.rules {
                 if before.get(id).is_none_or(|had| !same(had, rule)) {
                     firewall::compiled(rule)?;
-                    if let Peer::Group(other) = &rule.peer {
-                        own(work, account, other)?;
+                    check_peer(work, account, &group, rule)?;
+                    if group.rules.iter().any(|(other, have)| other != id && same(have, rule)) {
+                        let why = format!("the specified rule \"{}\" already exists", tell(rule));
+                        return Err(Fault::new("InvalidPermission.Duplicate", why));
                     }
                 }
             }
             work.put(&group)
         })
     }
+}
+
+/// A group that a rule names is of the same network: the addresses of another's members mean others here.
+fn check_peer(work: &mut Work<'_>, account: &str, group: &Group, rule: &Rule) -> Result<()> {
+    let Peer::Group(other) = &rule.peer else { return Ok(()) };
+    if own(work, account, other)?.vpc != group.vpc {
+        let why = format!("The security groups '{}' and '{other}' belong to different networks.", group.id);
+        return Err(Fault::new("InvalidGroup.NotFound", why));
+    }
+    Ok(())
 }
 
 /// Whether two rules say the same; what their owner says of them does not count.

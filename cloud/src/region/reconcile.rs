@@ -50,6 +50,8 @@ struct Queue {
     /// Asked for again while they were looked at.
     again: HashSet<String>,
     later: BTreeMap<Instant, Vec<String>>,
+    /// When each of those is due: each is looked at once then, whatever asked for it.
+    due: HashMap<String, Instant>,
 }
 
 impl Queue {
@@ -59,6 +61,18 @@ impl Queue {
         } else if self.known.insert(key.clone()) {
             self.waiting.push(key);
         }
+    }
+
+    /// To be looked at in a while, or before where that is asked for already.
+    fn push_later(&mut self, key: &str, wait: Duration) {
+        let at = Instant::now() + wait;
+        match self.due.get(key) {
+            Some(due) if *due <= at => return,
+            Some(due) => self.later.entry(*due).or_default().retain(|waiting| waiting != key),
+            None => {}
+        }
+        self.due.insert(key.to_owned(), at);
+        self.later.entry(at).or_default().push(key.to_owned());
     }
 }
 
@@ -154,10 +168,7 @@ impl Shared {
 
     /// To be looked at in a while, together with what comes until then.
     fn push_later(&self, key: &str, wait: Duration) {
-        let mut queue = self.lock();
-        if !queue.later.values().flatten().any(|waiting| waiting == key) {
-            queue.later.entry(Instant::now() + wait).or_default().push(key.to_owned());
-        }
+        self.lock().push_later(key, wait);
     }
 
     /// Everything there is.
@@ -281,10 +292,10 @@ impl Shared {
             queue.busy.remove(&key);
             match result {
                 Ok(None) => {}
-                Ok(Some(wait)) => queue.later.entry(Instant::now() + wait).or_default().push(key.clone()),
+                Ok(Some(wait)) => queue.push_later(&key, wait),
                 Err(error) => {
                     tracing::warn!(%key, %error, "to be tried again");
-                    queue.later.entry(Instant::now() + RETRY).or_default().push(key.clone());
+                    queue.push_later(&key, RETRY);
                 }
             }
             if queue.again.remove(&key) {
@@ -303,6 +314,7 @@ impl Shared {
             let now = Instant::now();
             while let Some(entry) = queue.later.first_entry().filter(|entry| *entry.key() <= now) {
                 for key in entry.remove() {
+                    queue.due.remove(&key);
                     queue.push(key);
                 }
             }

@@ -51,6 +51,24 @@ fn guests_have_addresses_of_their_own_and_leave_nothing() {
 }
 
 #[test]
+fn who_comes_in_the_place_of_the_dead_is_recorded() {
+    in_namespace(|state| {
+        let mut dead = up(state);
+        let (ip, taps) = (dead.ip, dead.take_taps());
+        // Killed: nothing is undone, and its tap goes with its process.
+        dead.leave();
+        drop(taps);
+        let again = up(state);
+        assert_eq!(again.ip, ip);
+        let recorded = state.join(format!("{}.json", again.guest.tap));
+        assert!(recorded.exists(), "else nobody would keep its firewall up to date");
+        assert!(tables().contains(&ip.to_string()));
+        drop(again);
+        assert_eq!(tables(), "");
+    });
+}
+
+#[test]
 fn a_guest_that_asks_is_told_its_prefix() {
     in_namespace(|state| {
         let mut net = up(state);

@@ -116,6 +116,14 @@ impl Content {
         }
     }
 
+    /// What makes its sets be there and have nothing in them, also where nobody could tell what is there.
+    pub(super) fn empty_sets(&self) -> String {
+        let set = |(set, kind): (&String, &_)| {
+            format!("add set inet hutch {set} {{ type {kind}; }}\nflush set inet hutch {set}\n")
+        };
+        self.sets.iter().map(set).collect()
+    }
+
     /// What makes this of `before`, in an order in which nothing is missing that is referred to, nor goes that is.
     pub(super) fn change(&self, before: &Content) -> String {
         let mut text = String::new();

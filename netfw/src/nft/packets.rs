@@ -167,6 +167,14 @@ fn a_group_as_source_follows_its_members() {
             ssh(&mut wire, G(2), six, true);
             ssh(&mut wire, G(1), six, false);
         }
+        // Nor is who says so on the uplink, whatever rp_filter is.
+        forget_connections();
+        let mut forged = wire.packet(World, G(0), false, UDP, (999, 22));
+        let open = wire.rules(&[web(vec![rule(false, Protocol::All, of("sg-bastion"))]), groups[1].clone()]);
+        change(&second, &open);
+        forged.from = wire.ip(G(2), false);
+        assert!(!wire.passes(World, G(0), forged, false), "a guest's address from the uplink");
+        change(&open, &second);
         // Nothing is let out by a group that is not there.
         let packet = wire.packet(G(1), World, false, UDP, (1, 1));
         assert!(!wire.passes(G(1), World, packet, false));

@@ -20,21 +20,23 @@ impl Local {
         slot.state().running().ok_or_else(missing)?;
         let _held = self.shared.volumes.hold([volume]);
         self.shared.volumes.files(volume)?;
+        let recorded = |volumes: &mut Vec<String>| {
+            volumes.retain(|have| have != volume);
+            volumes.push(volume.into());
+        };
         if has(&slot.dir, volume)? {
-            return Ok(());
+            // It had heard an earlier time, though its answer was lost.
+            return record(&slot, recorded);
         }
         let (files, rate) = self.shared.volumes.ready(volume)?;
         // Locked here, so that no other machine has it; the machine gets the same open files, and with them the lock.
         let layers = files.open()?;
-        record(&slot, |volumes| {
-            volumes.retain(|have| have != volume);
-            volumes.push(volume.into());
-        })?;
+        record(&slot, recorded)?;
         let socket = slot.dir.0.join("control.sock");
         let attached = launch::attach_disk(&socket, &layers, &serial(volume), false, &rate, ANSWER);
         if let Err(error) = attached {
-            // It may have heard: its answer alone was lost.
-            if matches!(error, LaunchError::Refused(_)) {
+            // It may have heard: its answer alone was lost, now or an earlier time.
+            if matches!(error, LaunchError::Refused(_)) && !has(&slot.dir, volume)? {
                 record(&slot, |volumes| volumes.retain(|have| have != volume))?;
             }
             return Err(HostError::Failed(format!("{volume} is not attached to {id}: {}", chain(&error))));
@@ -59,6 +61,11 @@ impl Local {
             if has(&slot.dir, volume)? {
                 return Ok(false);
             }
+        }
+        let _held = self.shared.volumes.hold([volume]);
+        // Its word is not enough: it is gone when nobody has its file open any more.
+        if !self.shared.volumes.is_free(volume)? {
+            return Ok(false);
         }
         record(&slot, |volumes| volumes.retain(|have| have != volume))?;
         tracing::info!(instance = id, volume, "detached");

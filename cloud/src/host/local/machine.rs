@@ -272,7 +272,7 @@ impl Net {
     }
 
     /// Serves an interface that is up.
-    fn adopt(interface: &Interface, machine: &Machine, means: &Means) -> Result<Net> {
+    pub fn adopt(interface: &Interface, machine: &Machine, means: &Means) -> Result<Net> {
         let guest = GuestNet::adopt(&means.networks, interface.ip, MTU, name_servers());
         let mut guest = guest.map_err(|e| net_failed(&e))?;
         // Its public address is what is recorded there: another may have it by now.
@@ -291,6 +291,11 @@ impl Net {
             NetError::Led { .. } => HostError::Busy(e.to_string()),
             e => net_failed(&e),
         })
+    }
+
+    /// Whether it is this one.
+    pub fn is_of(&self, interface: &Interface) -> bool {
+        self.guest.ip == interface.ip
     }
 
     /// Whether its public address is this one.

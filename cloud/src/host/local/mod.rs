@@ -463,6 +463,16 @@ impl Host for Local {
             own.groups.clone_from(&told.groups);
             own.public = told.public;
         }
+        // One that could not be served when its machine was adopted is served now, or nothing of it is taken for told.
+        if live.nets.len() < kept.machine.interfaces.len() {
+            let all = kept.machine.interfaces.iter();
+            let missing = all.filter(|own| !live.nets.iter().any(|net| net.is_of(own)));
+            let found = missing.map(|own| machine::Net::adopt(own, &kept.machine, &self.shared.means));
+            let found = found.collect::<Result<Vec<_>>>()?;
+            live.nets.extend(found);
+            let place = |net: &machine::Net| kept.machine.interfaces.iter().position(|own| net.is_of(own));
+            live.nets.sort_by_key(place);
+        }
         let led = live.nets.iter().zip(&new.interfaces).all(|(net, interface)| net.is_led(interface));
         if led && new == kept.machine {
             return Ok(());

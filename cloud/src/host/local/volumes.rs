@@ -215,6 +215,8 @@ impl Volumes {
         if meant == old && meant.growing.is_none() && (machine.is_none() || told().contains(id)) {
             return Ok(());
         }
+        // Until the machine has heard of it, nobody takes it for told.
+        told().remove(id);
         if meant != old {
             self.put(id, &meant)?;
         }

@@ -163,7 +163,7 @@ resource "aws_instance" "web" {
   }
   ebs_block_device {
     device_name = "/dev/sdf"
-    volume_size = 2
+    volume_size = 8
     iops        = 3500
     volume_type = "gp3"
   }
