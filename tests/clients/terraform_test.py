@@ -102,7 +102,7 @@ class Instances(Terraform):
         self.assertEqual(web["PrivateIpAddress"], outputs["web_ip"])
         self.assertEqual(web["MetadataOptions"]["HttpTokens"], "required")
         disks = self.ec2.describe_volumes(Filters=[{"Name": "tag:Name", "Values": ["web disk"]}])["Volumes"]
-        self.assertEqual(sorted(disk["Size"] for disk in disks), [2, 4])
+        self.assertEqual(sorted(disk["Size"] for disk in disks), [4, 8])
         self.assertEqual(self.instance(outputs["worker"])["BlockDeviceMappings"][1]["Ebs"]["VolumeId"], outputs["data"])
 
         # Tags of everything, a rule, the type of an instance (which Terraform stops for that): all in place.
