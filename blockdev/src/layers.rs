@@ -3,10 +3,13 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use crate::qcow2::{Chain, Sealed};
+use crate::stack::{Stack, Under};
+use crate::store::lock;
 use crate::{Disk, DiskError, Qcow2Disk, RawDisk, Result};
 
 /// The most files of a disk.
-pub const MAX_LAYERS: usize = 16;
+pub const MAX_LAYERS: usize = 64;
 
 /// What a file's bytes mean. It is from records, never probed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,27 +20,78 @@ pub enum Format {
     Qcow2,
 }
 
+/// A disk that was opened.
+#[derive(Clone)]
+pub struct Opened {
+    /// The disk.
+    pub disk: Arc<dyn Disk>,
+    /// The same, where it is written and can be given a new layer.
+    pub stack: Option<Arc<Stack>>,
+}
+
 /// Opens a disk from its files, the top one first. Only the top one is ever written, unless `read_only`.
 ///
 /// # Errors
 /// `Format` when there is no layer, more than [`MAX_LAYERS`], or a raw one on another; else those of the layer.
 pub fn open_layers(layers: Vec<(File, Format)>, read_only: bool) -> Result<Arc<dyn Disk>> {
-    if layers.is_empty() || layers.len() > MAX_LAYERS {
-        let count = layers.len();
+    Ok(open(layers, read_only)?.disk)
+}
+
+/// As [`open_layers`], for who may give it a new layer.
+///
+/// # Errors
+/// Those of [`open_layers`].
+pub fn open(mut layers: Vec<(File, Format)>, read_only: bool) -> Result<Opened> {
+    let count = layers.len();
+    if layers.is_empty() || count > MAX_LAYERS {
         return Err(DiskError::format(format!("a disk has 1 to {MAX_LAYERS} layers, not {count}")));
     }
-    let mut disk: Option<Arc<dyn Disk>> = None;
+    let alone = |disk| Opened { disk, stack: None };
+    if read_only {
+        let disk = under(layers)?.disk()?;
+        return disk.map(alone).ok_or_else(|| DiskError::format("a disk has at least one layer"));
+    }
+    match layers.remove(0) {
+        (file, Format::Qcow2) => {
+            let stack = Arc::new(Stack::open(file, under(layers)?)?);
+            Ok(Opened { disk: stack.clone(), stack: Some(stack) })
+        }
+        (file, Format::Raw) if count == 1 => Ok(alone(Arc::new(RawDisk::open(file, false)?))),
+        (_, Format::Raw) => Err(raw(0, count)),
+    }
+}
+
+fn raw(depth: usize, count: usize) -> DiskError {
+    DiskError::format(format!("layer {depth} of {count} is raw, so it cannot lie on another"))
+}
+
+/// Layers that are only read.
+pub(crate) fn under(layers: Vec<(File, Format)>) -> Result<Under> {
+    let mut under = Under::default();
     let count = layers.len();
     for (depth, (file, format)) in layers.into_iter().enumerate().rev() {
-        let read_only = read_only || depth > 0;
-        disk = Some(match format {
-            Format::Qcow2 => Arc::new(Qcow2Disk::open(file, disk, read_only)?),
-            Format::Raw if disk.is_none() => Arc::new(RawDisk::open(file, read_only)?),
-            Format::Raw => {
-                let why = format!("layer {depth} of {count} is raw, so it cannot lie on another");
-                return Err(DiskError::format(why));
+        lock(&file, true)?;
+        if format == Format::Raw {
+            if depth + 1 < count {
+                return Err(raw(depth, count));
             }
-        });
+            under.bottom = Some(Arc::new(RawDisk::on(file, true)?));
+            continue;
+        }
+        let file = Arc::new(file);
+        match Sealed::open(file.clone())? {
+            Some(sealed) => under.sealed.insert(0, Arc::new(sealed)),
+            // Others' images may have what a chain does not look for.
+            None => {
+                let bottom = under.disk()?;
+                let disk = Qcow2Disk::on(file, bottom, true)?;
+                under = Under { sealed: Vec::new(), bottom: Some(Arc::new(disk)) };
+            }
+        }
     }
-    disk.ok_or_else(|| DiskError::format("a disk has at least one layer"))
+    // Said here, before anybody relies on it.
+    if !under.sealed.is_empty() {
+        Chain::new(under.sealed.clone(), under.bottom.clone())?;
+    }
+    Ok(under)
 }

@@ -5,8 +5,10 @@
 //!          └──────────┬──────────────────┘
 //!                   Disk                     the contract, `disk.rs`
 //!             ┌───────┴────────┐
-//!          RawDisk        Qcow2Disk ── base: Disk (read only, opened by us, by id)
-//!             └───────┬────────┘
+//!          RawDisk           Stack           a volume: a top layer on sealed ones, `stack.rs`
+//!             │            ┌───┴────┐
+//!             │        Qcow2Disk  Chain      the layer that is written; those that are only read, looked through at once
+//!             └───────┬────┴────────┘
 //!                   Store                    one file: whole transfers, holes, durability, lock
 //! ```
 //!
@@ -16,9 +18,11 @@ pub mod disk;
 pub mod layers;
 pub mod qcow2;
 pub mod raw;
+pub mod stack;
 pub mod store;
 
 pub use disk::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Result, SECTOR};
-pub use layers::{Format, open_layers};
+pub use layers::{Format, Opened, open_layers};
 pub use qcow2::Qcow2Disk;
 pub use raw::RawDisk;
+pub use stack::Stack;

@@ -33,6 +33,13 @@ pub trait Store: Send + Sync {
     fn set_len(&self, len: u64) -> io::Result<()>;
     /// Where the first byte of data at or after `offset` lies; `None` when only holes follow.
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
+    /// Who had the file to write lets others read it from now on.
+    ///
+    /// # Errors
+    /// `Io`: the lock cannot be changed.
+    fn share(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Reads into ordinary memory.
     fn read_bytes(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
@@ -169,6 +176,10 @@ impl Store for File {
             Err(nix::errno::Errno::EINVAL) => Ok((offset < self.size()?).then_some(offset)),
             Err(e) => Err(e.into()),
         }
+    }
+
+    fn share(&self) -> Result<()> {
+        lock(self, true)
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use common::rng::Rng;
 use common::{qemu_img, rw};
-use hutch_blockdev::{Disk, Qcow2Disk, RawDisk, qcow2};
+use hutch_blockdev::{Disk, Format, RawDisk, open_layers, qcow2};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 256 * MIB;
@@ -64,7 +64,7 @@ fn beside_raw_and_qemu() {
         qcow2::create(&rw(&path("ours")), SIZE).expect("create");
         qcow2::create(&rw(&path("q")), SIZE).expect("create");
         let raw = RawDisk::open(rw(&path("raw")), false).expect("open");
-        let ours = Qcow2Disk::open(rw(&path("ours")), None, false).expect("open");
+        let ours = open_layers(vec![(rw(&path("ours")), Format::Qcow2)], false).expect("open");
         for (i, (name, len, random, write)) in [
             ("1 MiB writes, fresh", MIB, false, true),
             ("1 MiB writes again", MIB, false, true),
@@ -79,7 +79,7 @@ fn beside_raw_and_qemu() {
             let of_qemu = |file, format| if random { f64::NAN } else { qemu(file, format, len, write) };
             let row = [
                 run(&raw, len, random, write),
-                run(&ours, len, random, write),
+                run(&*ours, len, random, write),
                 of_qemu(&path("q.raw"), "raw"),
                 of_qemu(&path("q"), "qcow2"),
             ];
@@ -96,5 +96,38 @@ fn beside_raw_and_qemu() {
     for (name, rows) in results {
         let [raw, ours, q_raw, q] = [0, 1, 2, 3].map(|i| median(rows.iter().map(|row| row[i]).collect()));
         println!("{name:24}{raw:12.3}{ours:12.3}{q_raw:12.3}{q:12.3}{:12.2}", ours / raw);
+    }
+}
+
+/// What reading costs with many sealed layers beneath, each of which wrote a part of the disk.
+#[test]
+#[ignore = "a measurement; in release, on a machine that does nothing else"]
+fn one_layer_and_fifty() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let layers = |name: &str, count: u64| {
+        let path = |i: u64| dir.path().join(format!("{name}{i}"));
+        let open = |upto: u64| (0..upto).rev().map(|i| (rw(&path(i)), Format::Qcow2)).collect();
+        for i in 0..count {
+            qcow2::create(&rw(&path(i)), SIZE).expect("create");
+            let disk = open_layers(open(i + 1), false).expect("open");
+            // All of it at first, then what is written between two snapshots: somewhere.
+            let mut rng = Rng(i);
+            for at in (0..if i == 0 { SIZE / MIB } else { 8 }).map(|n| n * MIB) {
+                let at = if i == 0 { at } else { rng.below(SIZE / 4096) * 4096 };
+                disk.write_at(at, &vec![i as u8 + 1; if i == 0 { 1 << 20 } else { 4096 }]).expect("write");
+            }
+        }
+        open_layers(open(count), false).expect("open")
+    };
+    let (one, fifty) = (layers("one", 1), layers("fifty", 50));
+    println!("{:24}{:>12}{:>12}{:>12}", "seconds", "1 layer", "50 layers", "50/1");
+    for (name, len, random) in [("1 MiB reads", MIB, false), ("4 KiB reads, random", 4096, true)] {
+        let mut times = [Vec::new(), Vec::new()];
+        for _ in 0..ROUNDS {
+            times[0].push(run(&*one, len, random, false));
+            times[1].push(run(&*fifty, len, random, false));
+        }
+        let [one, fifty] = times.map(median);
+        println!("{name:24}{one:12.4}{fifty:12.4}{:12.2}", fifty / one);
     }
 }

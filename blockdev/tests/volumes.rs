@@ -123,16 +123,16 @@ fn overwriting_and_discarding_does_not_make_the_file_grow() {
 }
 
 #[test]
-fn sixteen_layers_and_no_more() {
+fn sixty_four_layers_and_no_more() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = |i: u64| dir.path().join(format!("layer{i}"));
     let layers = |count: u64| (0..count).rev().map(|i| (rw(&path(i)), Format::Qcow2)).collect::<Vec<_>>();
     let mut want = vec![0; MIB as usize];
-    for i in 0..16 {
+    for i in 0..64 {
         qcow2::create(&rw(&path(i)), MIB).expect("create");
         let disk = open_layers(layers(i + 1), false).expect("open");
         // Less than a cluster, so that each layer fills the rest from those below.
-        let at = i * 61 * 512;
+        let at = i * 31 * 512;
         disk.write_at(at, &[i as u8 + 1; 2048]).expect("write");
         disk.flush().expect("flush");
         want[at as usize..at as usize + 2048].fill(i as u8 + 1);
@@ -140,8 +140,8 @@ fn sixteen_layers_and_no_more() {
         drop(disk);
         assert_clean(&path(i));
     }
-    qcow2::create(&rw(&path(16)), MIB).expect("create");
-    let refused = open_layers(layers(17), false).err().expect("too many layers");
+    qcow2::create(&rw(&path(64)), MIB).expect("create");
+    let refused = open_layers(layers(65), false).err().expect("too many layers");
     assert_eq!(refused.kind, DiskErrorKind::Format);
 }
 

@@ -90,6 +90,9 @@ pub struct DiskConfig {
     pub serial: String,
     /// The top layer first, then its base, and so on. Formats are from our records, never probed.
     pub layers: Vec<LayerConfig>,
+    /// What the parent calls the top layer; it is told in the disk's status.
+    #[serde(default)]
+    pub top: String,
     /// Refuse the guest's writes.
     #[serde(default)]
     pub read_only: bool,

@@ -12,6 +12,12 @@
 //! {"command":"detach-disk","serial":"vol…","force":false}
 //!                             → {"ok":true}       the guest is asked to let it go; once it has, `status` does not name the
 //!                                                 disk any more; with `force`, it is gone at once
+//! {"command":"cut-disks","disks":[{"serial":"vol…","top":"NAME"},…]} with a descriptor of a new, empty layer for each
+//!                             → {"ok":true}       what was written until then is beneath these, all at one instant; a disk
+//!                                                 whose `top` (see `status`) has that name is left as it is
+//! {"command":"seal-disk","serial":"vol…"}     → {"ok":true}       what is beneath the top layer is durable, and others may read it
+//! {"command":"rebase-disk","serial":"vol…","formats":[…]} with a descriptor for each
+//!                             → {"ok":true}       the top layer lies on these files, which hold the same bytes
 //! {"command":"kill"}          → {"ok":true}       the machine ends now, its report says `killed`
 //! {"command":"disk","serial":"vol…","size":BYTES,"rate":{…}}  → {"ok":true}   the disk is at least so large and has this
 //!                                                 rate from now on (`config::Rate`); either may be left out
@@ -41,7 +47,7 @@ use crate::config::{DiskFormat, Rate};
 use crate::console::{self, Console, Reader};
 use crate::counts::{Counts, Devices};
 use crate::devices::serial::Input;
-use crate::drives::Drive;
+use crate::drives::{Drive, told};
 use crate::machine::Handle;
 use crate::passing::Receiver;
 use crate::rate::Limiter;
@@ -65,6 +71,8 @@ enum Request {
     Kill,
     AttachDisk {
         serial: String,
+        #[serde(default)]
+        top: String,
         formats: Vec<DiskFormat>,
         #[serde(default)]
         read_only: bool,
@@ -75,6 +83,16 @@ enum Request {
         serial: String,
         #[serde(default)]
         force: bool,
+    },
+    CutDisks {
+        disks: Vec<Cut>,
+    },
+    SealDisk {
+        serial: String,
+    },
+    RebaseDisk {
+        serial: String,
+        formats: Vec<DiskFormat>,
     },
     Disk {
         serial: String,
@@ -92,6 +110,13 @@ enum Request {
         #[serde(default)]
         follow: bool,
     },
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Cut {
+    serial: String,
+    top: String,
 }
 
 /// What the socket's clients may see and do.
@@ -248,16 +273,26 @@ impl Control {
                     }
                 }
             }
-            Request::AttachDisk { serial, formats, read_only, rate } => {
-                if fds.len() != formats.len() {
-                    let (came, named) = (fds.len(), formats.len());
-                    return done(Err(format!("disk {serial}: {came} descriptors came for {named} formats")));
-                }
-                let layers = fds.into_iter().map(File::from).zip(formats).collect();
+            Request::AttachDisk { serial, top, formats, read_only, rate } => {
+                let layers = match each_one(fds, formats) {
+                    Ok(layers) => layers,
+                    Err(why) => return done(Err(format!("disk {serial}: {why}"))),
+                };
                 match Drive::open(&self.id, &serial, layers, read_only) {
-                    Ok(drive) => done(hold(&rate, [&drive.limit]).and_then(|()| self.handle.attach(drive))),
+                    Ok(mut drive) => {
+                        drive.top = top;
+                        done(hold(&rate, [&drive.limit]).and_then(|()| self.handle.attach(drive)))
+                    }
                     Err(why) => json!({ "ok": false, "error": why }),
                 }
+            }
+            Request::CutDisks { disks } => done(each_one(fds, disks).and_then(|cuts| {
+                let cuts = cuts.into_iter().map(|(file, cut)| (cut.serial, cut.top, file));
+                self.devices.drives.cut(cuts.collect())
+            })),
+            Request::SealDisk { serial } => done(self.drive(&serial).and_then(|drive| drive.seal())),
+            Request::RebaseDisk { serial, formats } => {
+                done(self.drive(&serial).and_then(|drive| drive.rebase(each_one(fds, formats)?)))
             }
             Request::DetachDisk { serial, force } => done(self.handle.detach(&serial, force)),
             Request::Resume => {
@@ -280,22 +315,32 @@ impl Control {
         }
     }
 
-    fn change_disk(&self, serial: &str, size: Option<u64>, rate: Option<&Rate>) -> Result<(), String> {
+    fn drive(&self, serial: &str) -> Result<Drive, String> {
         let found = self.devices.drives.all().into_iter().find(|drive| drive.serial == serial);
-        let drive = found.ok_or_else(|| format!("it has no disk {serial}"))?;
+        found.ok_or_else(|| format!("it has no disk {serial}"))
+    }
+
+    fn change_disk(&self, serial: &str, size: Option<u64>, rate: Option<&Rate>) -> Result<(), String> {
+        let drive = self.drive(serial)?;
         // Checked before anything is done.
         if let Some(why) = rate.and_then(Rate::wrong) {
             return Err(why.into());
         }
         if let Some(size) = size.filter(|size| *size > drive.disk.size()) {
-            drive.disk.grow(size).map_err(|e| {
-                let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
-                format!("the disk {serial} does not grow: {e}{cause}")
-            })?;
+            let grown = drive.disk.grow(size);
+            grown.map_err(|e| format!("the disk {serial} does not grow: {}", told(&e)))?;
             self.handle.refresh();
         }
         rate.map_or(Ok(()), |rate| hold(rate, [&drive.limit]))
     }
+}
+
+/// A descriptor for each of these.
+fn each_one<T>(fds: Vec<OwnedFd>, of: Vec<T>) -> Result<Vec<(File, T)>, String> {
+    if fds.len() != of.len() {
+        return Err(format!("{} descriptors came for {} files", fds.len(), of.len()));
+    }
+    Ok(fds.into_iter().map(File::from).zip(of).collect())
 }
 
 /// Has these hold to `rate` from now on.

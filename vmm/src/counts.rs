@@ -110,6 +110,10 @@ pub struct DiskStatus {
     pub no_space: bool,
     /// The guest was asked to let it go.
     pub leaving: bool,
+    /// What its top layer is called.
+    pub top: String,
+    /// What is beneath that is durable, and others may read it.
+    pub sealed: bool,
 }
 
 /// What one interface did.
@@ -132,7 +136,7 @@ pub struct NetStatus {
 impl Devices {
     /// The disks' counters now.
     pub fn disk_status(&self) -> Vec<DiskStatus> {
-        let status = |Drive { serial, counts, leaving, .. }: Drive| DiskStatus {
+        let status = |Drive { serial, counts, leaving, top, stack, .. }: Drive| DiskStatus {
             serial,
             requests: counts.requests.load(Relaxed),
             read_bytes: counts.bytes[0].load(Relaxed),
@@ -140,6 +144,8 @@ impl Devices {
             errors: counts.errors.load(Relaxed),
             no_space: counts.no_space.load(Relaxed),
             leaving: leaving.is_some(),
+            top,
+            sealed: stack.is_none_or(|stack| stack.is_sealed()),
         };
         self.drives.all().into_iter().map(status).collect()
     }
@@ -190,7 +196,7 @@ mod tests {
         assert_eq!((&disks[0]["serial"], &disks[0]["no_space"]), (&"vol1".into(), &false.into()));
         assert_eq!(disks[0]["leaving"], true);
         let expected = serde_json::json!({ "serial": "vol2", "requests": 1, "read_bytes": 2, "written_bytes": 3,
-            "errors": 4, "no_space": true, "leaving": false });
+            "errors": 4, "no_space": true, "leaving": false, "top": "", "sealed": true });
         assert_eq!(disks[1], expected);
         let expected = serde_json::json!([{ "mac": "02:00:00:00:00:01", "received_frames": 5,
             "received_bytes": 7, "sent_frames": 6, "sent_bytes": 8, "dropped": 9 }]);

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use hutch_blockdev::{Disk, Format, open_layers};
+use hutch_blockdev::stack::{self, Stack};
+use hutch_blockdev::store::{self, Store};
+use hutch_blockdev::{Disk, DiskError, Format, layers};
 
 use crate::config::DiskFormat;
 use crate::rate::Limiter;
@@ -14,7 +16,7 @@ use crate::virtio::blk::DiskCounts;
 /// second time for the disk that comes next.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The most files a disk may lie on.
-pub const LAYERS_MAX: usize = 16;
+pub const LAYERS_MAX: usize = layers::MAX_LAYERS;
 
 /// A disk.
 #[derive(Clone)]
@@ -23,6 +25,10 @@ pub struct Drive {
     pub serial: String,
     /// What it is made of.
     pub disk: Arc<dyn Disk>,
+    /// The same, where it is a volume that is written.
+    pub stack: Option<Arc<Stack>>,
+    /// What whoever opened its files calls the top one.
+    pub top: String,
     /// What it did.
     pub counts: Arc<DiskCounts>,
     /// What it may do.
@@ -45,18 +51,47 @@ impl Drive {
         if let Some(why) = wrong(serial, layers.len()) {
             return Err(format!("{id}: disk {serial:?} {why}"));
         }
-        let format = |format| match format {
-            DiskFormat::Raw => Format::Raw,
-            DiskFormat::Qcow2 => Format::Qcow2,
-        };
-        let layers = layers.into_iter().map(|(file, kind)| (file, format(kind))).collect();
-        let disk = open_layers(layers, read_only).map_err(|e| {
-            let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
-            format!("{id}: disk {serial}: {e}{cause}")
-        })?;
-        let (counts, limit) = Default::default();
-        Ok(Drive { serial: serial.to_owned(), disk, counts, limit, leaving: None })
+        let opened = layers::open(formatted(layers), read_only);
+        let opened = opened.map_err(|e| format!("{id}: disk {serial}: {}", told(&e)))?;
+        let (top, counts, limit) = Default::default();
+        let layers::Opened { disk, stack } = opened;
+        Ok(Drive { serial: serial.to_owned(), disk, stack, top, counts, limit, leaving: None })
     }
+
+    fn stack(&self) -> Result<&Arc<Stack>, String> {
+        self.stack.as_ref().ok_or_else(|| format!("disk {} is no volume that is written", self.serial))
+    }
+
+    /// Makes the layer that was cut off last durable; others may read it then. Takes as long as that.
+    ///
+    /// # Errors
+    /// It is no volume, or cannot be flushed.
+    pub fn seal(&self) -> Result<(), String> {
+        self.stack()?.seal().map_err(|e| format!("disk {}: {}", self.serial, told(&e)))
+    }
+
+    /// Reads what its top layer does not hold from these files from now on, which have the same bytes.
+    ///
+    /// # Errors
+    /// It is no volume, a layer of it is not sealed, or the files are wrong; nothing changed.
+    pub fn rebase(&self, layers: Vec<(File, DiskFormat)>) -> Result<(), String> {
+        let rebased = self.stack()?.rebase(formatted(layers));
+        rebased.map_err(|e| format!("disk {}: {}", self.serial, told(&e)))
+    }
+}
+
+fn formatted(layers: Vec<(File, DiskFormat)>) -> Vec<(File, Format)> {
+    let format = |format| match format {
+        DiskFormat::Raw => Format::Raw,
+        DiskFormat::Qcow2 => Format::Qcow2,
+    };
+    layers.into_iter().map(|(file, kind)| (file, format(kind))).collect()
+}
+
+/// An error with its cause.
+pub fn told(error: &DiskError) -> String {
+    let cause = error.source.as_ref().map(|source| format!(": {source}")).unwrap_or_default();
+    format!("{error}{cause}")
 }
 
 /// What is wrong with a disk of this serial on so many files.
@@ -64,7 +99,7 @@ pub fn wrong(serial: &str, layers: usize) -> Option<&'static str> {
     if layers == 0 {
         Some("has no layers")
     } else if layers > LAYERS_MAX {
-        Some("has more than 16 layers; flatten it")
+        Some("has more than 64 layers; flatten it")
     } else if serial.is_empty() || serial.len() > 20 || !serial.bytes().all(|b| b.is_ascii_alphanumeric()) {
         Some("has a serial that is not 1 to 20 ASCII letters and digits (virtio 1.2, 5.2.6)")
     } else {
@@ -97,6 +132,34 @@ impl Drives {
         true
     }
 
+    /// Gives disks new top layers, all at one instant: the serial, what the new one is called, and its file, of each. A disk
+    /// whose top layer is called so is left as it is.
+    ///
+    /// # Errors
+    /// One of them is not there, is no volume, or has a layer that is not sealed; a file is wrong. Nothing changed.
+    pub fn cut(&self, cuts: Vec<(String, String, File)>) -> Result<(), String> {
+        let mut drives = self.lock();
+        let (mut stacks, mut names) = (Vec::new(), Vec::new());
+        for (serial, top, file) in cuts {
+            let drive = drives.iter().find(|drive| drive.serial == serial);
+            let drive = drive.ok_or_else(|| format!("there is no disk {serial}"))?;
+            if drive.top == top {
+                continue;
+            }
+            store::lock(&file, false).map_err(|e| format!("the new layer of {serial}: {}", told(&e)))?;
+            stacks.push((drive.stack()?.clone(), Arc::new(file) as Arc<dyn Store>));
+            names.push((serial, top));
+        }
+        let cuts = stacks.iter().map(|(stack, file)| (&**stack, file.clone())).collect();
+        stack::cut(cuts).map_err(|e| told(&e))?;
+        for drive in drives.iter_mut() {
+            if let Some((_, top)) = names.iter().find(|(serial, _)| *serial == drive.serial) {
+                drive.top.clone_from(top);
+            }
+        }
+        Ok(())
+    }
+
     /// Marks one as leaving, and tells whether its guest is to be asked now. `None` where there is none of this serial.
     #[must_use]
     pub fn leave(&self, serial: &str) -> Option<bool> {
@@ -121,9 +184,9 @@ impl Drives {
         let flushed = disk.flush();
         self.lock().retain(|drive| !leaves(drive));
         if let Err(e) = flushed {
-            let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
             eprintln!(
-                "hutch-vmm: {serial} is detached, but what its guest did not flush may be lost: {e}{cause}"
+                "hutch-vmm: {serial} is detached, but what its guest did not flush may be lost: {}",
+                told(&e)
             );
         }
     }
@@ -168,7 +231,7 @@ mod tests {
             ("", vec![file()], "serial"),
             ("vol-1", vec![file()], "serial"),
             ("vol1", vec![], "no layers"),
-            ("vol1", (0..17).map(|_| file()).collect(), "16 layers"),
+            ("vol1", (0..65).map(|_| file()).collect(), "64 layers"),
             ("vol1", vec![file()], "vol1"),
         ] {
             let said = Drive::open("i-1", serial, layers, false).err().unwrap();

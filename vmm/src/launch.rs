@@ -144,7 +144,8 @@ impl Inherit {
             Ok(LayerConfig { fd: self.lend(file)?, format: disk_format(*format) })
         };
         let layers = layers.iter().map(&mut lend).collect::<Result<Vec<_>>>()?;
-        Ok(DiskConfig { serial, layers, read_only, rate: Rate::default() })
+        let (top, rate) = Default::default();
+        Ok(DiskConfig { serial, layers, top, read_only, rate })
     }
 
     /// The command that starts `program`, a `hutch-vmm`, with all this under the same numbers. It reads its
@@ -234,24 +235,60 @@ pub fn ask(
 }
 
 /// Hands a disk to the machine behind a control socket: its files, the top one first, which it then has open too, and what
-/// it may do.
+/// it may do. `top` is what the parent calls the top one.
 ///
 /// # Errors
 /// Those of [`ask`].
 pub fn attach_disk(
     socket: &Path,
     layers: &[(File, Format)],
-    serial: &str,
+    (serial, top): (&str, &str),
     read_only: bool,
     rate: &Rate,
     limit: Duration,
 ) -> Result<()> {
-    let formats: Vec<_> = layers.iter().map(|(_, format)| disk_format(*format)).collect();
     let request = serde_json::json!({
-        "command": "attach-disk", "serial": serial, "formats": formats, "read_only": read_only, "rate": rate,
+        "command": "attach-disk", "serial": serial, "top": top, "formats": formats(layers),
+        "read_only": read_only, "rate": rate,
     });
-    let files: Vec<_> = layers.iter().map(|(file, _)| file.as_fd()).collect();
-    ask_with(socket, &request, &files, limit).map(drop)
+    hand(socket, &request, layers.iter().map(|(file, _)| file), limit)
+}
+
+/// Hands new, empty top layers to the machine behind a control socket: the serial of the disk, what the layer is called,
+/// and its file, of each. What was written until then is beneath them, all at one instant.
+///
+/// # Errors
+/// Those of [`ask`].
+pub fn cut_disks(socket: &Path, cuts: &[(String, String, File)], limit: Duration) -> Result<()> {
+    let disk =
+        |(serial, top, _): &(String, String, File)| serde_json::json!({ "serial": serial, "top": top });
+    let disks: Vec<_> = cuts.iter().map(disk).collect();
+    let request = serde_json::json!({ "command": "cut-disks", "disks": disks });
+    hand(socket, &request, cuts.iter().map(|(_, _, file)| file), limit)
+}
+
+/// Lays the top layer of a disk of the machine behind a control socket on other files that hold the same bytes.
+///
+/// # Errors
+/// Those of [`ask`].
+pub fn rebase_disk(socket: &Path, layers: &[(File, Format)], serial: &str, limit: Duration) -> Result<()> {
+    let request =
+        serde_json::json!({ "command": "rebase-disk", "serial": serial, "formats": formats(layers) });
+    hand(socket, &request, layers.iter().map(|(file, _)| file), limit)
+}
+
+fn hand<'a>(
+    socket: &Path,
+    request: &Value,
+    files: impl Iterator<Item = &'a File>,
+    limit: Duration,
+) -> Result<()> {
+    let files: Vec<_> = files.map(AsFd::as_fd).collect();
+    ask_with(socket, request, &files, limit).map(drop)
+}
+
+fn formats(layers: &[(File, Format)]) -> Vec<DiskFormat> {
+    layers.iter().map(|(_, format)| disk_format(*format)).collect()
 }
 
 fn disk_format(format: Format) -> DiskFormat {

@@ -11,7 +11,7 @@ use rustix::net::{
 };
 
 /// The most descriptors that come with one request.
-pub const MAX: usize = 16;
+pub const MAX: usize = 64;
 
 /// Reads a stream and keeps what descriptors come with it.
 pub struct Receiver {

@@ -267,6 +267,7 @@ mod tests {
         let disk = |serial: &str, n| DiskConfig {
             serial: serial.into(),
             layers: vec![layer; n],
+            top: String::new(),
             read_only: false,
             rate: none.clone(),
         };
@@ -275,7 +276,7 @@ mod tests {
         let slow = [idle(0, 1), idle(1, 0), many].map(|rate| DiskConfig { rate, ..disk("vol1", 1) });
         let good = disk("vol0123456789abcdef0", 1);
         let long = disk(&"v".repeat(21), 1);
-        let bad = [disk("vol1", 0), disk("vol1", 17), disk("vol-1", 1), disk("", 1), long, good.clone()];
+        let bad = [disk("vol1", 0), disk("vol1", 65), disk("vol-1", 1), disk("", 1), long, good.clone()];
         for bad in bad.into_iter().chain(slow) {
             let good = good.clone();
             assert!(matches!(refused(|c| c.disks = vec![good, bad]), PlanError::Disk { index: 1, .. }));

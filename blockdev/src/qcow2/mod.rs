@@ -13,25 +13,32 @@
 //! One request at a time holds the metadata: it looks up, allocates and links. The bytes of clusters that are mapped move
 //! outside of that, many at a time; each holds `moving`, and a cluster is used anew only when nobody does.
 
+mod base;
 mod cache;
+mod chain;
 mod compressed;
 mod cursor;
 mod header;
 mod layout;
+mod merge;
 mod volume;
 
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
+pub use chain::{Chain, Sealed};
 pub use header::{Header, MAX_SIZE};
 pub use layout::create;
+pub use merge::{commit, pull};
 
 use crate::disk::{check_range, check_write};
 use crate::raw::total;
 use crate::store::{Store, lock};
 use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Result};
+use base::Base;
 use cache::Cache;
+use chain::zeros_below;
 use cursor::Cursor;
 use volume::Volume;
 
@@ -60,7 +67,7 @@ enum Mapping {
 pub struct Qcow2Disk {
     inner: Mutex<Inner>,
     store: Arc<dyn Store>,
-    base: Option<Arc<dyn Disk>>,
+    base: Arc<Base>,
     /// Shared by whoever reads or writes mapped clusters; taken while `inner` is held, so that the mapping still holds.
     moving: Arc<RwLock<()>>,
     size: AtomicU64,
@@ -73,7 +80,7 @@ struct Inner {
     moving: Arc<RwLock<()>>,
     header: Header,
     l1: Vec<u64>,
-    base: Option<Arc<dyn Disk>>,
+    base: Arc<Base>,
     cache: Cache,
     /// For writing; `None` in images that are only read.
     volume: Option<Volume>,
@@ -105,13 +112,7 @@ impl Qcow2Disk {
         let l1 = read_l1(&*store, &header)?;
         let cache = Cache::new(header.cluster_bits);
         let volume = if read_only { None } else { Some(Volume::open(&*store, &header, &l1)?) };
-        let base_size = base.as_ref().map_or(0, |b| b.size());
-        if base_size > header.size {
-            let size = header.size;
-            return Err(DiskError::format(format!(
-                "a disk of {size} bytes lies on a base of {base_size}; make it larger"
-            )));
-        }
+        let base = Arc::new(Base::new(base, header.size)?);
         let file = store.size().map_err(|e| DiskError::io("find the image's size", e))?;
         let end = read_only.then_some(file);
         let size = AtomicU64::new(header.size);
@@ -129,6 +130,25 @@ impl Qcow2Disk {
             failed: false,
         };
         Ok(Qcow2Disk { inner: Mutex::new(inner), store, base, moving, size, read_only })
+    }
+
+    /// Lays it on something else, which must hold the same bytes.
+    ///
+    /// # Errors
+    /// `Format`: it lay on nothing, or the new base is larger than the disk; nothing changed.
+    pub fn set_base(&self, base: Arc<dyn Disk>) -> Result<()> {
+        self.base.set(base, self.size())
+    }
+
+    /// The layer as it is on the disk, to be looked through: what was not flushed is not in it. Nobody may write any more.
+    ///
+    /// # Errors
+    /// `Format`: hutch did not lay it out. `Failed`, `Io`.
+    pub fn sealed(&self) -> Result<Sealed> {
+        let inner = self.lock();
+        inner.alive()?;
+        let sealed = Sealed::new(inner.store.clone(), inner.header.clone(), inner.l1.clone())?;
+        sealed.ok_or_else(|| DiskError::format("the image was not made by hutch, so it has no layers"))
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -312,7 +332,7 @@ impl Disk for Qcow2Disk {
                 match mapping {
                     Mapping::Hole => {
                         drop(inner);
-                        read_base(self.base.as_ref(), at, &part)?;
+                        read_base(self.base.get().as_ref(), at, &part)?;
                     }
                     Mapping::Zero(_) => {
                         drop(inner);
@@ -379,13 +399,9 @@ impl Disk for Qcow2Disk {
         let (mut at, mut known) = (offset, true);
         while known && at < end {
             let (mapping, len) = self.lock().run(at, end.min(at.saturating_add(LOOK)))?;
-            let zeros = match (mapping, &self.base) {
+            let zeros = match (mapping, &self.base.get()) {
                 (Mapping::Zero(_), _) | (Mapping::Hole, None) => len,
-                (Mapping::Hole, Some(base)) if at >= base.size() => len,
-                (Mapping::Hole, Some(base)) => match base.zeros_at(at)? {
-                    zeros if zeros >= base.size() - at => len,
-                    zeros => zeros.min(len),
-                },
+                (Mapping::Hole, Some(base)) => zeros_below(&**base, at, len)?,
                 _ => 0,
             };
             at += zeros;

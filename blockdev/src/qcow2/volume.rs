@@ -479,7 +479,7 @@ impl Inner {
         if from >= to {
             return Ok(None);
         }
-        let base = self.base.as_ref().map_or(0, |b| b.size());
+        let base = self.base.size();
         let hole = self.mapping(from / CLUSTER)? == Mapping::Hole;
         if zero && !(hole && from < base) {
             return Ok(None);
@@ -489,7 +489,7 @@ impl Inner {
             // SAFETY: the buffer is ours.
             unsafe {
                 super::read_base(
-                    self.base.as_ref(),
+                    self.base.get().as_ref(),
                     from,
                     &[libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }],
                 )
@@ -522,7 +522,7 @@ impl Inner {
     pub(super) fn is_zero(&mut self, at: u64) -> Result<bool> {
         Ok(match self.mapping(at / CLUSTER)? {
             Mapping::Zero(_) => true,
-            Mapping::Hole => at >= self.base.as_ref().map_or(0, |b| b.size()),
+            Mapping::Hole => at >= self.base.size(),
             _ => false,
         })
     }
@@ -530,7 +530,7 @@ impl Inner {
     /// Guest cluster `index` reads as zeros and takes no room.
     fn unlink(&mut self, index: u64) -> Result<()> {
         // Without a base an empty entry is zeros too.
-        let empty = if self.base.is_some() { ZERO } else { 0 };
+        let empty = if self.base.get().is_some() { ZERO } else { 0 };
         let old = self.mapping(index)?;
         self.set_entry(index, empty)?;
         self.leave(old)

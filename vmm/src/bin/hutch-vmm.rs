@@ -119,7 +119,8 @@ fn backends(config: &MachineConfig, fds: &mut Inherited) -> Result<Backends, Str
         let layers = disk.layers.iter().map(|layer| Ok((fds.file(layer.fd, &disk.serial)?, layer.format)));
         let layers = layers.collect::<Result<_, String>>()?;
         // The plan has checked that there are no two of one serial.
-        let drive = Drive::open(&config.id, &disk.serial, layers, disk.read_only)?;
+        let mut drive = Drive::open(&config.id, &disk.serial, layers, disk.read_only)?;
+        drive.top.clone_from(&disk.top);
         drive.limit.set(&disk.rate, Instant::now());
         let _ = backends.drives.add(drive);
     }

@@ -33,7 +33,7 @@ impl Local {
         let layers = files.open()?;
         record(&slot, recorded)?;
         let socket = slot.dir.0.join("control.sock");
-        let attached = launch::attach_disk(&socket, &layers, &serial(volume), false, &rate, ANSWER);
+        let attached = launch::attach_disk(&socket, &layers, (&serial(volume), ""), false, &rate, ANSWER);
         if let Err(error) = attached {
             // It may have heard: its answer alone was lost, now or an earlier time.
             if matches!(error, LaunchError::Refused(_)) && !has(&slot.dir, volume)? {
