@@ -143,6 +143,12 @@ pub fn cut(cuts: Vec<(&Stack, Arc<dyn Store>)>) -> Result<()> {
     for (stack, store) in &cuts {
         let state = stack.state();
         unsealed(&state)?;
+        // Whoever made it may not know yet how large the disk has become.
+        let top = Qcow2Disk::on(store.clone(), None, false)?;
+        if top.size() < state.top.size() {
+            top.grow(state.top.size())?;
+        }
+        drop(top);
         let top = Qcow2Disk::on(store.clone(), Some(state.top.clone()), false)?;
         tops.push(Arc::new(top));
     }

@@ -70,7 +70,7 @@ fn runs(host: &dyn Host, id: &str) -> Option<(u64, bool)> {
 fn size(content: &Content) -> u64 {
     match content {
         Content::Bytes(bytes) => *bytes,
-        Content::File(path) => std::fs::metadata(path).unwrap().len(),
+        Content::Layers { size, .. } => *size,
     }
 }
 

@@ -44,6 +44,14 @@ done 2>/dev/null) &
     echo "500 reads from $a to $b;"; exit
   done
 done 2>/dev/null) &
+(for d in /sys/block/vd?; do
+  # The disk of 3 GiB: a number that is written again and again, each time for good before it is told.
+  read n <$d/size; [ "$n" = 6291456 ] || continue
+  d=/dev/${d##*/}; n=$(dd if=$d bs=512 count=1 | tr -d '\0'); echo "kept: ${n:-none};"
+  while n=$((n + 1)); do
+    (echo $n; cat /dev/zero) | dd of=$d bs=4096 count=1 iflag=fullblock oflag=direct conv=notrunc,fsync && echo "acked: $n;"
+  done
+done 2>/dev/null) &
 printf '#!/bin/sh\n[ $1 = bound ] && ip addr add $ip/20 dev eth0 && ip route add default via $router\n' >/tmp/s
 chmod +x /tmp/s; ip link set eth0 up; udhcpc -i eth0 -nq -t 99 -s /tmp/s >/dev/null
 M=http://169.254.169.254/latest
@@ -234,7 +242,7 @@ class Story(unittest.TestCase):
         say(f"backup: {told}")
         self.assertEqual((told["instances"], told["volumes"]), (1, 2))
         self.assertEqual(cloud.machines(), machines, "it runs on")
-        self.assertEqual(host("ls", f"{cloud.state}/{REGION}/host").split(), ["machines", "snapshots", "volumes"])
+        self.assertEqual(host("ls", f"{cloud.state}/{REGION}/host").split(), ["layers", "machines", "snapshots", "volumes"])
         ec2.reboot_instances(InstanceIds=[one])
         self.prints(one, "boots: 2 disks: 2 READY")
         ec2.terminate_instances(InstanceIds=[one])
@@ -347,6 +355,72 @@ class Story(unittest.TestCase):
             ec2.delete_snapshot(SnapshotId=snapshot)
         ec2.terminate_instances(InstanceIds=[one])
         self.becomes(one, "terminated")
+
+    def test_snapshots_of_a_guest_that_writes_lose_nothing_it_was_told_is_kept(self):
+        ec2, cloud = self.ec2, self.cloud
+        image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+
+        def run(**disk):
+            mapping = {"DeviceName": "/dev/sdf", "Ebs": {"DeleteOnTermination": True, **disk}}
+            made = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="t3.nano", BlockDeviceMappings=[mapping])
+            return made["Instances"][0]["InstanceId"]
+
+        def told(instance, what):
+            return [int(n) for n in re.findall(what + r": (\d+);", self.console(instance))]
+
+        one = run(VolumeSize=3)
+        self.becomes(one, "running")
+        self.prints(one, "kept: none;")
+        data = self.instance(one)["BlockDeviceMappings"][1]["Ebs"]["VolumeId"]
+        layers = lambda: host("bash", "-c", f"cd {cloud.state}/{REGION}/host/layers; ls -s").split("\n")
+        taken = []
+        for turn in range(4):
+            more = len(told(one, "acked")) + 5
+            self.eventually(lambda: len(told(one, "acked")) > more, "it writes")
+            acked = told(one, "acked")[-1]
+            began = time.monotonic()
+            snapshot = ec2.create_snapshot(VolumeId=data)["SnapshotId"]
+            if turn == 2:
+                cloud.end("KILL")
+                cloud.start()
+            done = lambda: ec2.describe_snapshots(SnapshotIds=[snapshot])["Snapshots"][0]["State"]
+            self.eventually(lambda: done() != "pending", "the snapshot is made")
+            self.assertEqual(done(), "completed")
+            say(f"snapshot {turn} after {acked}, in {time.monotonic() - began:.2f} s")
+            taken.append((snapshot, acked))
+        # The first two go while the guest writes; what the others need of them stays.
+        for snapshot, _ in taken[:2]:
+            ec2.delete_snapshot(SnapshotId=snapshot)
+        self.assertEqual(len(self.cloud.machines()), 1)
+
+        # Killed, it finds all that it was told is kept.
+        host("kill", "-9", *self.cloud.machines())
+        self.becomes(one, "stopped")
+        acked = told(one, "acked")[-1]
+        ec2.start_instances(InstanceIds=[one])
+        self.becomes(one, "running")
+        self.eventually(lambda: told(one, "kept"), "it tells what it kept")
+        kept = told(one, "kept")[-1]
+        say(f"killed after {acked} it kept {kept}")
+        self.assertGreaterEqual(kept, acked)
+
+        # A volume of each snapshot begins with what was kept then.
+        for snapshot, acked in taken[2:]:
+            two = run(SnapshotId=snapshot)
+            self.becomes(two, "running")
+            self.eventually(lambda: told(two, "kept"), "it tells what it kept")
+            kept = told(two, "kept")[0]
+            say(f"a snapshot taken after {acked} has {kept}")
+            self.assertGreaterEqual(kept, acked)
+            self.assertLessEqual(kept, told(one, "kept")[-1])
+            ec2.terminate_instances(InstanceIds=[two])
+            self.becomes(two, "terminated")
+        say(layers())
+        ec2.terminate_instances(InstanceIds=[one])
+        self.becomes(one, "terminated")
+        for snapshot, _ in taken[2:]:
+            ec2.delete_snapshot(SnapshotId=snapshot)
+        self.eventually(lambda: layers() == ["total 0", ""], "all of it is given back")
 
     def test_an_instance_lives_through_all_its_states(self):
         ec2, cloud = self.ec2, self.cloud
@@ -476,8 +550,8 @@ class Story(unittest.TestCase):
         self.assertEqual([v["Size"] for v in kept], [], "the mapping's volumes go with the instance")
         self.assertEqual(host("bash", "-c", "nft list tables | grep hutch; ip route | grep -w " + public, check=False), "")
         cloud.aws("release-address", "--allocation-id", allocation)
-        left = host("bash", "-c", f"cd {cloud.state}/{REGION}/host; ls machines volumes").split()
-        self.assertEqual(left, ["machines:", "volumes:"])
+        left = host("bash", "-c", f"cd {cloud.state}/{REGION}/host; ls layers machines snapshots volumes").split()
+        self.assertEqual(left, ["layers:", "machines:", "snapshots:", "volumes:"])
         say("nothing is left")
 
 

@@ -82,7 +82,7 @@ impl Place {
             Place::Bottom => 0,
             Place::Zero => 1,
             Place::Wrong => 2,
-            Place::Data(layer, host) => (layer as u64 + 1) * Self::DATA | host,
+            Place::Data(layer, host) => ((layer as u64 + 1) * Self::DATA) | host,
         }
     }
 

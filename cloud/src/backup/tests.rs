@@ -10,7 +10,7 @@ use super::target::copy;
 use super::*;
 use crate::addresses::Pool;
 use crate::host::local::{Local, Means, MetadataService, Served};
-use crate::host::{End, Host, Simulated, Source};
+use crate::host::{Content, End, Host, Simulated, Source};
 use crate::limits::Limits;
 use crate::metadata::Metadata;
 use crate::region::Settings;
@@ -79,14 +79,19 @@ fn make_small(home: &Path) -> PathBuf {
     to
 }
 
-fn write_to(volumes: &Path, id: &str, at: u64, text: &[u8]) {
-    let open = |kind: &str, write: bool| {
-        File::options().read(true).write(write).open(volumes.join(format!("{id}.{kind}"))).unwrap()
+fn write_to(host: &Path, id: &str, at: u64, text: &[u8]) {
+    let record = fs::read(host.join(format!("volumes/{id}.json"))).unwrap();
+    let record: serde_json::Value = serde_json::from_slice(&record).unwrap();
+    let open = |(depth, name): (usize, &serde_json::Value)| {
+        let name = name.as_str().unwrap();
+        let format = match name.ends_with(".raw") {
+            true => hutch_blockdev::Format::Raw,
+            false => hutch_blockdev::Format::Qcow2,
+        };
+        let path = host.join("layers").join(name);
+        (File::options().read(true).write(depth == 0).open(path).unwrap(), format)
     };
-    let layers = vec![
-        (open("qcow2", true), hutch_blockdev::Format::Qcow2),
-        (open("base", false), hutch_blockdev::Format::Raw),
-    ];
+    let layers = record["layers"].as_array().unwrap().iter().enumerate().map(open).collect();
     let disk = hutch_blockdev::open_layers(layers, false).unwrap();
     let mut sector = vec![0; 512];
     sector[..text.len()].copy_from_slice(text);
@@ -95,14 +100,18 @@ fn write_to(volumes: &Path, id: &str, at: u64, text: &[u8]) {
 }
 
 /// What a volume begins with, by way of a snapshot.
-fn content(host: &Local, state: &Path, id: &str, at: u64) -> Vec<u8> {
+fn content(host: &Local, id: &str, at: u64) -> Vec<u8> {
     let snapshot = format!("snap-of-{id}");
     host.create_snapshots(&[(&snapshot, id)]).unwrap();
-    let file = File::open(state.join(format!("home-1/host/snapshots/{snapshot}.raw"))).unwrap();
-    let mut text = vec![0; 8];
-    file.read_exact_at(&mut text, at).unwrap();
+    let Content::Layers { layers, .. } = host.content(&Source::Snapshot(snapshot.clone())).unwrap() else {
+        panic!("a snapshot of this machine has layers");
+    };
+    let layers = layers.iter().map(|layer| (File::open(&layer.path).unwrap(), layer.format)).collect();
+    let disk = hutch_blockdev::open_layers(layers, true).unwrap();
+    let mut sector = vec![0; 512];
+    disk.read_at(at, &mut sector).unwrap();
     host.delete_snapshot(&snapshot).unwrap();
-    text
+    sector[..8].to_vec()
 }
 
 #[test]
@@ -130,12 +139,12 @@ fn this_machines_disks_are_there_again() {
     let host = local(&state);
     assert!(!state.join("home-1/host/pinned").exists());
     let regions = region(&state, host.clone());
-    let volumes = state.join("home-1/host/volumes");
+    let dir = state.join("home-1/host");
     host.create_volume("vol-a", 64 * MIB, &Source::Template("micro".into())).unwrap();
-    write_to(&volumes, "vol-a", 0, b"written");
+    write_to(&dir, "vol-a", 0, b"written");
     host.create_snapshots(&[("snap-a", "vol-a")]).unwrap();
     host.create_volume("vol-b", 64 * MIB, &Source::Snapshot("snap-a".into())).unwrap();
-    write_to(&volumes, "vol-b", 2 * MIB, b"later");
+    write_to(&dir, "vol-b", 2 * MIB, b"later");
 
     let progress = Progress::default();
     let to = home.path().join("backup");
@@ -147,7 +156,7 @@ fn this_machines_disks_are_there_again() {
     let disk = format!("images/{}/disk.raw", template.record.id);
     assert_eq!((raw(disk.clone()).size, raw(disk.clone()).fixed), (64 * MIB, true));
     assert_eq!(
-        raw("home-1/host/volumes/vol-a.base".into()).link,
+        raw(format!("home-1/host/layers/{}.raw", template.record.id)).link,
         Some(disk.clone()),
         "its bytes are there once"
     );
@@ -160,10 +169,10 @@ fn this_machines_disks_are_there_again() {
     drop(regions);
     let host = local(&again);
     assert_eq!(host.templates().unwrap().len(), 1);
-    assert_eq!(content(&host, &again, "vol-a", 0), b"written\0");
-    assert_eq!(content(&host, &again, "vol-a", MIB), b"template");
-    assert_eq!(content(&host, &again, "vol-b", 0), b"written\0");
-    assert_eq!(content(&host, &again, "vol-b", 2 * MIB), b"later\0\0\0");
+    assert_eq!(content(&host, "vol-a", 0), b"written\0");
+    assert_eq!(content(&host, "vol-a", MIB), b"template");
+    assert_eq!(content(&host, "vol-b", 0), b"written\0");
+    assert_eq!(content(&host, "vol-b", 2 * MIB), b"later\0\0\0");
     let kept = host.machine("i-a").unwrap().unwrap();
     assert_eq!((kept.run, kept.end), (3, Some(End::PowerOff)));
     assert_eq!(host.console("i-a").unwrap(), b"login: ");
@@ -172,7 +181,7 @@ fn this_machines_disks_are_there_again() {
     let images = again.join("images").join(&template.record.id);
     assert_eq!(fs::metadata(&images).unwrap().mode() & 0o777, 0o555);
     // What is written to the one is not in the other.
-    write_to(&again.join("home-1/host/volumes"), "vol-a", 0, b"changed");
+    write_to(&again.join("home-1/host"), "vol-a", 0, b"changed");
     check(&to, &Progress::default()).unwrap();
 }
 
@@ -190,7 +199,7 @@ fn a_volume_that_goes_meanwhile_is_in_it() {
     captured.copy(&mut target, "host").unwrap();
     let (files, _) = target.seal().unwrap();
     let names: Vec<_> = files.keys().map(String::as_str).collect();
-    assert_eq!(names, ["host/volumes/vol-a.json", "host/volumes/vol-a.qcow2"]);
+    assert_eq!(names, ["host/layers/vol-a.1.qcow2", "host/volumes/vol-a.json"]);
 }
 
 #[test]
@@ -198,7 +207,7 @@ fn a_volume_that_somebody_has_is_waited_for() {
     let home = tempfile::tempdir().unwrap();
     let host = local(&home.path().join("state"));
     host.create_volume("vol-a", MIB, &Source::Empty).unwrap();
-    let top = home.path().join("state/home-1/host/volumes/vol-a.qcow2");
+    let top = home.path().join("state/home-1/host/layers/vol-a.1.qcow2");
     let file = File::options().read(true).write(true).open(&top).unwrap();
     hutch_blockdev::store::lock(&file, false).unwrap();
     let begun = Instant::now();

@@ -92,11 +92,27 @@ pub enum Source {
     Snapshot(String),
 }
 
+/// A file of a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// What its host calls it; no other layer is called so.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// What its bytes mean.
+    pub format: hutch_blockdev::Format,
+}
+
 /// What a template or a snapshot holds, as one host hands it to another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Content {
-    /// A raw disk, which never changes.
-    File(PathBuf),
+    /// Layers, the top one first, whose bytes together never change, and the size of the disk in bytes.
+    Layers {
+        /// In bytes.
+        size: u64,
+        /// The top one first.
+        layers: Vec<Layer>,
+    },
     /// So many bytes of nothing: a simulated host's.
     Bytes(u64),
 }
@@ -210,7 +226,7 @@ pub trait Host: Send + Sync {
     fn delete_volume(&self, id: &str) -> Result<()>;
 
     /// Keeps what volumes hold at one instant as snapshots, given as the id and the volume of each; a guest that has any of
-    /// the volumes is paused meanwhile. Either all are made, or none counts: called again, those that are there already are
+    /// the volumes goes on meanwhile. Either all are made, or none counts: called again, those that are there already are
     /// made anew where others are missing, so that they are of one instant.
     ///
     /// # Errors

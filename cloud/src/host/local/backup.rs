@@ -3,7 +3,7 @@
 //! Files are pinned by one more name each below `pinned/`, so that what is removed meanwhile can be copied all the same.
 //! What a crash leaves of that is removed when the host is opened.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::super::{End, HostError, Result};
 use super::machine::{Dir, Kept, Phase};
-use super::volumes::{failed, files, has_extension};
+use super::volumes::{self, failed, files, has_extension};
 use super::{Shared, Slot, lock};
 use crate::backup::{self, BackupError, Captured, Target, allocated};
 
@@ -23,6 +23,8 @@ const PINNED: &str = "pinned";
 const MACHINES: &str = "machines";
 /// Where templates are, below a state.
 const IMAGES: &str = "images";
+/// Where layers are, below the host's directory.
+const LAYERS: &str = "layers";
 /// How long a volume may be neither free nor of a machine that runs: while one starts or ends.
 const UNSETTLED: Duration = Duration::from_secs(120);
 /// How often it is looked at then.
@@ -61,17 +63,20 @@ pub fn capture(shared: Arc<Shared>) -> Result<Box<dyn Captured>> {
     unpin(&dir)?;
     let (images, machines, seen) = Default::default();
     let mut moment = Moment { pinned: dir.join(PINNED), images, machines, bytes: 0, seen, shared };
-    let (volumes, snapshots) = (moment.pinned.join("volumes"), moment.pinned.join("snapshots"));
-    for dir in [&volumes, &snapshots] {
-        fs::create_dir_all(dir).map_err(|e| failed(dir, e))?;
-    }
     let shared = moment.shared.clone();
     let own = &shared.volumes;
-    // The record first: what has one has the rest, unless it is being removed.
-    for kind in ["json", "qcow2", "base"] {
-        moment.pin(own.directory(), &volumes, kind)?;
+    // Dropped with the moment, also where this fails.
+    own.keep_still();
+    let [volumes, snapshots, layers] = ["volumes", "snapshots", LAYERS].map(|dir| moment.pinned.join(dir));
+    for dir in [&volumes, &snapshots, &layers] {
+        fs::create_dir_all(dir).map_err(|e| failed(dir, e))?;
     }
-    moment.pin(own.snapshots_directory(), &snapshots, "raw")?;
+    // The records first: what they name is there, unless it is being removed.
+    moment.pin(own.directory(), &volumes, "json")?;
+    moment.pin(own.snapshots_directory(), &snapshots, "json")?;
+    for kind in ["qcow2", "raw"] {
+        moment.pin(own.layers_directory(), &layers, kind)?;
+    }
     for image in own.images()? {
         let (id, from) = (image.record.id.clone(), image.disk());
         let from = from.parent().unwrap_or(Path::new("/"));
@@ -108,6 +113,7 @@ pub fn capture(shared: Arc<Shared>) -> Result<Box<dyn Captured>> {
 
 impl Drop for Moment {
     fn drop(&mut self) {
+        self.shared.volumes.release();
         if let Some(Err(error)) = self.pinned.parent().map(unpin) {
             tracing::warn!(%error, "what a backup pinned stays until the next start");
         }
@@ -127,10 +133,7 @@ impl Captured for Moment {
                 target.file(&file, &below(&format!("{IMAGES}/{id}"), &file), true)?;
             }
         }
-        for snapshot in files(&self.pinned.join("snapshots"))? {
-            target.file(&snapshot, &below(&format!("{dir}/snapshots"), &snapshot), true)?;
-        }
-        self.copy_volumes(target, &format!("{dir}/volumes"))?;
+        self.copy_layers(target, dir)?;
         for kept in &self.machines {
             let logs = Dir(self.pinned.join(MACHINES).join(&kept.machine.id));
             let dir = format!("{dir}/{MACHINES}/{}", kept.machine.id);
@@ -162,36 +165,46 @@ impl Moment {
         Ok(())
     }
 
-    fn copy_volumes(&self, target: &mut Target<'_>, dir: &str) -> backup::Result<()> {
-        let from = self.pinned.join("volumes");
-        let file = |id: &str, kind: &str| from.join(format!("{id}.{kind}"));
-        let mut left = BTreeSet::new();
-        for record in files(&from)?.into_iter().filter(|path| has_extension(path, "json")) {
-            let id = record.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            // One that was being removed when it was pinned is none.
-            if file(&id, "qcow2").exists() {
-                for (kind, fixed) in [("json", false), ("base", true)] {
-                    let path = file(&id, kind);
-                    if path.exists() {
-                        target.file(&path, &below(dir, &path), fixed)?;
-                    }
+    fn copy_layers(&self, target: &mut Target<'_>, dir: &str) -> backup::Result<()> {
+        let (layers, to) = (self.pinned.join(LAYERS), format!("{dir}/{LAYERS}"));
+        let (mut named, mut left, mut done) = (BTreeSet::new(), BTreeMap::new(), BTreeSet::new());
+        for kind in ["snapshots", "volumes"] {
+            for record in files(&self.pinned.join(kind))? {
+                let chain = volumes::layers_of(&record)?;
+                // One that was being removed when it was pinned is none.
+                if !chain.iter().all(|layer| layers.join(layer).exists()) {
+                    continue;
                 }
-                left.insert(id);
+                target.file(&record, &below(&format!("{dir}/{kind}"), &record), false)?;
+                if kind == "volumes" {
+                    let id = record.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                    left.insert(id, chain.clone());
+                }
+                named.extend(chain);
             }
         }
-        while let Some(first) = left.first().cloned() {
+        // The first is written, and the second where its machine has not heard of a cut.
+        let written: BTreeSet<String> =
+            left.values().flat_map(|chain| chain.iter().take(2)).cloned().collect();
+        for layer in named.difference(&written) {
+            target.file(&layers.join(layer), &format!("{to}/{layer}"), true)?;
+        }
+        while let Some(first) = left.keys().next().cloned() {
             let until = Instant::now() + UNSETTLED;
             let mut copied = Vec::new();
             // All volumes of a machine at one moment: they may belong together.
             self.shared.hold(&[first], until, LOOK, |together| {
-                for id in together.iter().filter(|id| left.contains(*id)) {
-                    let path = file(id, "qcow2");
-                    target.file(&path, &below(dir, &path), false)?;
+                for (id, chain) in together.iter().filter_map(|id| left.get_key_value(id)) {
+                    for layer in chain.iter().take(2) {
+                        if done.insert(layer.clone()) {
+                            target.file(&layers.join(layer), &format!("{to}/{layer}"), false)?;
+                        }
+                    }
                     copied.push(id.clone());
                 }
                 Ok::<_, BackupError>(())
             })?;
-            left.retain(|id| !copied.contains(id));
+            left.retain(|id, _| !copied.contains(id));
         }
         Ok(())
     }
@@ -246,7 +259,7 @@ impl Shared {
     }
 
     /// The machines that run and have any of these volumes, each with all volumes that it has.
-    fn users(&self, ids: &[String]) -> Vec<(Dir, Vec<String>)> {
+    pub(super) fn users(&self, ids: &[String]) -> Vec<(Dir, Vec<String>)> {
         let slots: Vec<_> = lock(&self.slots).values().cloned().collect();
         let user = |slot: Arc<Slot>| {
             let mut state = slot.state();

@@ -3,13 +3,85 @@
 //! The machine's record names a volume before its process has it, and until its process has it no more: whoever comes after a
 //! crash finds in it each volume that may be open.
 
+use std::fs::File;
+use std::sync::Arc;
+use std::time::Instant;
+
+use hutch_blockdev::Format;
 use hutch_vmm::launch::{self, LaunchError};
 use serde_json::{Value, json};
 
-use super::machine::{ANSWER, Dir, Kept};
-use super::volumes::{chain, serial};
-use super::{Local, Slot, lock};
+use super::machine::{ANSWER, Dir, FLUSH, Kept};
+use super::volumes::{Running, User, chain, serial};
+use super::{Held, Local, Shared, Slot, TICK, lock};
 use crate::host::{HostError, Result};
+
+impl Running for Dir {
+    fn cut(&self, cuts: &[(String, String, File)]) -> Result<()> {
+        let asked = launch::cut_disks(&self.0.join("control.sock"), cuts, ANSWER);
+        asked.map_err(|e| HostError::Failed(format!("{}: {}", self.0.display(), chain(&e))))
+    }
+
+    fn seal(&self, volume: &str) -> Result<()> {
+        let request = json!({ "command": "seal-disk", "serial": serial(volume) });
+        let asked = self.ask_all(&request, FLUSH).map(drop);
+        asked.map_err(|e| HostError::Failed(format!("{}: {}", self.0.display(), chain(&e))))
+    }
+
+    fn rebase(&self, volume: &str, layers: &[(File, Format)]) -> std::result::Result<(), LaunchError> {
+        launch::rebase_disk(&self.0.join("control.sock"), layers, &serial(volume), ANSWER)
+    }
+}
+
+impl Shared {
+    /// Does something with a volume that is held, and with the machine that has it.
+    pub(super) fn with_machine(
+        &self,
+        volume: &str,
+        job: &mut dyn FnMut(Option<&dyn Running>) -> Result<()>,
+    ) -> Result<()> {
+        let _held = self.volumes.hold([volume]);
+        let users = self.users(&[volume.to_owned()]);
+        match users.first() {
+            Some((dir, _)) if has(dir, volume)? => job(Some(dir)),
+            _ => job(None),
+        }
+    }
+
+    /// See [`Host::create_snapshots`](crate::host::Host::create_snapshots).
+    pub(super) fn snapshots(&self, snapshots: &[(&str, &str)]) -> Result<()> {
+        let until = Instant::now() + FLUSH;
+        loop {
+            let _held = self.volumes.hold(snapshots.iter().map(|(_, volume)| *volume));
+            let volumes: Vec<_> = snapshots.iter().map(|(_, volume)| (*volume).to_owned()).collect();
+            let mut users = Vec::new();
+            for (dir, _) in self.users(&volumes) {
+                let having = volumes.iter().map(|volume| Ok((volume.clone(), has(&dir, volume)?)));
+                let having = having.collect::<Result<Vec<_>>>()?;
+                let having: Vec<_> = having.into_iter().filter(|(_, has)| *has).map(|(id, _)| id).collect();
+                users.push((dir, having));
+            }
+            // Between the cuts of several machines nobody may write.
+            let held = users.iter().filter(|_| users.len() > 1).map(|(dir, _)| Held::new(dir));
+            let held = held.collect::<std::result::Result<Vec<_>, _>>();
+            let _paused = held.map_err(|e| HostError::Failed(chain(&e)))?;
+            let of: Vec<User<'_>> =
+                users.iter().map(|(dir, having)| (dir as &dyn Running, having.clone())).collect();
+            match self.volumes.create_snapshots(snapshots, &of) {
+                // A machine is ending, or lets one go.
+                Err(HostError::Busy(_)) if Instant::now() < until => {}
+                made => return made,
+            }
+            drop(_held);
+            std::thread::sleep(TICK);
+        }
+    }
+
+    /// Keeps the layers of volumes and snapshots few, until the volumes are closed.
+    pub(super) fn keep_tidy(self: Arc<Shared>) {
+        self.volumes.keep_tidy(&|volume, job| self.with_machine(volume, job));
+    }
+}
 
 impl Local {
     /// See [`Host::attach`](crate::host::Host::attach).
@@ -33,7 +105,8 @@ impl Local {
         let layers = files.open()?;
         record(&slot, recorded)?;
         let socket = slot.dir.0.join("control.sock");
-        let attached = launch::attach_disk(&socket, &layers, (&serial(volume), ""), false, &rate, ANSWER);
+        let attached =
+            launch::attach_disk(&socket, &layers, (&serial(volume), &files.top), false, &rate, ANSWER);
         if let Err(error) = attached {
             // It may have heard: its answer alone was lost, now or an earlier time.
             if matches!(error, LaunchError::Refused(_)) && !has(&slot.dir, volume)? {

@@ -345,6 +345,7 @@ fn launch_failed(error: &LaunchError) -> HostError {
 /// A disk of a machine that is being started.
 struct Disk {
     serial: String,
+    top: String,
     layers: Vec<(File, Format)>,
     rate: Rate,
 }
@@ -357,7 +358,7 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
     let machine = kept.machine.clone();
     let open = |id| {
         let (files, rate) = volumes.ready(id)?;
-        Ok(Disk { serial: serial(id), layers: files.open()?, rate })
+        Ok(Disk { serial: serial(id), layers: files.open()?, top: files.top, rate })
     };
     let disks = machine.volumes.iter().map(|id| open(id)).collect::<Result<Vec<_>>>()?;
     let mut inherit = Inherit::default();
@@ -388,7 +389,7 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
     let kvm = kvm.map_err(|e| failed(Path::new("/dev/kvm"), e))?;
     let lend = |disk: &Disk, inherit: &mut Inherit| {
         let lent = inherit.disk(&disk.layers, disk.serial.clone(), false).map_err(|e| launch_failed(&e))?;
-        Ok(DiskConfig { rate: disk.rate.clone(), ..lent })
+        Ok(DiskConfig { rate: disk.rate.clone(), top: disk.top.clone(), ..lent })
     };
     let config = MachineConfig {
         id: machine.id.clone(),

@@ -1,7 +1,7 @@
 //! This machine as a host.
 //!
 //! ```text
-//!   volumes   what machines write to and what is kept of it: qcow2 on templates and snapshots, each with our record
+//!   volumes   what machines write to and what is kept of it: layers of qcow2 on templates, which our records name
 //!   process   a machine's process: recorded, found again by the next daemon, watched, ended
 //!   machine   a machine's directory and record; how a run of it is started, and adopted
 //!   disks     volumes that come and go while it runs
@@ -32,7 +32,7 @@ use crate::backup::Captured;
 
 use super::{Content, End, Figures, Group, Host, HostError, Machine, Result, Source, Status, Template};
 use machine::{ANSWER, Dir, FLUSH, Kept, Live, Phase, end_of};
-use volumes::{Volumes, failed};
+use volumes::{Running, Volumes, failed};
 
 pub use machine::{Means, MetadataService, Served};
 
@@ -133,6 +133,10 @@ impl Local {
         let watch = hutch_netfw::Watch::start(&shared.means.networks).inspect_err(|error| {
             tracing::warn!(%error, "nobody mends the firewall when another program changes it");
         });
+        let tidy = shared.clone();
+        let tidy = std::thread::Builder::new().name("layers".into()).spawn(move || tidy.keep_tidy());
+        let tidy = tidy.map_err(|e| HostError::Failed(format!("no thread for the layers: {e}")))?;
+        lock(&shared.watchers).push(tidy);
         Ok(Local { shared, _watch: watch.ok() })
     }
 
@@ -168,6 +172,7 @@ impl Drop for Local {
     /// Leaves the machines to who comes next.
     fn drop(&mut self) {
         self.shared.closing.store(true, Ordering::Release);
+        self.shared.volumes.close();
         for watcher in std::mem::take(&mut *lock(&self.shared.watchers)) {
             let _ = watcher.join();
         }
@@ -298,6 +303,7 @@ impl Shared {
             // At the next start its process is not found, and it is known as ended again.
             tracing::warn!(instance = id, %error, "its end is not recorded");
         }
+        self.volumes.settle(&kept.machine.volumes);
         slot.state().kept = Some(kept);
         *lock(&self.events) += 1;
         self.changed.notify_all();
@@ -349,6 +355,8 @@ impl Host for Local {
         let volumes = &self.shared.volumes;
         let _held = volumes.hold([id]);
         let user = self.user(id);
+        let running = user.as_ref().filter(|slot| disks::has(&slot.dir, id).unwrap_or(false));
+        volumes.end_cut(id, running.map(|slot| &slot.dir as &dyn Running))?;
         let ask =
             user.as_ref().map(|slot| move |size: u64, rate: &Rate| slot.dir.change_disk(id, size, rate));
         let asked = volumes.modify(id, bytes, rate, ask.as_ref().map(|ask| ask as _));
@@ -361,11 +369,8 @@ impl Host for Local {
         }
     }
 
-    /// Copies the volumes, so the guests are held as long as that takes.
     fn create_snapshots(&self, snapshots: &[(&str, &str)]) -> Result<()> {
-        let ids: Vec<_> = snapshots.iter().map(|(_, volume)| (*volume).to_owned()).collect();
-        let until = Instant::now() + FLUSH;
-        self.shared.hold(&ids, until, TICK, |_| self.shared.volumes.create_snapshots(snapshots))
+        self.shared.snapshots(snapshots)
     }
 
     fn content(&self, source: &Source) -> Result<Content> {

@@ -1,10 +1,13 @@
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
-use hutch_blockdev::open_layers;
+use hutch_blockdev::stack::{self, Stack};
+use hutch_blockdev::{Disk, open_layers};
 use hutch_imagestore::store::{Architecture, Format, Origin};
 use hutch_vmm::config::Flow;
 
 use super::*;
+use crate::host::{Content, Layer};
 
 const MIB: u64 = 1 << 20;
 
@@ -29,11 +32,94 @@ fn open(home: &tempfile::TempDir) -> Volumes {
 }
 
 fn disk(volumes: &Volumes, id: &str) -> Arc<dyn Disk> {
-    let files = volumes.files(id).unwrap();
-    let top = File::options().read(true).write(true).open(&files.top).unwrap();
-    let mut layers = vec![(top, hutch_blockdev::Format::Qcow2)];
-    layers.extend(files.base.map(|path| (File::open(path).unwrap(), hutch_blockdev::Format::Raw)));
-    open_layers(layers, false).unwrap()
+    open_layers(volumes.files(id).unwrap().open().unwrap(), false).unwrap()
+}
+
+/// What a volume of a snapshot begins with.
+fn of_snapshot(volumes: &Volumes, snapshot: &str) -> String {
+    let id = format!("vol-of-{snapshot}");
+    volumes.create(&id, 0, &Source::Snapshot(snapshot.into())).unwrap();
+    let start = start_of(&*disk(volumes, &id));
+    volumes.delete(&id).unwrap();
+    start
+}
+
+/// A machine, without one.
+struct Fake {
+    disks: Mutex<Vec<(String, String, Arc<Stack>)>>,
+    /// It does not answer any more.
+    dead: Mutex<bool>,
+}
+
+impl Fake {
+    fn start(volumes: &Volumes, ids: &[&str]) -> Fake {
+        let open = |id: &&str| {
+            let (files, _) = volumes.ready(id).unwrap();
+            let opened = hutch_blockdev::layers::open(files.open().unwrap(), false).unwrap();
+            (serial(id), files.top, opened.stack.unwrap())
+        };
+        Fake { disks: Mutex::new(ids.iter().map(open).collect()), dead: Mutex::new(false) }
+    }
+
+    fn stack(&self, volume: &str) -> Arc<Stack> {
+        let disks = self.disks.lock().unwrap();
+        disks.iter().find(|(have, _, _)| *have == serial(volume)).unwrap().2.clone()
+    }
+
+    fn answers(&self) -> Result<()> {
+        let silent = || HostError::Failed("it does not answer".into());
+        (!*self.dead.lock().unwrap()).then_some(()).ok_or_else(silent)
+    }
+}
+
+impl Running for Fake {
+    fn cut(&self, cuts: &[(String, String, File)]) -> Result<()> {
+        self.answers()?;
+        let mut disks = self.disks.lock().unwrap();
+        let mut stacks = Vec::new();
+        for (serial, top, file) in cuts {
+            let (_, had, stack) = disks.iter_mut().find(|(have, _, _)| have == serial).unwrap();
+            if had != top {
+                let file = file.try_clone().unwrap();
+                lock(&file, false).unwrap();
+                stacks.push((stack.clone(), Arc::new(file) as Arc<dyn hutch_blockdev::store::Store>));
+                had.clone_from(top);
+            }
+        }
+        stack::cut(stacks.iter().map(|(stack, file)| (&**stack, file.clone())).collect()).unwrap();
+        Ok(())
+    }
+
+    fn seal(&self, volume: &str) -> Result<()> {
+        self.answers()?;
+        self.stack(volume).seal().map_err(|e| disk_failed(volume, &e))
+    }
+
+    fn rebase(
+        &self,
+        volume: &str,
+        layers: &[(File, hutch_blockdev::Format)],
+    ) -> std::result::Result<(), hutch_vmm::launch::LaunchError> {
+        let layers = layers.iter().map(|(file, format)| (file.try_clone().unwrap(), *format)).collect();
+        self.stack(volume).rebase(layers).unwrap();
+        Ok(())
+    }
+}
+
+/// Makes layers fewer, with this machine or none.
+fn tidy(volumes: &Volumes, machine: Option<&Fake>) {
+    volumes.tidy(&|volume, job| {
+        let _held = volumes.hold([volume]);
+        let has =
+            |fake: &&Fake| fake.disks.lock().unwrap().iter().any(|(have, _, _)| *have == serial(volume));
+        job(machine.filter(has).map(|fake| fake as &dyn Running))
+    });
+}
+
+/// Bytes that all layers take.
+fn room(home: &tempfile::TempDir) -> u64 {
+    let layers = files(&home.path().join("layers")).unwrap();
+    layers.iter().map(|path| fs::metadata(path).unwrap().blocks() * 512).sum()
 }
 
 fn start_of(disk: &dyn Disk) -> String {
@@ -86,29 +172,232 @@ fn what_is_not_there_is_missing_and_leaves_nothing() {
         assert!(matches!(made, Err(HostError::Missing(_))), "{made:?}");
     }
     assert!(matches!(volumes.files("vol-a"), Err(HostError::Missing(_))));
-    assert!(matches!(volumes.create_snapshots(&[("snap-a", "vol-a")]), Err(HostError::Missing(_))));
+    assert!(matches!(volumes.create_snapshots(&[("snap-a", "vol-a")], &[]), Err(HostError::Missing(_))));
     assert!(volumes.create("../vol", MIB, &Source::Empty).is_err());
     volumes.delete("vol-a").unwrap();
     volumes.delete_snapshot("snap-a").unwrap();
-    assert_eq!((names(&home, "volumes"), names(&home, "snapshots")), (vec![], vec![]));
+    for dir in ["volumes", "snapshots", "layers"] {
+        assert_eq!(names(&home, dir), Vec::<String>::new());
+    }
 }
 
 #[test]
-fn a_snapshot_holds_what_the_volume_held_with_holes() {
+fn a_snapshot_of_a_machine_that_goes_on_takes_no_room_but_what_changed() {
+    let home = home();
+    let volumes = open(&home);
+    volumes.create("vol-a", 1 << 40, &Source::Template("micro".into())).unwrap();
+    let machine = Fake::start(&volumes, &["vol-a"]);
+    let users = |machine| [(machine as &dyn Running, vec!["vol-a".to_owned()])];
+    let stack = machine.stack("vol-a");
+    stack.write_at(64 * MIB, &vec![1; 16 << 20]).unwrap();
+    put(&*stack, b"before");
+    // Not flushed: it is in the snapshot all the same.
+    stack.write_at(SECTOR, &[7; 512]).unwrap();
+    volumes.create_snapshots(&[("snap-a", "vol-a")], &users(&machine)).unwrap();
+    let had = room(&home);
+    put(&*stack, b"after");
+    volumes.create_snapshots(&[("snap-b", "vol-a")], &users(&machine)).unwrap();
+    volumes.create_snapshots(&[("snap-b", "vol-a")], &users(&machine)).unwrap();
+    stack.write_at(64 * MIB, &vec![2; 1 << 20]).unwrap();
+    volumes.create_snapshots(&[("snap-c", "vol-a")], &users(&machine)).unwrap();
+    let more = room(&home) - had;
+    assert!((MIB..3 * MIB).contains(&more), "{more} bytes for 1 MiB and one sector, and three empty layers");
+    for (snapshot, holds) in [("snap-a", "before"), ("snap-b", "after")] {
+        assert_eq!(of_snapshot(&volumes, snapshot), holds);
+    }
+    volumes.create("vol-b", 0, &Source::Snapshot("snap-a".into())).unwrap();
+    let mut sector = [0; 512];
+    disk(&volumes, "vol-b").read_at(SECTOR, &mut sector).unwrap();
+    assert_eq!(sector, [7; 512]);
+    // Its process has it, until it ends.
+    assert!(!volumes.is_free("vol-a").unwrap() && volumes.is_free("vol-b").unwrap());
+    assert!(volumes.files("vol-a").unwrap().open().is_err(), "two writers");
+    drop((machine, stack));
+    assert_eq!(start_of(&*disk(&volumes, "vol-a")), "after");
+}
+
+/// The machine hears of a cut, or it does not, and hutchd or the machine goes on without the other.
+#[test]
+fn a_cut_that_was_broken_off_is_carried_on() {
+    for heard in [false, true] {
+        for lives in [false, true] {
+            let home = home();
+            let volumes = open(&home);
+            volumes.create("vol-a", 8 * MIB, &Source::Empty).unwrap();
+            let machine = Fake::start(&volumes, &["vol-a"]);
+            let stack = machine.stack("vol-a");
+            put(&*stack, b"first");
+            // The record is written; then hutchd is killed, before or after the machine heard of it.
+            let record = volumes.record("vol-a").unwrap();
+            volumes.create_layer("vol-a.2.qcow2", record.size).unwrap();
+            let layers = vec!["vol-a.2.qcow2".to_owned(), "vol-a.1.qcow2".to_owned()];
+            volumes.put("vol-a", &Record { layers, cut: true, ..record }).unwrap();
+            if heard {
+                let path = home.path().join("layers/vol-a.2.qcow2");
+                let file = File::options().read(true).write(true).open(path).unwrap();
+                machine.cut(&[(serial("vol-a"), "vol-a.2.qcow2".into(), file)]).unwrap();
+            }
+            put(&*stack, b"second");
+            let volumes = open(&home);
+            tidy(&volumes, Some(&machine));
+            assert_eq!(volumes.record("vol-a").unwrap().layers.len(), 2, "nobody knows yet what is sealed");
+            let take = [("snap-a", "vol-a")];
+            if lives {
+                *machine.dead.lock().unwrap() = true;
+                let users = [(&machine as &dyn Running, vec!["vol-a".to_owned()])];
+                assert!(volumes.create_snapshots(&take, &users).is_err());
+                assert_eq!(names(&home, "snapshots"), Vec::<String>::new());
+                *machine.dead.lock().unwrap() = false;
+                volumes.create_snapshots(&take, &users).unwrap();
+                put(&*stack, b"third");
+            } else {
+                let busy = volumes.create_snapshots(&take, &[]);
+                assert!(matches!(busy, Err(HostError::Busy(_))), "its process is there still: {busy:?}");
+                drop((machine, stack));
+                volumes.create_snapshots(&take, &[]).unwrap();
+                put(&*disk(&volumes, "vol-a"), b"third");
+            }
+            assert_eq!(of_snapshot(&volumes, "snap-a"), "second", "heard: {heard}, lives: {lives}");
+        }
+    }
+}
+
+#[test]
+fn what_is_deleted_gives_back_exactly_its_room() {
     let home = home();
     let volumes = open(&home);
     volumes.create("vol-a", 64 * MIB, &Source::Template("micro".into())).unwrap();
+    let machine = Fake::start(&volumes, &["vol-a"]);
+    let stack = machine.stack("vol-a");
+    let users = [(&machine as &dyn Running, vec!["vol-a".to_owned()])];
+    // Each snapshot has 2 MiB of its own: the first is overwritten by the next.
+    for n in 0..5_u8 {
+        stack.write_at(0, &vec![n + 1; 1 << 20]).unwrap();
+        stack.write_at(u64::from(n + 1) * 4 * MIB, &vec![n + 1; 1 << 20]).unwrap();
+        volumes.create_snapshots(&[(&format!("snap-{n}"), "vol-a")], &users).unwrap();
+    }
+    let holds = |disk: &dyn Disk, last: u8| {
+        let mut bytes = vec![0; 1 << 20];
+        for (at, byte) in (1..=last).map(|n| (u64::from(n) * 4 * MIB, n)).chain([(0, last)]) {
+            disk.read_at(at, &mut bytes).unwrap();
+            assert!(bytes.iter().all(|b| *b == byte), "{at} of {last}");
+        }
+    };
+    let all = room(&home);
+    tidy(&volumes, Some(&machine));
+    assert_eq!(room(&home), all, "all of it is needed");
+    // In any order; what one had alone goes, what others need stays.
+    for (n, alone) in [(1, MIB), (4, 0), (0, MIB), (3, MIB)] {
+        let before = room(&home);
+        volumes.delete_snapshot(&format!("snap-{n}")).unwrap();
+        tidy(&volumes, Some(&machine));
+        let freed = before as i64 - room(&home) as i64;
+        // Tables and headers of a layer come and go, too.
+        let off = freed - alone as i64;
+        assert!(off.abs() < 512 << 10, "snap-{n} freed {freed}");
+        holds(&*stack, 5);
+    }
+    volumes.create("vol-b", 0, &Source::Snapshot("snap-2".into())).unwrap();
+    holds(&*disk(&volumes, "vol-b"), 3);
+    volumes.delete_snapshot("snap-2").unwrap();
+    tidy(&volumes, Some(&machine));
+    holds(&*disk(&volumes, "vol-b"), 3);
+    volumes.delete("vol-b").unwrap();
+    tidy(&volumes, Some(&machine));
+    holds(&*stack, 5);
+    drop((stack, machine));
+    volumes.settle(&["vol-a".into()]);
+    tidy(&volumes, None);
+    assert_eq!(volumes.record("vol-a").unwrap().layers.len(), 2, "its own, and the template");
+    holds(&*disk(&volumes, "vol-a"), 5);
+    assert!((6 * MIB..7 * MIB).contains(&(room(&home) - room_of_template(&home))), "{}", room(&home));
+    volumes.delete("vol-a").unwrap();
+    assert_eq!(names(&home, "layers"), Vec::<String>::new());
+}
+
+fn room_of_template(home: &tempfile::TempDir) -> u64 {
+    let raw =
+        files(&home.path().join("layers")).unwrap().into_iter().filter(|path| has_extension(path, "raw"));
+    raw.map(|path| fs::metadata(path).unwrap().blocks() * 512).sum()
+}
+
+#[test]
+fn a_chain_that_is_long_is_made_short_while_its_machine_runs() {
+    let home = home();
+    let volumes = open(&home);
+    volumes.create("vol-a", 16 * MIB, &Source::Template("micro".into())).unwrap();
+    let machine = Fake::start(&volumes, &["vol-a"]);
+    let stack = machine.stack("vol-a");
+    let users = [(&machine as &dyn Running, vec!["vol-a".to_owned()])];
+    let text = |n: u64| format!("write {n}");
+    for n in 0..50 {
+        put(&*stack, text(n).as_bytes());
+        stack.write_at((n % 16) * MIB + SECTOR, &[n as u8 + 1; 512]).unwrap();
+        volumes.create_snapshots(&[(&format!("snap-{n}"), "vol-a")], &users).unwrap();
+        if n % 10 == 9 {
+            tidy(&volumes, Some(&machine));
+        }
+    }
+    assert!(volumes.record("vol-a").unwrap().layers.len() < 30);
+    for n in [0, 20, 41, 42, 43, 49] {
+        assert_eq!(of_snapshot(&volumes, &format!("snap-{n}")), text(n));
+    }
+    assert_eq!(start_of(&*stack), text(49));
+    let mut sector = [0; 512];
+    stack.read_at(15 * MIB + SECTOR, &mut sector).unwrap();
+    assert_eq!(sector, [48; 512]);
+    (0..50).for_each(|n| volumes.delete_snapshot(&format!("snap-{n}")).unwrap());
+    tidy(&volumes, Some(&machine));
+    assert!(volumes.record("vol-a").unwrap().layers.len() <= 3);
+    assert_eq!(start_of(&*stack), text(49));
+}
+
+#[test]
+fn no_layer_changes_while_it_is_kept_still() {
+    let home = home();
+    let volumes = open(&home);
+    volumes.create("vol-a", 4 * MIB, &Source::Empty).unwrap();
+    for n in 0..2 {
+        put(&*disk(&volumes, "vol-a"), b"something");
+        volumes.create_snapshots(&[(&format!("snap-{n}"), "vol-a")], &[]).unwrap();
+    }
+    volumes.keep_still();
+    volumes.delete_snapshot("snap-0").unwrap();
+    tidy(&volumes, None);
+    assert_eq!(volumes.record("vol-a").unwrap().layers.len(), 3);
+    volumes.release();
+    tidy(&volumes, None);
+    assert_eq!(volumes.record("vol-a").unwrap().layers.len(), 2);
+    assert_eq!(of_snapshot(&volumes, "snap-1"), "something");
+}
+
+#[test]
+fn what_earlier_versions_kept_is_taken_over() {
+    let home = home();
+    let volumes = open(&home);
+    volumes.create("vol-a", 8 * MIB, &Source::Template("micro".into())).unwrap();
     let a = disk(&volumes, "vol-a");
-    put(&*a, b"before");
-    // The volume is open for writing here, as a paused machine has it.
-    volumes.create_snapshots(&[("snap-a", "vol-a")]).unwrap();
-    put(&*a, b"after");
-    volumes.create_snapshots(&[("snap-a", "vol-a")]).unwrap();
-    let size = fs::metadata(home.path().join("snapshots/snap-a.raw")).unwrap();
-    assert_eq!(size.len(), 64 * MIB);
-    assert!(size.blocks() * 512 <= MIB, "{} blocks", size.blocks());
-    volumes.create("vol-b", 0, &Source::Snapshot("snap-a".into())).unwrap();
-    assert_eq!(start_of(&*disk(&volumes, "vol-b")), "before");
+    a.write_at(SECTOR, &[3; 512]).unwrap();
+    drop((a, volumes));
+    let (layers, old) = (home.path().join("layers"), home.path().join("volumes"));
+    fs::rename(layers.join("vol-a.1.qcow2"), old.join("vol-a.qcow2")).unwrap();
+    let base = files(&layers).unwrap().remove(0);
+    fs::rename(&base, old.join("vol-a.base")).unwrap();
+    fs::write(home.path().join("snapshots/snap-a.raw"), [b"kept\0".as_slice(), &[0; 507]].concat()).unwrap();
+    let record = r#"{"size":8388608,"source":{"template":"micro"},"based":true}"#;
+    fs::write(old.join("vol-a.json"), record).unwrap();
+    for _ in 0..2 {
+        let volumes = open(&home);
+        let a = disk(&volumes, "vol-a");
+        let mut sector = [0; 512];
+        a.read_at(SECTOR, &mut sector).unwrap();
+        assert_eq!((start_of(&*a), sector), ("template".into(), [3; 512]));
+        assert_eq!(of_snapshot(&volumes, "snap-a"), "kept");
+        assert_eq!(
+            (names(&home, "volumes"), names(&home, "snapshots")),
+            (vec!["vol-a.json".into()], vec!["snap-a.json".into()])
+        );
+    }
 }
 
 #[test]
@@ -116,7 +405,7 @@ fn a_volume_outlives_what_it_was_made_of() {
     let home = home();
     let volumes = open(&home);
     volumes.create("vol-a", 0, &Source::Template("micro".into())).unwrap();
-    volumes.create_snapshots(&[("snap-a", "vol-a")]).unwrap();
+    volumes.create_snapshots(&[("snap-a", "vol-a")], &[]).unwrap();
     volumes.create("vol-b", 0, &Source::Snapshot("snap-a".into())).unwrap();
     volumes.delete_snapshot("snap-a").unwrap();
     Store::open(home.path()).unwrap().remove("micro").unwrap();
@@ -131,31 +420,31 @@ fn a_volume_outlives_what_it_was_made_of() {
 /// Every state that a crash in the middle of making or deleting a volume can leave is one where it was never made.
 #[test]
 fn a_crash_at_any_step_leaves_a_volume_or_none() {
-    let steps: [&[&str]; 5] = [
-        &["vol-a.base"],
-        &["vol-a.base", "vol-a.qcow2.new"],
-        &["vol-a.base", "vol-a.qcow2"],
-        &["vol-a.base", "vol-a.qcow2", "vol-a.json.new"],
-        &["vol-a.qcow2"],
+    let steps: [&[&str]; 4] = [
+        &["layers/vol-a.1.qcow2.new"],
+        &["layers/vol-a.1.qcow2"],
+        &["layers/vol-a.1.qcow2", "volumes/vol-a.json.new"],
+        &["layers/ami-x.raw"],
     ];
     for left in steps {
         let home = home();
         let volumes = open(&home);
         volumes.create("vol-kept", MIB, &Source::Empty).unwrap();
-        for name in left {
-            fs::write(home.path().join("volumes").join(name), "half").unwrap();
-        }
+        let leave = || left.iter().for_each(|name| fs::write(home.path().join(name), "half").unwrap());
+        leave();
         // Asked again by the same process (an error in between), and by the next one.
         let source = Source::Template("micro".into());
         assert!(volumes.files("vol-a").is_err(), "{left:?}");
         volumes.create("vol-a", 0, &source).unwrap();
         assert_eq!(start_of(&*disk(&volumes, "vol-a")), "template", "{left:?}");
         volumes.delete("vol-a").unwrap();
-        for name in left {
-            fs::write(home.path().join("volumes").join(name), "half").unwrap();
-        }
+        leave();
         let volumes = open(&home);
-        assert_eq!(names(&home, "volumes"), ["vol-kept.json", "vol-kept.qcow2"], "{left:?}");
+        assert_eq!(
+            (names(&home, "volumes"), names(&home, "layers")),
+            (vec!["vol-kept.json".into()], vec!["vol-kept.1.qcow2".into()]),
+            "{left:?}"
+        );
         volumes.create("vol-a", 0, &source).unwrap();
         assert_eq!(start_of(&*disk(&volumes, "vol-a")), "template", "{left:?}");
     }
@@ -167,7 +456,7 @@ fn a_copy_of_a_snapshot_is_whole_without_it() {
     let (volumes, elsewhere) = (open(&home), open(&other));
     volumes.create("vol-a", 4 * MIB, &Source::Empty).unwrap();
     put(&*disk(&volumes, "vol-a"), b"kept");
-    volumes.create_snapshots(&[("snap-a", "vol-a")]).unwrap();
+    volumes.create_snapshots(&[("snap-a", "vol-a")], &[]).unwrap();
     let content = volumes.content(&Source::Snapshot("snap-a".into())).unwrap();
     for place in [&volumes, &elsewhere] {
         place.copy_snapshot("snap-b", &content).unwrap();
@@ -188,9 +477,13 @@ fn a_copy_of_a_snapshot_is_whole_without_it() {
     // What a volume writes is its own.
     volumes.create("vol-c", 4 * MIB, &Source::Snapshot("snap-b".into())).unwrap();
     assert_eq!(start_of(&*disk(&volumes, "vol-c")), "kept");
-    let gone = home.path().join("snapshots/gone.raw");
-    assert!(volumes.copy_snapshot("snap-c", &Content::File(gone)).is_err());
-    assert_eq!(names(&home, "snapshots"), ["snap-b.raw"], "nothing is left of it");
+    let layer = Layer {
+        name: "gone.raw".into(),
+        path: home.path().join("gone.raw"),
+        format: hutch_blockdev::Format::Raw,
+    };
+    assert!(volumes.copy_snapshot("snap-c", &Content::Layers { size: MIB, layers: vec![layer] }).is_err());
+    assert_eq!(names(&home, "snapshots"), ["snap-b.json"], "nothing is left of it");
 }
 
 fn rate(per_second: u64) -> Rate {
@@ -282,19 +575,22 @@ fn snapshots_of_one_instant_are_all_there_or_made_anew() {
         put(&*disk(&volumes, id), b"first");
     }
     let both = [("snap-a", "vol-a"), ("snap-b", "vol-b")];
-    let none = volumes.create_snapshots(&[("snap-a", "vol-a"), ("snap-b", "vol-none")]);
+    let none = volumes.create_snapshots(&[("snap-a", "vol-a"), ("snap-b", "vol-none")], &[]);
     assert!(matches!(none, Err(HostError::Missing(_))), "{none:?}");
     assert_eq!(names(&home, "snapshots"), Vec::<String>::new());
-    volumes.create_snapshots(&both).unwrap();
+    volumes.create_snapshots(&both, &[]).unwrap();
     // Killed between the two: what was taken is of another instant.
     volumes.delete_snapshot("snap-b").unwrap();
     for id in ["vol-a", "vol-b"] {
         put(&*disk(&volumes, id), b"later");
     }
+    drop(volumes);
     for _ in 0..2 {
-        open(&home).create_snapshots(&both).unwrap();
+        let volumes = open(&home);
+        volumes.create_snapshots(&both, &[]).unwrap();
         put(&*disk(&volumes, "vol-a"), b"last");
     }
+    let volumes = open(&home);
     for (snapshot, _) in both {
         let id = format!("vol-{snapshot}");
         volumes.create(&id, 0, &Source::Snapshot(snapshot.into())).unwrap();

@@ -1,0 +1,492 @@
+//! Volumes and snapshots as files.
+//!
+//! ```text
+//!   layers/vol-….3.qcow2     a layer: the top one of its volume, which is written, or sealed
+//!   layers/ami-….raw         a hard link to a template, so that what lies on it outlives it
+//!   volumes/vol-….json       the record, written last and removed first: with it there is a volume, without it there is
+//!                            none; it names the layers, the top one first
+//!   snapshots/snap-….json    likewise of a snapshot, all of whose layers are sealed
+//! ```
+//! The format of a layer is in its name, which we gave it; no header names a base. A file is written under another
+//! name, made durable and renamed. Layers that no record names go; what a crash left half done is removed when the
+//! directories are opened.
+
+mod chains;
+mod files;
+mod migrate;
+mod snapshots;
+mod tidy;
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use hutch_blockdev::store::lock;
+use hutch_blockdev::{DiskErrorKind, Format, SECTOR, open_layers, qcow2};
+use hutch_imagestore::store::{Image, Store, StoreError};
+use hutch_vmm::config::Rate;
+use serde::{Deserialize, Serialize};
+
+use super::super::{HostError, Result, Source, Template};
+use chains::{Chain, Chains};
+pub use files::{chain, failed, files, has_extension, remove, sync_dir, write};
+use files::{disk_failed, link, path, sweep};
+pub use snapshots::User;
+pub use tidy::Running;
+
+/// What is kept of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Record {
+    /// In bytes, a multiple of 512.
+    size: u64,
+    source: Source,
+    /// Its layers, the top one first.
+    layers: Chain,
+    /// What it may do.
+    #[serde(default)]
+    rate: Rate,
+    /// It is being made larger: its file may still have this size.
+    #[serde(default)]
+    growing: Option<u64>,
+    /// The top layer is new: a machine that runs may still write to the second.
+    #[serde(default)]
+    cut: bool,
+}
+
+/// The files of a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Files {
+    /// The top one first, which was written to it; the others are only read.
+    pub layers: Vec<(PathBuf, Format)>,
+    /// What the top one is called.
+    pub top: String,
+}
+
+/// The volumes and snapshots of a host, and the templates that volumes are made of.
+pub struct Volumes {
+    layers: PathBuf,
+    volumes: PathBuf,
+    snapshots: PathBuf,
+    templates: Store,
+    /// Held while it is decided which layers there are: who opens or links some, and who removes some.
+    chains: Mutex<Chains>,
+    busy: Mutex<BTreeSet<String>>,
+    free: Condvar,
+    /// Volumes whose machine has been told since this process began what they are.
+    told: Mutex<BTreeSet<String>>,
+    tidying: tidy::Tidying,
+}
+
+/// Asks a machine for a size and a rate of its disk.
+pub type Ask<'a> = dyn Fn(u64, &Rate) -> Result<()> + 'a;
+
+/// Volumes that nobody else holds until this is dropped.
+pub struct Hold<'a> {
+    all: &'a Volumes,
+    ids: BTreeSet<String>,
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        let mut busy = self.all.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.retain(|id| !self.ids.contains(id));
+        self.all.free.notify_all();
+    }
+}
+
+impl Volumes {
+    /// Opens `dir/volumes`, `dir/snapshots` and `dir/layers`, makes them where they are not there, and removes what a crash
+    /// left.
+    ///
+    /// # Errors
+    /// A directory cannot be made, read or cleaned.
+    pub fn open(dir: &Path, templates: Store) -> Result<Volumes> {
+        let all = Volumes {
+            layers: dir.join("layers"),
+            volumes: dir.join("volumes"),
+            snapshots: dir.join("snapshots"),
+            templates,
+            chains: Mutex::default(),
+            busy: Mutex::default(),
+            free: Condvar::new(),
+            told: Mutex::default(),
+            tidying: tidy::Tidying::default(),
+        };
+        for dir in [&all.volumes, &all.snapshots, &all.layers] {
+            fs::create_dir_all(dir).map_err(|e| failed(dir, e))?;
+        }
+        migrate::migrate(&all)?;
+        sweep(&all.snapshots, |path| !has_extension(path, "json"))?;
+        sweep(&all.volumes, |path| !has_extension(path, "json"))?;
+        {
+            let mut chains = all.chains();
+            for id in recorded(&all.volumes)? {
+                let record = all.record(&id)?;
+                if record.cut {
+                    chains.cut.insert(id.clone());
+                }
+                chains.volumes.insert(id, record.layers);
+            }
+            for id in recorded(&all.snapshots)? {
+                let kept = all.snapshot(&id)?;
+                chains.snapshots.insert(id, kept.layers);
+            }
+            let named = |path: &Path| Some(path.file_name()?.to_str()?.to_owned());
+            sweep(&all.layers, |path| named(path).is_none_or(|layer| !chains.unused([&layer]).is_empty()))?;
+        }
+        Ok(all)
+    }
+
+    fn chains(&self) -> MutexGuard<'_, Chains> {
+        self.chains.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nobody holds any of these volumes, and holds all of them: while a machine is started on them, while they
+    /// are copied, while one grows. None of these may see a half of another.
+    pub fn hold<'a>(&self, ids: impl IntoIterator<Item = &'a str>) -> Hold<'_> {
+        let ids: BTreeSet<String> = ids.into_iter().map(str::to_owned).collect();
+        let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = self.free.wait_while(busy, |busy| !busy.is_disjoint(&ids));
+        free.unwrap_or_else(PoisonError::into_inner).extend(ids.iter().cloned());
+        Hold { all: self, ids }
+    }
+
+    /// Whether no process may write to a volume now. One that is gone is free.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn is_free(&self, id: &str) -> Result<bool> {
+        let Some(chain) = self.chains().volumes.get(id).cloned() else { return Ok(true) };
+        // A machine that has not heard of a cut has the second.
+        for layer in chain.iter().take(2).filter(|layer| chains::is_volume(layer)) {
+            let layer = self.layers.join(layer);
+            match File::open(&layer) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                file => {
+                    if lock(&file.map_err(|e| failed(&layer, e))?, true).is_err() {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Where volumes are.
+    pub fn directory(&self) -> &Path {
+        &self.volumes
+    }
+
+    /// Where layers are.
+    pub fn layers_directory(&self) -> &Path {
+        &self.layers
+    }
+
+    /// Where snapshots are.
+    pub fn snapshots_directory(&self) -> &Path {
+        &self.snapshots
+    }
+
+    /// The templates as they are kept.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn images(&self) -> Result<Vec<Image>> {
+        self.templates.list().map_err(|e| HostError::Failed(chain(&e)))
+    }
+
+    /// The templates, the oldest first.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn templates(&self) -> Result<Vec<Template>> {
+        let images = self.images()?;
+        let template = |record: hutch_imagestore::store::Record| Template {
+            name: record.name,
+            digest: record.source_sha256,
+            size: record.virtual_size,
+        };
+        Ok(images.into_iter().map(|image| template(image.record)).collect())
+    }
+
+    /// See [`Host::create_volume`](super::super::Host::create_volume). Takes the same time whatever the size.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`] source, [`HostError::NoRoom`]. The templates have to be on the file system of the volumes.
+    pub fn create(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {
+        let record_path = path(&self.volumes, id, "json")?;
+        if record_path.exists() {
+            // As of a snapshot: its name may not be durable yet.
+            return sync_dir(&self.volumes);
+        }
+        let made = self.lay(id, bytes, source);
+        if made.is_err() {
+            self.forget_volume(id)?;
+        }
+        made
+    }
+
+    /// Makes a volume that has no record.
+    fn lay(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {
+        let (least, layers) = {
+            let mut chains = self.chains();
+            let (least, below) = self.below(&chains, source)?;
+            let top = chains::next(id, &below);
+            let layers: Chain = [top].into_iter().chain(below).collect();
+            // From now on nobody takes them away.
+            chains.volumes.insert(id.to_owned(), layers.clone());
+            (least, layers)
+        };
+        let size = bytes.max(least).checked_next_multiple_of(SECTOR);
+        let size =
+            size.ok_or_else(|| HostError::Failed(format!("the volume {id} cannot have {bytes} bytes")))?;
+        self.create_layer(layers.first().map_or("", |top| top), size)?;
+        let (rate, growing, cut) = Default::default();
+        self.put(id, &Record { size, source: source.clone(), layers, rate, growing, cut })
+    }
+
+    /// Makes an empty layer. Whatever has its name is a crash's, and is replaced.
+    fn create_layer(&self, name: &str, size: u64) -> Result<()> {
+        write(&self.layers.join(name), |file| qcow2::create(file, size).map_err(|e| disk_failed(name, &e)))
+    }
+
+    /// What a volume of this source lies on, and its size.
+    fn below(&self, chains: &Chains, source: &Source) -> Result<(u64, Chain)> {
+        match source {
+            Source::Empty => Ok((0, Chain::new())),
+            Source::Template(name) => {
+                let image = self.template(name)?;
+                let layer = template_layer(&image);
+                let to = self.layers.join(&layer);
+                link(&image.disk(), &to)?;
+                Ok((fs::metadata(&to).map_err(|e| failed(&to, e))?.len(), vec![layer]))
+            }
+            Source::Snapshot(id) => {
+                let missing = || HostError::Missing(format!("snapshot {id}"));
+                let layers = chains.snapshots.get(id).cloned().ok_or_else(missing)?;
+                Ok((self.snapshot(id)?.size, layers))
+            }
+        }
+    }
+
+    fn template(&self, name: &str) -> Result<Image> {
+        self.templates.get(name).map_err(|e| match e {
+            StoreError::NotFound { .. } => HostError::Missing(format!("template {name}")),
+            e => HostError::Failed(chain(&e)),
+        })
+    }
+
+    /// Takes a volume off the books, and removes the layers that only it had.
+    fn forget_volume(&self, id: &str) -> Result<()> {
+        let mut chains = self.chains();
+        chains.cut.remove(id);
+        let had = chains.volumes.remove(id).unwrap_or_default();
+        self.remove_unused(&chains, &had)
+    }
+
+    fn remove_unused(&self, chains: &Chains, of: &Chain) -> Result<()> {
+        chains.unused(of).into_iter().try_for_each(|layer| remove(&self.layers.join(layer)))
+    }
+
+    /// See [`Host::modify_volume`](super::super::Host::modify_volume). Who calls it holds the volume. `machine` asks the
+    /// machine that has it for that size and that rate: only a machine may write to what it runs on.
+    ///
+    /// The record is written first, so that who comes after a crash knows what was meant; a machine that is started next
+    /// finds its volume large.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`], [`HostError::NoRoom`].
+    pub fn modify(&self, id: &str, bytes: u64, rate: &Rate, machine: Option<&Ask<'_>>) -> Result<()> {
+        let old = self.record(id)?;
+        let size = bytes.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX).max(old.size);
+        let had = (size > old.size).then_some(old.size);
+        let meant = Record { size, rate: rate.clone(), growing: old.growing.or(had), ..old.clone() };
+        let told = || self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if meant == old && meant.growing.is_none() && (machine.is_none() || told().contains(id)) {
+            return Ok(());
+        }
+        // Until the machine has heard of it, nobody takes it for told.
+        told().remove(id);
+        if meant != old {
+            self.put(id, &meant)?;
+        }
+        let done = match machine {
+            Some(ask) => ask(size, rate),
+            None if meant.growing.is_some() => self.grow(id, &meant),
+            None => Ok(()),
+        };
+        match &done {
+            Ok(()) if meant.growing.is_some() => self.put(id, &Record { growing: None, ..meant })?,
+            Ok(()) => {}
+            // As it was, so that nobody tries it again.
+            Err(HostError::NoRoom(_)) => {
+                self.put(id, &Record { size: meant.growing.unwrap_or(old.size), growing: None, ..old })?;
+            }
+            Err(_) => {}
+        }
+        if done.is_ok() {
+            told().insert(id.to_owned());
+        }
+        done
+    }
+
+    /// Makes the file of a volume that no machine has as large as its record says.
+    fn grow(&self, id: &str, record: &Record) -> Result<()> {
+        let disk = open_layers(self.files_of(record).open()?, false).map_err(|e| disk_failed(id, &e))?;
+        match disk.grow(record.size) {
+            Err(e) if e.kind == DiskErrorKind::OutOfRange => {
+                Err(HostError::NoRoom(format!("the volume {id}: {}", chain(&e))))
+            }
+            grown => grown.map_err(|e| disk_failed(id, &e)),
+        }
+    }
+
+    /// The files of a volume for a machine that is being started, and what the volume may do. A growth that was cut short
+    /// is done first. Who calls it holds the volume.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`].
+    pub fn ready(&self, id: &str) -> Result<(Files, Rate)> {
+        self.end_cut(id, None)?;
+        let record = self.record(id)?;
+        if record.growing.is_some() {
+            match self.grow(id, &record) {
+                Ok(()) => self.put(id, &Record { growing: None, ..record.clone() })?,
+                // It is tried again by who wants it so large, and then by the machine.
+                Err(error) => tracing::warn!(volume = id, %error, "it does not grow"),
+            }
+        }
+        Ok((self.files_of(&record), record.rate))
+    }
+
+    fn put(&self, id: &str, record: &Record) -> Result<()> {
+        let path = path(&self.volumes, id, "json")?;
+        write_record(&path, record)?;
+        let mut chains = self.chains();
+        match record.cut {
+            true => chains.cut.insert(id.to_owned()),
+            false => chains.cut.remove(id),
+        };
+        chains.volumes.insert(id.to_owned(), record.layers.clone());
+        Ok(())
+    }
+
+    fn record(&self, id: &str) -> Result<Record> {
+        let missing = || HostError::Missing(format!("volume {id}"));
+        read_record(&path(&self.volumes, id, "json")?)?.ok_or_else(missing)
+    }
+
+    /// Removes a volume, if it is there. Nobody may have it.
+    ///
+    /// # Errors
+    /// A file cannot be removed.
+    pub fn delete(&self, id: &str) -> Result<()> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        remove(&path(&self.volumes, id, "json")?)?;
+        sync_dir(&self.volumes)?;
+        self.forget_volume(id)?;
+        self.tidying.wake();
+        Ok(())
+    }
+
+    /// The files of a volume.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`].
+    pub fn files(&self, id: &str) -> Result<Files> {
+        Ok(self.files_of(&self.record(id)?))
+    }
+
+    fn files_of(&self, record: &Record) -> Files {
+        let top = record.layers.first().cloned().unwrap_or_default();
+        Files { layers: self.paths(&record.layers), top }
+    }
+
+    fn paths(&self, layers: &Chain) -> Vec<(PathBuf, Format)> {
+        let format = |layer: &str| if chains::is_volume(layer) { Format::Qcow2 } else { Format::Raw };
+        layers.iter().map(|layer| (self.layers.join(layer), format(layer))).collect()
+    }
+}
+
+impl Files {
+    /// Opens them for a machine, the top one first; no other machine may have the volume.
+    ///
+    /// # Errors
+    /// They cannot be opened, or somebody has them.
+    pub fn open(&self) -> Result<Vec<(File, Format)>> {
+        let files = self.opened()?;
+        for (depth, (file, _)) in files.iter().enumerate() {
+            lock(file, depth > 0).map_err(|e| disk_failed(&self.top, &e))?;
+        }
+        Ok(files)
+    }
+
+    /// Likewise, before anybody has them.
+    fn opened(&self) -> Result<Vec<(File, Format)>> {
+        let open = |(depth, (path, format)): (usize, &(PathBuf, Format))| {
+            let write = depth == 0;
+            let file = File::options().read(true).write(write).open(path).map_err(|e| failed(path, e))?;
+            Ok((file, *format))
+        };
+        self.layers.iter().enumerate().map(open).collect()
+    }
+}
+
+/// What a template is called as a layer.
+fn template_layer(image: &Image) -> String {
+    format!("{}.raw", image.record.id)
+}
+
+/// Opens layers that nobody writes to, the top one first.
+fn open_sealed(layers: &[(PathBuf, Format)]) -> Result<Vec<(File, Format)>> {
+    let open = |(path, format): &(PathBuf, Format)| match File::open(path) {
+        Ok(file) => Ok((file, *format)),
+        Err(e) => Err(failed(path, e)),
+    };
+    layers.iter().map(open).collect()
+}
+
+/// What a guest reads as the serial of a volume's disk: its id without the dash, as on EC2.
+pub(super) fn serial(volume: &str) -> String {
+    volume.replacen('-', "", 1)
+}
+
+/// The layers that a record of a volume or a snapshot names.
+///
+/// # Errors
+/// It cannot be read.
+pub fn layers_of(record: &Path) -> Result<Vec<String>> {
+    #[derive(Deserialize)]
+    struct Layers {
+        layers: Vec<String>,
+    }
+    let read = read_record::<Layers>(record)?;
+    read.map(|record| record.layers).ok_or_else(|| HostError::Missing(format!("record {}", record.display())))
+}
+
+/// The ids of the records in a directory.
+fn recorded(dir: &Path) -> Result<Vec<String>> {
+    let records = files(dir)?.into_iter().filter(|path| has_extension(path, "json"));
+    Ok(records.filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned())).collect())
+}
+
+fn write_record<T: Serialize>(path: &Path, record: &T) -> Result<()> {
+    let text = serde_json::to_vec(record).map_err(|e| failed(path, e.into()))?;
+    write(path, |file| file.write_all_at(&text, 0).map_err(|e| failed(path, e)))
+}
+
+fn read_record<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Option<T>> {
+    match fs::read(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        text => {
+            let text = text.map_err(|e| failed(path, e))?;
+            serde_json::from_slice(&text).map(Some).map_err(|e| failed(path, e.into()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

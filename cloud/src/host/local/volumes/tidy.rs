@@ -1,0 +1,364 @@
+//! Layers that are too many become fewer, while machines run on them: those that only one other needs, and those of
+//! chains that are long.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use hutch_blockdev::qcow2::{commit, pull};
+use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Format, Qcow2Disk, open_layers, qcow2};
+use hutch_vmm::launch::LaunchError;
+
+use super::super::super::{HostError, Result};
+use super::chains::{Chain, Pair, merged};
+use super::files::{disk_failed, each_piece, failed, write};
+use super::snapshots::Kept;
+use super::{Record, Volumes, open_sealed, path, write_record};
+
+/// A chain so long is made short: well before a machine can open no more.
+const LONG: usize = 40;
+
+/// A machine that has volumes.
+pub trait Running {
+    /// Gives disks new top layers: the serial, the name and the file of each. One that has it already keeps it.
+    ///
+    /// # Errors
+    /// It refuses, or does not answer.
+    fn cut(&self, cuts: &[(String, String, File)]) -> Result<()>;
+
+    /// Makes what is beneath the top layer of a volume durable.
+    ///
+    /// # Errors
+    /// It refuses, or does not answer.
+    fn seal(&self, volume: &str) -> Result<()>;
+
+    /// Lays the top layer of a volume on other files of the same bytes.
+    ///
+    /// # Errors
+    /// It refuses, or does not answer.
+    fn rebase(&self, volume: &str, layers: &[(File, Format)]) -> std::result::Result<(), LaunchError>;
+}
+
+/// What there is to do, and whether it may be done now.
+#[derive(Default)]
+pub(super) struct Tidying {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Whoever is at it is to let it be.
+    stop: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    /// Somebody changed the chains.
+    due: bool,
+    /// Volumes whose second layer was a snapshot that is gone.
+    folds: BTreeSet<String>,
+    /// Layers are being written.
+    at_work: bool,
+    /// So many want no layer to change.
+    still: usize,
+    closing: bool,
+}
+
+impl Tidying {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has all chains looked at.
+    pub(super) fn wake(&self) {
+        self.state().due = true;
+        self.changed.notify_all();
+    }
+
+    /// Has these volumes made one with what lies beneath them, where nobody else needs it.
+    pub(super) fn want(&self, volumes: impl IntoIterator<Item = String>) {
+        self.state().folds.extend(volumes);
+        self.wake();
+    }
+
+    /// Waits for work; `false` when there will be none.
+    fn wait(&self) -> bool {
+        let idle = |state: &mut State| !state.closing && (!state.due || state.still > 0);
+        let mut state = self.changed.wait_while(self.state(), idle).unwrap_or_else(PoisonError::into_inner);
+        state.due = false;
+        !state.closing
+    }
+
+    /// Does `job` unless no layer may change now.
+    fn work<T>(&self, job: impl FnOnce() -> T) -> Option<T> {
+        {
+            let mut state = self.state();
+            if state.still > 0 || state.closing {
+                state.due = true;
+                return None;
+            }
+            state.at_work = true;
+            self.stop.store(false, Ordering::Release);
+        }
+        let done = job();
+        self.state().at_work = false;
+        self.changed.notify_all();
+        Some(done)
+    }
+
+    /// Whether to go on with what was begun.
+    fn go_on(&self) -> std::result::Result<(), DiskError> {
+        let context = "it is put off";
+        match self.stop.load(Ordering::Acquire) {
+            true => Err(DiskError { kind: DiskErrorKind::Busy, context: context.into(), source: None }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Finds the machine that runs and has a volume, and does something with it.
+pub type WithMachine<'a> =
+    dyn Fn(&str, &mut dyn FnMut(Option<&dyn Running>) -> Result<()>) -> Result<()> + 'a;
+
+impl Volumes {
+    /// Has no sealed layer change until [`Volumes::release`]. What is being written of one is cut off.
+    pub fn keep_still(&self) {
+        let tidying = &self.tidying;
+        let mut state = tidying.state();
+        state.still += 1;
+        tidying.stop.store(true, Ordering::Release);
+        drop(tidying.changed.wait_while(state, |state| state.at_work));
+    }
+
+    /// Lets layers change again.
+    pub fn release(&self) {
+        self.tidying.state().still -= 1;
+        self.tidying.changed.notify_all();
+    }
+
+    /// Has volumes made one with what lies beneath them, where nobody else needs it: they are written to no more.
+    pub fn settle(&self, volumes: &[String]) {
+        self.tidying.want(volumes.iter().cloned());
+    }
+
+    /// Ends [`Volumes::keep_tidy`], soon.
+    pub fn close(&self) {
+        self.tidying.state().closing = true;
+        self.tidying.stop.store(true, Ordering::Release);
+        self.tidying.changed.notify_all();
+    }
+
+    /// Makes layers fewer whenever there are too many, until [`Volumes::close`].
+    pub fn keep_tidy(&self, machine: &WithMachine<'_>) {
+        self.tidying.wake();
+        while self.tidying.wait() {
+            self.tidy(machine);
+        }
+    }
+
+    /// Makes layers fewer as far as that can be done now.
+    pub fn tidy(&self, machine: &WithMachine<'_>) {
+        // What cannot be done is tried again when something changes.
+        let mut tried: BTreeSet<Pair> = BTreeSet::new();
+        loop {
+            let folds = std::mem::take(&mut self.tidying.state().folds);
+            for volume in folds {
+                self.report(&volume, self.fold(&volume, machine));
+            }
+            let pairs = self.chains().pairs();
+            let Some(pair) = pairs.into_iter().find(|pair| !tried.contains(pair)) else { break };
+            tried.insert(pair.clone());
+            self.report(&pair.0, self.merge(&pair, machine));
+        }
+        let long = |(volume, chain): (&String, &Chain)| (chain.len() > LONG).then(|| volume.clone());
+        let long: Vec<String> = self.chains().volumes.iter().filter_map(long).collect();
+        for volume in long {
+            self.report(&volume, self.flatten(&volume, machine));
+        }
+    }
+
+    fn report(&self, what: &str, done: Result<()>) {
+        if let Err(error) = done {
+            tracing::warn!(layer = what, %error, "its layers stay as they are for now");
+        }
+    }
+
+    /// Merges the top layer of a volume with the one beneath, where nobody else needs that.
+    fn fold(&self, volume: &str, machine: &WithMachine<'_>) -> Result<()> {
+        if self.chains().fold(volume).is_none() {
+            return Ok(());
+        }
+        machine(volume, &mut |running| {
+            let Some(pair) = self.chains().fold(volume) else { return Ok(()) };
+            match running {
+                // Sealed, it can be merged like any other.
+                Some(_) if self.is_shared(&pair.1)? => Ok(()),
+                Some(machine) => self.cut(&[volume], &[(machine, vec![volume.to_owned()])]),
+                // Nobody has it: it is held here, until it is one.
+                None if self.is_free(volume)? => {
+                    let one = self.unite(&pair)?;
+                    let record = self.record(volume)?;
+                    let Some(layers) = merged(&record.layers, &pair, &one).filter(|_| !one.is_empty()) else {
+                        return Ok(());
+                    };
+                    self.put(volume, &Record { layers, ..record })?;
+                    self.remove_unused(&self.chains(), &vec![pair.0, pair.1])
+                }
+                None => Ok(()),
+            }
+        })
+    }
+
+    /// Merges two sealed layers.
+    fn merge(&self, pair: &Pair, machine: &WithMachine<'_>) -> Result<()> {
+        let one = self.unite(pair)?;
+        if one.is_empty() {
+            return Ok(());
+        }
+        let has = |chain: &Chain| merged(chain, pair, &one).is_some();
+        let mut done = BTreeSet::new();
+        loop {
+            let of = |(id, chain): (&String, &Chain)| (has(chain) && !done.contains(id)).then(|| id.clone());
+            // One may have been made of a snapshot meanwhile.
+            let Some(volume) = self.chains().volumes.iter().find_map(of) else { break };
+            machine(&volume, &mut |running| {
+                let Ok(record) = self.record(&volume) else { return Ok(()) };
+                let Some(layers) = merged(&record.layers, pair, &one) else { return Ok(()) };
+                self.replace(&volume, Record { layers, ..record }, running)
+            })?;
+            done.insert(volume);
+        }
+        let mut chains = self.chains();
+        for (id, chain) in chains.snapshots.clone() {
+            if let Some(layers) = merged(&chain, pair, &one) {
+                let kept = Kept { layers: layers.clone(), ..self.snapshot(&id)? };
+                write_record(&path(&self.snapshots, &id, "json")?, &kept)?;
+                chains.snapshots.insert(id, layers);
+            }
+        }
+        self.remove_unused(&chains, &vec![pair.0.clone(), pair.1.clone()])
+    }
+
+    /// Records other layers of the same bytes; a machine that has the volume is given them.
+    fn replace(&self, volume: &str, record: Record, running: Option<&dyn Running>) -> Result<()> {
+        self.put(volume, &record)?;
+        let below = record.layers.get(1..).unwrap_or_default().to_vec();
+        if let Some(machine) = running.filter(|_| !record.cut) {
+            // Until it has them, or is started anew, it keeps those that it has, though they have no names any more.
+            let files = super::Files { layers: self.paths(&below), top: String::new() };
+            let layers = open_sealed(&files.layers)?;
+            if let Err(error) = machine.rebase(volume, &layers) {
+                let error = super::chain(&error);
+                tracing::info!(volume, error, "its machine keeps the old layers until it ends");
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether another region has a layer too.
+    fn is_shared(&self, layer: &str) -> Result<bool> {
+        let path = self.layers.join(layer);
+        Ok(path.metadata().map_err(|e| failed(&path, e))?.nlink() > 1)
+    }
+
+    /// Writes the smaller of two layers into the other, and returns which holds both then; nothing where that cannot be
+    /// now.
+    fn unite(&self, pair: &Pair) -> Result<String> {
+        let (upper, lower) = (self.layers.join(&pair.0), self.layers.join(&pair.1));
+        let about = |path: &std::path::Path| path.metadata().map_err(|e| failed(path, e));
+        let (above, below) = (about(&upper)?, about(&lower)?);
+        // Another region reads them, too.
+        if above.nlink() > 1 || below.nlink() > 1 {
+            return Ok(String::new());
+        }
+        let down = above.blocks() <= below.blocks();
+        let (one, other) = if down { (&pair.1, &upper) } else { (&pair.0, &lower) };
+        let base = self.beneath(one)?;
+        let open = |path: &std::path::Path, write: bool| {
+            let file = File::options().read(true).write(write).open(path).map_err(|e| failed(path, e))?;
+            Ok::<_, HostError>(Arc::new(file))
+        };
+        let into = self.layers.join(one);
+        let disk =
+            |file, base, read_only| Qcow2Disk::on(file, base, read_only).map_err(|e| disk_failed(one, &e));
+        let done = self.tidying.work(|| {
+            let into = disk(open(&into, true)?, base, false)?;
+            let other = disk(open(other, false)?, None, true)?;
+            let go_on = &mut |_| self.tidying.go_on();
+            let merge = if down { commit(&other, &into, go_on) } else { pull(&into, &other, go_on) };
+            match merge {
+                Err(e) if e.kind == DiskErrorKind::Busy => Ok(String::new()),
+                merge => merge.map(|()| one.clone()).map_err(|e| disk_failed(one, &e)),
+            }
+        });
+        let one = done.unwrap_or_else(|| Ok(String::new()))?;
+        if !one.is_empty() {
+            tracing::info!(upper = pair.0, lower = pair.1, into = one, "two layers are one");
+        }
+        Ok(one)
+    }
+
+    /// What a layer lies on, as the chains have it.
+    fn beneath(&self, layer: &str) -> Result<Option<Arc<dyn Disk>>> {
+        let files = {
+            let chains = self.chains();
+            let mut all = chains.volumes.values().chain(chains.snapshots.values());
+            let below = all.find_map(|chain| {
+                let at = chain.iter().position(|have| have == layer)?;
+                Some(chain.get(at + 1..).unwrap_or_default().to_vec())
+            });
+            open_sealed(&self.paths(&below.unwrap_or_default()))?
+        };
+        match files.is_empty() {
+            true => Ok(None),
+            false => open_layers(files, true).map(Some).map_err(|e| disk_failed(layer, &e)),
+        }
+    }
+
+    /// Copies what lies beneath the top layer of a volume into one: every layer of it is a snapshot's.
+    fn flatten(&self, volume: &str, machine: &WithMachine<'_>) -> Result<()> {
+        let (below, cut) = {
+            let chains = self.chains();
+            let chain = chains.volumes.get(volume).cloned().unwrap_or_default();
+            (chain.get(1..).unwrap_or_default().to_vec(), chains.cut.contains(volume))
+        };
+        let Some(head) = below.first().filter(|_| !cut && below.len() >= LONG) else { return Ok(()) };
+        let number = head.trim_end_matches(".qcow2").rsplit('.').next().unwrap_or_default();
+        let name = format!("{volume}.flat{number}.qcow2");
+        let files = {
+            let _chains = self.chains();
+            open_sealed(&self.paths(&below))?
+        };
+        let from = open_layers(files, true).map_err(|e| disk_failed(volume, &e))?;
+        let wrong = |e: DiskError| disk_failed(volume, &e);
+        let copied = self.tidying.work(|| {
+            write(&self.layers.join(&name), |file| {
+                qcow2::create(file, from.size()).map_err(wrong)?;
+                let file = file.try_clone().map_err(|e| failed(&self.layers, e))?;
+                let to = Qcow2Disk::on(Arc::new(file), None, false).map_err(wrong)?;
+                each_piece(&*from, |at, piece| {
+                    self.tidying.go_on()?;
+                    to.write_at(at, piece)
+                })
+                .and_then(|()| to.flush())
+                .map_err(wrong)
+            })
+        });
+        let Some(copied) = copied else { return Ok(()) };
+        copied?;
+        let used = |layers: &Chain| layers.ends_with(&below);
+        machine(volume, &mut |running| {
+            let record = self.record(volume)?;
+            if !used(&record.layers) {
+                return Ok(());
+            }
+            let mut layers = record.layers.clone();
+            layers.truncate(layers.len() - below.len());
+            layers.push(name.clone());
+            tracing::info!(volume, layers = below.len(), "its layers are one");
+            self.replace(volume, Record { layers, ..record }, running)
+        })?;
+        let chains = self.chains();
+        let old: Chain = below.into_iter().chain([name]).collect();
+        self.remove_unused(&chains, &old)
+    }
+}
