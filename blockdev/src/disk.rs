@@ -18,6 +18,8 @@ pub enum DiskErrorKind {
     Io,
     /// The image breaks the rules of its format, or carries a feature that is refused.
     Format,
+    /// The image is encrypted and the key is missing or another's, or it is not and there is one.
+    Key,
     /// Another process holds the disk (OFD lock).
     Busy,
     /// An earlier error made the disk unusable until it is checked; nothing was written since.
@@ -45,6 +47,11 @@ impl DiskError {
             _ => DiskErrorKind::Io,
         };
         DiskError { kind, context: format!("cannot {what}"), source: Some(source) }
+    }
+
+    /// What is wrong with the key: `why`.
+    pub(crate) fn key(why: impl Into<String>) -> DiskError {
+        DiskError { kind: DiskErrorKind::Key, context: why.into(), source: None }
     }
 
     /// The image is not what its format says: `why`.

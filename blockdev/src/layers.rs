@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::qcow2::{Chain, Sealed};
 use crate::stack::{Stack, Under};
 use crate::store::lock;
-use crate::{Disk, DiskError, Qcow2Disk, RawDisk, Result};
+use crate::{Disk, DiskError, Key, Qcow2Disk, RawDisk, Result};
 
 /// The most files of a disk.
 pub const MAX_LAYERS: usize = 64;
@@ -18,6 +18,23 @@ pub enum Format {
     Raw,
     /// qcow2.
     Qcow2,
+}
+
+/// A file of a disk.
+#[derive(Debug)]
+pub struct Layer {
+    /// The file.
+    pub file: File,
+    /// What its bytes mean.
+    pub format: Format,
+    /// What the guest's bytes in it are encrypted with.
+    pub key: Option<Key>,
+}
+
+impl From<(File, Format)> for Layer {
+    fn from((file, format): (File, Format)) -> Layer {
+        Layer { file, format, key: None }
+    }
 }
 
 /// A disk that was opened.
@@ -32,16 +49,17 @@ pub struct Opened {
 /// Opens a disk from its files, the top one first. Only the top one is ever written, unless `read_only`.
 ///
 /// # Errors
-/// `Format` when there is no layer, more than [`MAX_LAYERS`], or a raw one on another; else those of the layer.
-pub fn open_layers(layers: Vec<(File, Format)>, read_only: bool) -> Result<Arc<dyn Disk>> {
-    Ok(open(layers, read_only)?.disk)
+/// `Format` when there is no layer, more than [`MAX_LAYERS`], or a raw one on another; `Key` when one is missing,
+/// another's, or of a layer that is not encrypted; else those of the layer.
+pub fn open_layers<L: Into<Layer>>(layers: Vec<L>, read_only: bool) -> Result<Arc<dyn Disk>> {
+    Ok(open(layers.into_iter().map(Into::into).collect(), read_only)?.disk)
 }
 
 /// As [`open_layers`], for who may give it a new layer.
 ///
 /// # Errors
 /// Those of [`open_layers`].
-pub fn open(mut layers: Vec<(File, Format)>, read_only: bool) -> Result<Opened> {
+pub fn open(mut layers: Vec<Layer>, read_only: bool) -> Result<Opened> {
     let count = layers.len();
     if layers.is_empty() || count > MAX_LAYERS {
         return Err(DiskError::format(format!("a disk has 1 to {MAX_LAYERS} layers, not {count}")));
@@ -51,40 +69,46 @@ pub fn open(mut layers: Vec<(File, Format)>, read_only: bool) -> Result<Opened> 
         let disk = under(layers)?.disk()?;
         return disk.map(alone).ok_or_else(|| DiskError::format("a disk has at least one layer"));
     }
-    match layers.remove(0) {
-        (file, Format::Qcow2) => {
-            let stack = Arc::new(Stack::open(file, under(layers)?)?);
+    let Layer { file, format, key } = layers.remove(0);
+    match format {
+        Format::Qcow2 => {
+            let stack = Arc::new(Stack::open(file, key, under(layers)?)?);
             Ok(Opened { disk: stack.clone(), stack: Some(stack) })
         }
-        (file, Format::Raw) if count == 1 => Ok(alone(Arc::new(RawDisk::open(file, false)?))),
-        (_, Format::Raw) => Err(raw(0, count)),
+        Format::Raw => {
+            check_raw(0, count, key.as_ref())?;
+            Ok(alone(Arc::new(RawDisk::open(file, false)?)))
+        }
     }
 }
 
-fn raw(depth: usize, count: usize) -> DiskError {
-    DiskError::format(format!("layer {depth} of {count} is raw, so it cannot lie on another"))
+/// A raw layer lies on nothing, and is plain.
+fn check_raw(depth: usize, count: usize, key: Option<&Key>) -> Result<()> {
+    let why = |what| format!("layer {depth} of {count} is raw, so it cannot {what}");
+    if depth + 1 < count {
+        return Err(DiskError::format(why("lie on another")));
+    }
+    key.map_or(Ok(()), |_| Err(DiskError::key(why("be encrypted"))))
 }
 
 /// Layers that are only read.
-pub(crate) fn under(layers: Vec<(File, Format)>) -> Result<Under> {
+pub(crate) fn under(layers: Vec<Layer>) -> Result<Under> {
     let mut under = Under::default();
     let count = layers.len();
-    for (depth, (file, format)) in layers.into_iter().enumerate().rev() {
+    for (depth, Layer { file, format, key }) in layers.into_iter().enumerate().rev() {
         lock(&file, true)?;
         if format == Format::Raw {
-            if depth + 1 < count {
-                return Err(raw(depth, count));
-            }
+            check_raw(depth, count, key.as_ref())?;
             under.bottom = Some(Arc::new(RawDisk::on(file, true)?));
             continue;
         }
         let file = Arc::new(file);
-        match Sealed::open(file.clone())? {
+        match Sealed::open(file.clone(), key.as_ref())? {
             Some(sealed) => under.sealed.insert(0, Arc::new(sealed)),
             // Others' images may have what a chain does not look for.
             None => {
                 let bottom = under.disk()?;
-                let disk = Qcow2Disk::on(file, bottom, true)?;
+                let disk = Qcow2Disk::with_key(file, bottom, key.as_ref(), true)?;
                 under = Under { sealed: Vec::new(), bottom: Some(Arc::new(disk)) };
             }
         }

@@ -14,6 +14,7 @@
 //!
 //! Nothing here knows about instances or KVM, and nothing here opens a path that an image's header names.
 
+pub mod crypt;
 pub mod disk;
 pub mod layers;
 pub mod qcow2;
@@ -21,8 +22,9 @@ pub mod raw;
 pub mod stack;
 pub mod store;
 
+pub use crypt::Key;
 pub use disk::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Result, SECTOR};
-pub use layers::{Format, Opened, open_layers};
+pub use layers::{Format, Layer, Opened, open_layers};
 pub use qcow2::Qcow2Disk;
 pub use raw::RawDisk;
 pub use stack::Stack;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::qcow2::{Chain, Sealed};
 use crate::store::Store;
-use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Qcow2Disk, Result};
+use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Key, Qcow2Disk, Result};
 
 /// What lies under a top layer.
 #[derive(Clone, Default)]
@@ -35,6 +35,8 @@ struct State {
     /// The layer that was the top, until it is sealed.
     unsealed: Option<(Arc<Qcow2Disk>, Arc<dyn Store>)>,
     store: Arc<dyn Store>,
+    /// The top layer's, and that of those to come.
+    key: Option<Key>,
     under: Under,
 }
 
@@ -44,9 +46,9 @@ struct State {
 pub struct Stack(RwLock<State>);
 
 impl Stack {
-    pub(crate) fn open(file: File, under: Under) -> Result<Stack> {
+    pub(crate) fn open(file: File, key: Option<Key>, under: Under) -> Result<Stack> {
         crate::store::lock(&file, false)?;
-        Stack::on(Arc::new(file), under.sealed, under.bottom)
+        Stack::with_key(Arc::new(file), key, under.sealed, under.bottom)
     }
 
     /// A top layer on any store, without a lock, on sealed layers (the top one first) and a bottom.
@@ -58,9 +60,22 @@ impl Stack {
         sealed: Vec<Arc<Sealed>>,
         bottom: Option<Arc<dyn Disk>>,
     ) -> Result<Stack> {
+        Stack::with_key(store, None, sealed, bottom)
+    }
+
+    /// As [`on`](Stack::on), where the top layer is encrypted with `key`. So are the new ones that it is given.
+    ///
+    /// # Errors
+    /// Those of [`Qcow2Disk::with_key`].
+    pub fn with_key(
+        store: Arc<dyn Store>,
+        key: Option<Key>,
+        sealed: Vec<Arc<Sealed>>,
+        bottom: Option<Arc<dyn Disk>>,
+    ) -> Result<Stack> {
         let under = Under { sealed, bottom };
-        let top = Arc::new(Qcow2Disk::on(store.clone(), under.disk()?, false)?);
-        Ok(Stack(RwLock::new(State { top, unsealed: None, store, under })))
+        let top = Arc::new(Qcow2Disk::with_key(store.clone(), under.disk()?, key.as_ref(), false)?);
+        Ok(Stack(RwLock::new(State { top, unsealed: None, store, key, under })))
     }
 
     fn state(&self) -> RwLockReadGuard<'_, State> {
@@ -100,7 +115,7 @@ impl Stack {
     ///
     /// # Errors
     /// `Busy` while a layer is not sealed, `Format`, `Io`; nothing changed.
-    pub fn rebase(&self, layers: Vec<(File, crate::Format)>) -> Result<()> {
+    pub fn rebase(&self, layers: Vec<crate::Layer>) -> Result<()> {
         let Under { sealed, bottom } = crate::layers::under(layers)?;
         self.rebase_on(sealed, bottom)
     }
@@ -129,12 +144,12 @@ fn unsealed(state: &State) -> Result<()> {
     }
 }
 
-/// Gives each of these disks a new top layer, a volume that [`create`](crate::qcow2::create) just made, all at one
-/// instant: whatever was written before is in the layers beneath, and what is written from then on is not. Nobody waits
+/// Gives each of these disks a new top layer, a volume that [`create`](crate::qcow2::create) just made (or
+/// [`create_encrypted`](crate::qcow2::create_encrypted), with the key of the top one that is there), all at one instant: whatever was written before is in the layers beneath, and what is written from then on is not. Nobody waits
 /// longer for it than requests take that are under way.
 ///
 /// # Errors
-/// `Busy` while the last cut of one is not sealed; `Format`, `Io` of a new layer. Nothing changed then.
+/// `Busy` while the last cut of one is not sealed; `Format`, `Key`, `Io` of a new layer. Nothing changed then.
 pub fn cut(cuts: Vec<(&Stack, Arc<dyn Store>)>) -> Result<()> {
     // Two at once could wait for each other.
     static ONE: Mutex<()> = Mutex::new(());
@@ -143,13 +158,14 @@ pub fn cut(cuts: Vec<(&Stack, Arc<dyn Store>)>) -> Result<()> {
     for (stack, store) in &cuts {
         let state = stack.state();
         unsealed(&state)?;
+        let key = state.key.as_ref();
         // Whoever made it may not know yet how large the disk has become.
-        let top = Qcow2Disk::on(store.clone(), None, false)?;
+        let top = Qcow2Disk::with_key(store.clone(), None, key, false)?;
         if top.size() < state.top.size() {
             top.grow(state.top.size())?;
         }
         drop(top);
-        let top = Qcow2Disk::on(store.clone(), Some(state.top.clone()), false)?;
+        let top = Qcow2Disk::with_key(store.clone(), Some(state.top.clone()), key, false)?;
         tops.push(Arc::new(top));
     }
     let mut states = Vec::new();

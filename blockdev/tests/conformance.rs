@@ -5,7 +5,7 @@ mod support;
 use std::sync::Arc;
 
 use hutch_blockdev::{Disk, DiskErrorKind, Qcow2Disk, RawDisk, qcow2};
-use support::{Event, Fault, MemStore, Oracle, Random, State, qemu_check, step};
+use support::{Event, Fault, MemStore, Oracle, Random, State, key, qemu_check, step};
 
 const SIZE: u64 = 3 << 20;
 
@@ -19,12 +19,16 @@ struct Backend {
     name: &'static str,
     base: bool,
     qcow2: bool,
+    /// Of what its key is made; what lies below has another.
+    key: Option<u8>,
 }
 
-const BACKENDS: [Backend; 3] = [
-    Backend { name: "raw", base: false, qcow2: false },
-    Backend { name: "qcow2", base: false, qcow2: true },
-    Backend { name: "qcow2 on a base", base: true, qcow2: true },
+const BACKENDS: [Backend; 5] = [
+    Backend { name: "raw", base: false, qcow2: false, key: None },
+    Backend { name: "qcow2", base: false, qcow2: true, key: None },
+    Backend { name: "qcow2 on a base", base: true, qcow2: true, key: None },
+    Backend { name: "encrypted qcow2", base: false, qcow2: true, key: Some(1) },
+    Backend { name: "encrypted qcow2 on a base", base: true, qcow2: true, key: Some(1) },
 ];
 
 impl Backend {
@@ -35,10 +39,10 @@ impl Backend {
     }
     fn make(&self) -> (MemStore, Oracle) {
         let store = MemStore::default();
-        if self.qcow2 {
-            qcow2::create(&store, SIZE).unwrap();
-        } else {
-            store.0.lock().unwrap().bytes = vec![0; SIZE as usize];
+        match self.key {
+            Some(seed) => qcow2::create_encrypted(&store, SIZE, &key(seed)).unwrap(),
+            None if self.qcow2 => qcow2::create(&store, SIZE).unwrap(),
+            None => store.0.lock().unwrap().bytes = vec![0; SIZE as usize],
         }
         let mut bytes = if self.base { base_bytes() } else { vec![] };
         bytes.resize(SIZE as usize, 0);
@@ -46,7 +50,11 @@ impl Backend {
     }
     fn open(&self, store: &MemStore) -> Box<dyn Disk> {
         match self.qcow2 {
-            true => Box::new(Qcow2Disk::on(Arc::new(store.clone()), self.base(), false).unwrap()),
+            true => {
+                let key = self.key.map(key);
+                let disk = Qcow2Disk::with_key(Arc::new(store.clone()), self.base(), key.as_ref(), false);
+                Box::new(disk.unwrap())
+            }
             false => Box::new(RawDisk::on(store.clone(), false).unwrap()),
         }
     }
@@ -92,20 +100,21 @@ fn random_work_agrees_with_the_oracle() {
 /// The footprint of a disk that is written and discarded over and over does not grow.
 #[test]
 fn space_is_given_back_and_used_again() {
-    let backend = &BACKENDS[1];
-    let (store, _) = backend.make();
-    let disk = backend.open(&store);
-    let mut sizes = Vec::new();
-    for round in 0..20 {
-        disk.write_at(0, &vec![round + 1; SIZE as usize]).unwrap();
-        disk.flush().unwrap();
-        disk.discard(0, SIZE).unwrap();
-        disk.flush().unwrap();
-        sizes.push(store.0.lock().unwrap().bytes.len());
+    for backend in [&BACKENDS[1], &BACKENDS[3]] {
+        let (store, _) = backend.make();
+        let disk = backend.open(&store);
+        let mut sizes = Vec::new();
+        for round in 0..20 {
+            disk.write_at(0, &vec![round + 1; SIZE as usize]).unwrap();
+            disk.flush().unwrap();
+            disk.discard(0, SIZE).unwrap();
+            disk.flush().unwrap();
+            sizes.push(store.0.lock().unwrap().bytes.len());
+        }
+        assert_eq!(sizes.first(), sizes.last());
+        let taken = store.0.lock().unwrap().bytes.iter().filter(|b| **b != 0).count();
+        assert!(taken < 64 << 10, "{taken} bytes are left of a disk that holds nothing");
     }
-    assert_eq!(sizes.first(), sizes.last());
-    let taken = store.0.lock().unwrap().bytes.iter().filter(|b| **b != 0).count();
-    assert!(taken < 64 << 10, "{taken} bytes are left of a disk that holds nothing");
 }
 
 /// The n-th change of the file fails. The request says so, the disk is as before or after, and the image stays whole.
@@ -164,7 +173,11 @@ fn faults_are_reported_and_break_nothing() {
 /// A host that stays full: writes fail, what was written is read, and when there is room everything goes on.
 #[test]
 fn a_full_host_is_survived() {
-    let backend = &BACKENDS[2];
+    survives_a_full_host(&BACKENDS[2]);
+    survives_a_full_host(&BACKENDS[4]);
+}
+
+fn survives_a_full_host(backend: &Backend) {
     let (store, mut oracle) = backend.make();
     let disk = backend.open(&store);
     disk.write_at(0, &[7; 512]).unwrap();

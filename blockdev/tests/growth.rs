@@ -2,24 +2,28 @@
 
 mod support;
 
-use hutch_blockdev::{Disk, Qcow2Disk, qcow2};
+use hutch_blockdev::{Disk, Key, Qcow2Disk, qcow2};
 use std::sync::Arc;
-use support::{Event, MemStore, Random, State, qemu_check};
+use support::{Event, MemStore, Random, State, key, qemu_check};
 
 const MIB: u64 = 1 << 20;
 const OLD: u64 = 500 * MIB;
 /// More than one more L2 table.
 const NEW: u64 = 1700 * MIB;
 
-fn open(store: &MemStore) -> Qcow2Disk {
-    Qcow2Disk::on(Arc::new(store.clone()), None, false).expect("open the volume")
+fn open(store: &MemStore, key: Option<&Key>) -> Qcow2Disk {
+    Qcow2Disk::with_key(Arc::new(store.clone()), None, key, false).expect("open the volume")
 }
 
 /// A volume with something in it, synced, and the events of its growth.
-fn grown() -> (Vec<u8>, Vec<Event>) {
+fn grown(key: Option<&Key>) -> (Vec<u8>, Vec<Event>) {
     let store = MemStore::default();
-    qcow2::create(&store, OLD).expect("create");
-    let disk = open(&store);
+    let created = match key {
+        Some(key) => qcow2::create_encrypted(&store, OLD, key),
+        None => qcow2::create(&store, OLD),
+    };
+    created.expect("create");
+    let disk = open(&store, key);
     disk.write_at(0, &[1; 100 << 10]).expect("write");
     disk.write_at(OLD - 512, &[2; 512]).expect("write");
     disk.flush().expect("flush");
@@ -39,7 +43,16 @@ fn grown() -> (Vec<u8>, Vec<Event>) {
 
 #[test]
 fn power_cuts_during_growth_leave_the_old_or_the_new_disk() {
-    let (start, events) = grown();
+    power_cuts(None);
+}
+
+#[test]
+fn power_cuts_during_growth_leave_the_old_or_the_new_encrypted_disk() {
+    power_cuts(Some(&key(1)));
+}
+
+fn power_cuts(key: Option<&Key>) {
+    let (start, events) = grown(key);
     assert!(events.len() > 6, "{} events are no growth", events.len());
     let mut random = Random(77);
     for end in 0..=events.len() {
@@ -66,7 +79,7 @@ fn power_cuts_during_growth_leave_the_old_or_the_new_disk() {
             }
             let survivor = MemStore::default();
             survivor.0.lock().expect("the store").bytes = state.bytes;
-            let disk = open(&survivor);
+            let disk = open(&survivor, key);
             assert!([OLD, NEW].contains(&disk.size()), "{when}: {} bytes", disk.size());
             let mut sector = [0; 512];
             for (at, want) in [(0, 1), (99 << 10, 1), (MIB, 0), (OLD - 512, 2)] {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::rw;
 use hutch_blockdev::store::Store;
-use hutch_blockdev::{Disk, Qcow2Disk, qcow2};
+use hutch_blockdev::{Disk, Key, Qcow2Disk, qcow2};
 use libc::iovec;
 
 const CLUSTER: u64 = 64 << 10;
@@ -57,11 +57,24 @@ impl Store for Gated {
 
 #[test]
 fn a_slow_read_holds_up_only_who_would_take_its_cluster() {
+    slow_read(None);
+}
+
+#[test]
+fn a_slow_read_of_what_is_encrypted_holds_up_only_who_would_take_its_cluster() {
+    slow_read(Some(common::key(1)));
+}
+
+fn slow_read(key: Option<Key>) {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("volume");
-    qcow2::create(&rw(&path), 8 * CLUSTER).expect("create");
+    let created = match &key {
+        Some(key) => qcow2::create_encrypted(&rw(&path), 8 * CLUSTER, key),
+        None => qcow2::create(&rw(&path), 8 * CLUSTER),
+    };
+    created.expect("create");
     let store = Arc::new(Gated { file: rw(&path), gate: Mutex::new(None) });
-    let disk = Qcow2Disk::on(store.clone(), None, false).expect("open");
+    let disk = Qcow2Disk::with_key(store.clone(), None, key.as_ref(), false).expect("open");
     for index in 0..2 {
         disk.write_at(index * CLUSTER, &[index as u8 + 1; CLUSTER as usize]).expect("write");
     }

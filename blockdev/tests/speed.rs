@@ -5,11 +5,12 @@
 mod common;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use common::rng::Rng;
 use common::{qemu_img, rw};
-use hutch_blockdev::{Disk, Format, RawDisk, open_layers, qcow2};
+use hutch_blockdev::{Disk, Format, Qcow2Disk, RawDisk, open_layers, qcow2};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 256 * MIB;
@@ -129,5 +130,36 @@ fn one_layer_and_fifty() {
         }
         let [one, fifty] = times.map(median);
         println!("{name:24}{one:12.4}{fifty:12.4}{:12.2}", fifty / one);
+    }
+}
+
+/// What encryption costs: once with the page cache as the disk, where it is most of the work.
+#[test]
+#[ignore = "a measurement; in release, on a machine that does nothing else"]
+fn encrypted_beside_plain() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let key = common::key(1);
+    println!("{:24}{:>12}{:>12}{:>12}", "seconds", "plain", "encrypted", "enc/plain");
+    let mut disks: Vec<Qcow2Disk> = Vec::new();
+    for (name, key) in [("plain", None), ("encrypted", Some(&key))] {
+        let file = Arc::new(rw(&dir.path().join(name)));
+        match key {
+            Some(key) => qcow2::create_encrypted(&*file, SIZE, key),
+            None => qcow2::create(&*file, SIZE),
+        }
+        .expect("create");
+        disks.push(Qcow2Disk::with_key(file, None, key, false).expect("open"));
+    }
+    for (name, len, random, write) in [
+        ("1 MiB writes, fresh", MIB, false, true),
+        ("1 MiB writes again", MIB, false, true),
+        ("1 MiB reads", MIB, false, false),
+        ("4 KiB reads, random", 4096, true, false),
+        ("4 KiB writes, random", 4096, true, true),
+    ] {
+        let rounds = if name.ends_with("fresh") { 1 } else { ROUNDS };
+        let time = |disk| median((0..rounds).map(|_| run(disk, len, random, write)).collect());
+        let [plain, encrypted] = [0, 1].map(|i| time(&disks[i]));
+        println!("{name:24}{plain:12.3}{encrypted:12.3}{:12.2}", encrypted / plain);
     }
 }

@@ -9,32 +9,59 @@ use hutch_blockdev::qcow2::{self, Chain, Sealed, commit, pull};
 use hutch_blockdev::stack::{Stack, cut};
 use hutch_blockdev::store::Store;
 use hutch_blockdev::{Disk, DiskErrorKind, Qcow2Disk, RawDisk};
-use support::{Event, Fault, MemStore, Oracle, Random, qemu_check, step};
+use support::{Event, Fault, MemStore, Oracle, Random, key, qemu_check, step};
 
 const SIZE: u64 = 3 << 20;
 
-fn layer(size: u64) -> MemStore {
+/// A layer, encrypted with the key that is made of `seed`.
+fn layer_of(size: u64, seed: Option<u8>) -> MemStore {
     let store = MemStore::default();
-    qcow2::create(&store, size).unwrap();
+    match seed {
+        Some(seed) => qcow2::create_encrypted(&store, size, &key(seed)).unwrap(),
+        None => qcow2::create(&store, size).unwrap(),
+    }
     store
 }
 
+fn layer(size: u64) -> MemStore {
+    layer_of(size, None)
+}
+
+fn sealed_of(store: &MemStore, seed: Option<u8>) -> Arc<Sealed> {
+    let opened = Sealed::open(Arc::new(store.clone()), seed.map(key).as_ref());
+    Arc::new(opened.unwrap().expect("hutch made it"))
+}
+
 fn sealed(store: &MemStore) -> Arc<Sealed> {
-    Arc::new(Sealed::open(Arc::new(store.clone())).unwrap().expect("hutch made it"))
+    sealed_of(store, None)
 }
 
 /// Layers of one volume, the top one first, on a bottom of half its size.
 struct Volume {
     layers: Vec<MemStore>,
     bottom: Vec<u8>,
+    /// Of what their key is made.
+    seed: Option<u8>,
 }
 
 impl Volume {
     fn new() -> (Volume, Oracle) {
+        Volume::encrypted(None)
+    }
+
+    fn encrypted(seed: Option<u8>) -> (Volume, Oracle) {
         let bottom: Vec<u8> = (0..(SIZE as u32 / 2 + 512)).map(|i| (i / 512 % 255 + 1) as u8).collect();
         let mut bytes = bottom.clone();
         bytes.resize(SIZE as usize, 0);
-        (Volume { layers: vec![layer(SIZE)], bottom }, Oracle::new(bytes))
+        (Volume { layers: vec![layer_of(SIZE, seed)], bottom, seed }, Oracle::new(bytes))
+    }
+
+    fn layer(&self, size: u64) -> MemStore {
+        layer_of(size, self.seed)
+    }
+
+    fn sealed(&self, from: usize) -> Vec<Arc<Sealed>> {
+        self.layers[from..].iter().map(|layer| sealed_of(layer, self.seed)).collect()
     }
 
     fn bottom(&self) -> Option<Arc<dyn Disk>> {
@@ -45,7 +72,7 @@ impl Volume {
 
     /// What lies from layer `from` on, read only.
     fn beneath(&self, from: usize) -> Arc<dyn Disk> {
-        let layers: Vec<_> = self.layers[from..].iter().map(sealed).collect();
+        let layers = self.sealed(from);
         match layers.is_empty() {
             true => self.bottom().unwrap(),
             false => Arc::new(Chain::new(layers, self.bottom()).unwrap()),
@@ -53,8 +80,8 @@ impl Volume {
     }
 
     fn open(&self) -> Stack {
-        let (top, rest) = self.layers.split_first().unwrap();
-        Stack::on(Arc::new(top.clone()), rest.iter().map(sealed).collect(), self.bottom()).unwrap()
+        let top = Arc::new(self.layers[0].clone());
+        Stack::with_key(top, self.seed.map(key), self.sealed(1), self.bottom()).unwrap()
     }
 
     /// Merges layer `upper` with the one beneath, one way or the other.
@@ -62,15 +89,18 @@ impl Volume {
         let lower = upper + 1;
         let base = |n| Some(self.beneath(n));
         let of = |n: usize| Arc::new(self.layers[n].clone()) as Arc<dyn Store>;
+        let key = self.seed.map(key);
         let mut go_on = |_| Ok(());
         if down {
-            let into = Qcow2Disk::on(of(lower), base(lower + 1), false).unwrap();
-            commit(&Qcow2Disk::on(of(upper), None, true).unwrap(), &into, &mut go_on).unwrap();
+            let into = Qcow2Disk::with_key(of(lower), base(lower + 1), key.as_ref(), false).unwrap();
+            commit(&Qcow2Disk::with_key(of(upper), None, key.as_ref(), true).unwrap(), &into, &mut go_on)
+                .unwrap();
             drop(into);
             self.layers.remove(upper);
         } else {
-            let into = Qcow2Disk::on(of(upper), base(lower), false).unwrap();
-            pull(&into, &Qcow2Disk::on(of(lower), None, true).unwrap(), &mut go_on).unwrap();
+            let into = Qcow2Disk::with_key(of(upper), base(lower), key.as_ref(), false).unwrap();
+            pull(&into, &Qcow2Disk::with_key(of(lower), None, key.as_ref(), true).unwrap(), &mut go_on)
+                .unwrap();
             drop(into);
             self.layers.remove(lower);
         }
@@ -90,14 +120,14 @@ struct Kept(MemStore, Vec<u8>);
 fn snapshots_keep_what_they_are_of_whatever_is_done_above_and_beneath() {
     for seed in 1..=4 {
         let mut random = Random(seed * 0x9e37_79b9);
-        let (mut volume, mut oracle) = Volume::new();
+        let (mut volume, mut oracle) = Volume::encrypted((seed % 2 == 0).then_some(1));
         let mut disk = volume.open();
         let mut kept: Vec<Kept> = Vec::new();
         let same = |a: &MemStore, b: &MemStore| Arc::ptr_eq(&a.0, &b.0);
         for stamp in 0..500 {
             step(&mut random, &disk, &mut oracle, stamp).unwrap();
             if random.one_in(12) && volume.layers.len() < 12 {
-                let new = layer(disk.size());
+                let new = volume.layer(disk.size());
                 cut(vec![(&disk, Arc::new(new.clone()))]).unwrap();
                 if random.one_in(2) {
                     kept.push(Kept(volume.layers[0].clone(), oracle.bytes.clone()));
@@ -107,7 +137,7 @@ fn snapshots_keep_what_they_are_of_whatever_is_done_above_and_beneath() {
                 for stamp in 1000..1000 + random.below(6) as u32 {
                     step(&mut random, &disk, &mut oracle, stamp).unwrap();
                 }
-                let again = cut(vec![(&disk, Arc::new(layer(disk.size())) as Arc<dyn Store>)]);
+                let again = cut(vec![(&disk, Arc::new(volume.layer(disk.size())) as Arc<dyn Store>)]);
                 assert_eq!(again.unwrap_err().kind, DiskErrorKind::Busy);
                 disk.seal().unwrap();
             }
@@ -126,7 +156,7 @@ fn snapshots_keep_what_they_are_of_whatever_is_done_above_and_beneath() {
                 // The disk goes on with the old ones a while, and then with the new.
                 oracle.check(&disk);
                 step(&mut random, &disk, &mut oracle, stamp).unwrap();
-                disk.rebase_on(volume.layers[1..].iter().map(sealed).collect(), volume.bottom()).unwrap();
+                disk.rebase_on(volume.sealed(1), volume.bottom()).unwrap();
             }
             if random.one_in(60) {
                 drop(disk);
@@ -165,14 +195,14 @@ fn a_merge_that_is_cut_off_changes_nothing_and_is_done_again() {
         };
     for (seed, down) in (1..=2).flat_map(|seed| [(seed, true), (seed, false)]) {
         let mut random = Random(seed * 0x51ed_2701);
-        let (mut volume, mut oracle) = Volume::new();
+        let (mut volume, mut oracle) = Volume::encrypted((seed % 2 == 0).then_some(1));
         for _ in 0..3 {
             let disk = volume.open();
             content(&mut random, &disk, &mut oracle, 0..60);
             drop(disk);
-            volume.layers.insert(0, layer(SIZE));
+            volume.layers.insert(0, volume.layer(SIZE));
         }
-        let mut cut_off = 0;
+        let (mut cut_off, key) = (0, volume.seed.map(key));
         for n in (0..60).step_by(4) {
             let into = &volume.layers[if down { 2 } else { 1 }];
             let other = &volume.layers[if down { 1 } else { 2 }];
@@ -180,11 +210,13 @@ fn a_merge_that_is_cut_off_changes_nothing_and_is_done_again() {
             let base = volume.beneath(if down { 3 } else { 2 });
             into.0.lock().unwrap().fault = Some((n, fault, true));
             // Also opening it may meet the fault.
-            let merged = Qcow2Disk::on(Arc::new(into.clone()), Some(base), false).and_then(|into| {
-                let other = Qcow2Disk::on(Arc::new(other.clone()), None, true).unwrap();
-                let go_on = &mut |_| Ok(());
-                if down { commit(&other, &into, go_on) } else { pull(&into, &other, go_on) }
-            });
+            let merged = Qcow2Disk::with_key(Arc::new(into.clone()), Some(base), key.as_ref(), false)
+                .and_then(|into| {
+                    let other =
+                        Qcow2Disk::with_key(Arc::new(other.clone()), None, key.as_ref(), true).unwrap();
+                    let go_on = &mut |_| Ok(());
+                    if down { commit(&other, &into, go_on) } else { pull(&into, &other, go_on) }
+                });
             cut_off += u64::from(merged.is_err());
             into.0.lock().unwrap().fault = None;
             oracle.check(&*volume.beneath(1));
@@ -201,14 +233,14 @@ fn a_merge_that_is_cut_off_changes_nothing_and_is_done_again() {
 fn power_cuts_around_a_cut_lose_nothing_that_was_flushed() {
     for seed in 1..=20 {
         let mut random = Random(seed * 0x2545_f491);
-        let (mut volume, mut oracle) = Volume::new();
+        let (mut volume, mut oracle) = Volume::encrypted((seed % 2 == 0).then_some(1));
         let disk = volume.open();
         let start = volume.layers[0].0.lock().unwrap().bytes.clone();
         volume.layers[0].0.lock().unwrap().record = true;
         for stamp in 0..30 {
             step(&mut random, &disk, &mut oracle, stamp).unwrap();
         }
-        let new = layer(SIZE);
+        let new = volume.layer(SIZE);
         let new_start = new.0.lock().unwrap().bytes.clone();
         new.0.lock().unwrap().record = true;
         cut(vec![(&disk, Arc::new(new.clone()))]).unwrap();
@@ -226,7 +258,7 @@ fn power_cuts_around_a_cut_lose_nothing_that_was_flushed() {
             survivor
         };
         let layers = vec![survive(&volume.layers[0], &new_start), survive(&volume.layers[1], &start)];
-        let after = Volume { layers, bottom: volume.bottom.clone() };
+        let after = Volume { layers, bottom: volume.bottom.clone(), seed: volume.seed };
         oracle.check_survivors(&after.open());
     }
 }
@@ -286,4 +318,36 @@ fn a_cut_that_cannot_be_changes_nothing() {
     oracle.check(&disk);
     let wrong = Chain::new(vec![sealed(&layer(SIZE / 4))], volume.bottom()).err().unwrap();
     assert_eq!(wrong.kind, DiskErrorKind::Format);
+}
+
+/// A new top layer is encrypted as the one before it, and what is encrypted is never merged into a plain layer.
+#[test]
+fn what_is_encrypted_stays_so() {
+    let (volume, mut oracle) = Volume::encrypted(Some(1));
+    let disk = volume.open();
+    step(&mut Random(5), &disk, &mut oracle, 1).unwrap();
+    for seed in [None, Some(2)] {
+        let refused = cut(vec![(&disk, Arc::new(layer_of(SIZE, seed)))]).unwrap_err();
+        assert_eq!(refused.kind, DiskErrorKind::Key);
+    }
+    cut(vec![(&disk, Arc::new(volume.layer(SIZE)))]).unwrap();
+    disk.seal().unwrap();
+    oracle.check(&disk);
+    drop(disk);
+    let of = |seed: Option<u8>| {
+        let disk = Qcow2Disk::with_key(Arc::new(layer_of(SIZE, seed)), None, seed.map(key).as_ref(), false);
+        let disk = disk.unwrap();
+        disk.write_at(0, &[seed.unwrap_or(9); 512]).unwrap();
+        disk
+    };
+    let go_on = &mut |_| Ok(());
+    assert_eq!(commit(&of(Some(1)), &of(None), go_on).unwrap_err().kind, DiskErrorKind::Key);
+    assert_eq!(pull(&of(None), &of(Some(1)), go_on).unwrap_err().kind, DiskErrorKind::Key);
+    let (into, mut sector) = (of(Some(2)), [0; 512]);
+    commit(&of(None), &into, go_on).unwrap();
+    into.read_at(0, &mut sector).unwrap();
+    assert_eq!(sector, [9; 512]);
+    commit(&of(Some(1)), &into, go_on).unwrap();
+    into.read_at(0, &mut sector).unwrap();
+    assert_eq!(sector, [1; 512]);
 }

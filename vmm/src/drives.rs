@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use hutch_blockdev::stack::{self, Stack};
 use hutch_blockdev::store::{self, Store};
-use hutch_blockdev::{Disk, DiskError, Format, layers};
+use hutch_blockdev::{Disk, DiskError, Format, Layer, layers};
 
 use crate::config::DiskFormat;
 use crate::rate::Limiter;
@@ -80,12 +80,12 @@ impl Drive {
     }
 }
 
-fn formatted(layers: Vec<(File, DiskFormat)>) -> Vec<(File, Format)> {
+fn formatted(layers: Vec<(File, DiskFormat)>) -> Vec<Layer> {
     let format = |format| match format {
         DiskFormat::Raw => Format::Raw,
         DiskFormat::Qcow2 => Format::Qcow2,
     };
-    layers.into_iter().map(|(file, kind)| (file, format(kind))).collect()
+    layers.into_iter().map(|(file, kind)| (file, format(kind)).into()).collect()
 }
 
 /// An error with its cause.

@@ -13,11 +13,12 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use super::cursor::{self, Cursor};
 use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, ENTRIES, L2_REACH};
-use super::{Header, LOOK, OFFSET, ZERO, read_base, read_l1};
+use super::payload::Payload;
+use super::{Header, LOOK, OFFSET, ZERO, cipher, read_base, read_l1};
 use crate::disk::{check_range, check_write};
 use crate::raw::total;
 use crate::store::Store;
-use crate::{Disk, DiskError, IoBuf, IoBufMut, Result};
+use crate::{Disk, DiskError, IoBuf, IoBufMut, Key, Result};
 
 /// Clusters of a piece: those of 4 KiB of an L2 table.
 const WIDTH: u64 = 512;
@@ -27,6 +28,7 @@ const PIECES: usize = 512;
 /// A layer that nobody writes to any more.
 pub struct Sealed {
     store: Arc<dyn Store>,
+    payload: Payload,
     header: Header,
     l1: Vec<u64>,
     /// Where the file ended when it was opened.
@@ -34,17 +36,24 @@ pub struct Sealed {
 }
 
 impl Sealed {
-    /// Opens a layer to be looked through; `None` when it is a qcow2 that hutch did not lay out.
+    /// Opens a layer to be looked through; `None` when it is a qcow2 that hutch did not lay out. `key` as of
+    /// [`Qcow2Disk::with_key`](super::Qcow2Disk::with_key).
     ///
     /// # Errors
-    /// `Format` with the reason, `Io`.
-    pub fn open(store: Arc<dyn Store>) -> Result<Option<Sealed>> {
+    /// `Format` with the reason, `Key`, `Io`.
+    pub fn open(store: Arc<dyn Store>, key: Option<&Key>) -> Result<Option<Sealed>> {
         let header = Header::read(&*store)?;
+        let payload = Payload::new(store.clone(), cipher(&header, key)?);
         let l1 = read_l1(&*store, &header)?;
-        Sealed::new(store, header, l1)
+        Sealed::new(store, payload, header, l1)
     }
 
-    pub(super) fn new(store: Arc<dyn Store>, header: Header, l1: Vec<u64>) -> Result<Option<Sealed>> {
+    pub(super) fn new(
+        store: Arc<dyn Store>,
+        payload: Payload,
+        header: Header,
+        l1: Vec<u64>,
+    ) -> Result<Option<Sealed>> {
         let tables = header.size.div_ceil(L2_REACH) as usize;
         let ours = header.cluster_bits == CLUSTER_BITS
             && header.version == 3
@@ -53,7 +62,7 @@ impl Sealed {
             && l1.len() >= tables
             && l1.iter().take(tables).all(|offset| *offset != 0);
         let end = store.size().map_err(|e| DiskError::io("find the image's size", e))?;
-        Ok(ours.then_some(Sealed { store, header, l1, end }))
+        Ok(ours.then_some(Sealed { store, payload, header, l1, end }))
     }
 
     /// Its size in bytes, as a guest would see it.
@@ -264,7 +273,7 @@ impl Disk for Chain {
                     Place::Zero => cursor::zero(&part),
                     Place::Data(layer, host) => {
                         let layer = self.layers.get(layer).ok_or_else(|| wrong(at))?;
-                        let read = layer.store.read(host + at % CLUSTER, &part);
+                        let read = layer.payload.read(host + at % CLUSTER, at, &part);
                         read.map_err(|e| DiskError::io("read the disk", e))?;
                     }
                     Place::Wrong => return Err(wrong(at)),

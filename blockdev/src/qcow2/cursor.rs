@@ -65,6 +65,19 @@ pub(super) unsafe fn copy(mut from: &[u8], bufs: &[iovec]) {
     }
 }
 
+/// Copies `bufs` into `to`, as far as both reach.
+///
+/// # Safety
+/// Each buffer is mapped and readable, and none overlaps `to`.
+pub(super) unsafe fn gather(bufs: &[iovec], mut to: &mut [u8]) {
+    for buf in bufs {
+        let (now, later) = to.split_at_mut(to.len().min(buf.iov_len));
+        // SAFETY: the caller's promise; `now` is no longer than the buffer.
+        unsafe { now.as_mut_ptr().copy_from_nonoverlapping(buf.iov_base.cast(), now.len()) };
+        to = later;
+    }
+}
+
 /// A slice as a buffer to write from, or to read into if it was borrowed so.
 pub(super) fn buffer(bytes: &[u8]) -> iovec {
     iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }

@@ -5,9 +5,14 @@ use crate::store::Store;
 use crate::{DiskError, Result, SECTOR};
 
 const MAGIC: &[u8; 4] = b"QFI\xfb";
-/// Bytes of a version 2 header, and the most that are read of a version 3 one.
+/// Bytes of a version 2 header.
 const V2_LEN: usize = 72;
-pub(super) const HEADER_LEN: usize = 112;
+/// A header extension of ours (its type, then its length; QEMU passes over what it does not know): the guest's bytes are
+/// encrypted, and this is what tells the key. It comes first, and the end of extensions after it.
+const KEY_CHECK: [u8; 8] = *b"hKey\0\0\0\x10";
+/// Where extensions begin in headers that we write, and how much of ours there is to write and to read.
+const EXTENSIONS: usize = 104;
+const WHOLE_LEN: usize = EXTENSIONS + 8 + 16 + 8;
 /// Incompatible feature bits.
 const DIRTY: u64 = 1 << 0;
 const CORRUPT: u64 = 1 << 1;
@@ -48,6 +53,8 @@ pub struct Header {
     /// log2 of a reference count's size in bits.
     pub refcount_order: u32,
     pub(super) compression: Compression,
+    /// What tells the key that the guest's bytes are encrypted with; `None`: they are plain.
+    pub(super) key_check: Option<[u8; 16]>,
 }
 
 struct Fields<'a>(&'a [u8]);
@@ -83,7 +90,7 @@ impl Header {
     /// dirty or corrupt marks; unknown incompatible features; sizes and places that cannot be.
     pub fn read(store: &dyn Store) -> Result<Header> {
         let len = store.size().map_err(|e| DiskError::io("find the image's size", e))?;
-        let mut bytes = [0; HEADER_LEN];
+        let mut bytes = [0; WHOLE_LEN];
         store.read_bytes(0, &mut bytes).map_err(|e| DiskError::io("read the image's header", e))?;
         let f = Fields(&bytes);
         if !bytes.starts_with(MAGIC) {
@@ -115,6 +122,7 @@ impl Header {
             reftable_clusters: f.u32(56),
             refcount_order: 4,
             compression: Compression::Deflate,
+            key_check: None,
         };
         if version == 3 {
             header.features(&f)?;
@@ -151,6 +159,8 @@ impl Header {
             return refuse(format!("the image's header claims {header_len} bytes"));
         }
         self.refcount_order = order;
+        let extension = f.0.get(header_len as usize..).and_then(|rest| rest.strip_prefix(&KEY_CHECK));
+        self.key_check = extension.and_then(|check| check.first_chunk().copied());
         if incompatible & COMPRESSION_TYPE != 0 {
             self.compression = match f.0.get(104) {
                 Some(0) => Compression::Deflate,
@@ -204,9 +214,9 @@ impl Header {
         table("refcount table", self.reftable_offset, reftable)
     }
 
-    /// The header's bytes, as version 3 without extensions.
-    pub(super) fn to_bytes(&self) -> [u8; HEADER_LEN] {
-        let mut bytes = [0; HEADER_LEN];
+    /// The header's bytes, as version 3 without extensions but ours.
+    pub(super) fn to_bytes(&self) -> [u8; WHOLE_LEN] {
+        let mut bytes = [0; WHOLE_LEN];
         let mut put = |at: usize, value: &[u8]| {
             bytes.iter_mut().skip(at).zip(value).for_each(|(to, from)| *to = *from);
         };
@@ -219,7 +229,11 @@ impl Header {
         put(48, &self.reftable_offset.to_be_bytes());
         put(56, &self.reftable_clusters.to_be_bytes());
         put(96, &self.refcount_order.to_be_bytes());
-        put(100, &104u32.to_be_bytes());
+        put(100, &(EXTENSIONS as u32).to_be_bytes());
+        if let Some(check) = &self.key_check {
+            put(EXTENSIONS, &KEY_CHECK);
+            put(EXTENSIONS + KEY_CHECK.len(), check);
+        }
         bytes
     }
 }

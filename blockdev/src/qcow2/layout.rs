@@ -7,8 +7,9 @@
 //! ```
 
 use super::header::{Header, MAX_SIZE};
+use crate::crypt::Cipher;
 use crate::store::Store;
-use crate::{DiskError, DiskErrorKind, Result, SECTOR};
+use crate::{DiskError, DiskErrorKind, Key, Result, SECTOR};
 
 /// Volumes have clusters of 64 KiB and reference counts of 16 bits, QEMU's defaults.
 pub(super) const CLUSTER_BITS: u32 = 16;
@@ -37,6 +38,18 @@ fn blocks_for(clusters: u64) -> u64 {
 /// # Errors
 /// `OutOfRange` for a size that is no multiple of 512, 0, or more than 64 TiB; `NoSpace` or `Io` from the host.
 pub fn create(store: &dyn Store, size: u64) -> Result<()> {
+    lay_out(store, size, None)
+}
+
+/// As [`create`], for a volume whose guest's bytes are encrypted with `key`: it is only opened with that.
+///
+/// # Errors
+/// As [`create`].
+pub fn create_encrypted(store: &dyn Store, size: u64, key: &Key) -> Result<()> {
+    lay_out(store, size, Some(Cipher::new(key).check()))
+}
+
+fn lay_out(store: &dyn Store, size: u64, key_check: Option<[u8; 16]>) -> Result<()> {
     if size == 0 || !size.is_multiple_of(SECTOR) || size > MAX_SIZE {
         let context = format!("a volume cannot have {size} bytes; give a multiple of 512 up to 64 TiB");
         return Err(DiskError { kind: DiskErrorKind::OutOfRange, context, source: None });
@@ -64,6 +77,7 @@ pub fn create(store: &dyn Store, size: u64) -> Result<()> {
         reftable_clusters: reftable_clusters as u32,
         refcount_order: 4,
         compression: super::header::Compression::Deflate,
+        key_check,
     };
     let list = |start: u64, count: u64, mark: u64| -> Vec<u8> {
         (0..count).flat_map(|i| ((start + i * CLUSTER) | mark).to_be_bytes()).collect()

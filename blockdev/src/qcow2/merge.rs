@@ -33,7 +33,7 @@ impl Qcow2Disk {
 /// `progress` is told of each byte that was looked at, and may end it by an error.
 ///
 /// # Errors
-/// Those of reading and writing; what is done counts.
+/// `Key`: what is encrypted would become plain; nothing is done. Those of reading and writing; what is done counts.
 pub fn commit(
     upper: &Qcow2Disk,
     lower: &Qcow2Disk,
@@ -41,6 +41,7 @@ pub fn commit(
 ) -> Result<()> {
     whole(upper)?;
     whole(lower)?;
+    not_plain(upper, lower)?;
     if upper.size() > lower.size() {
         lower.grow(upper.size())?;
     }
@@ -61,10 +62,11 @@ pub fn commit(
 /// below: it does not need `lower` then, durably. `progress` as of [`commit`].
 ///
 /// # Errors
-/// Those of reading and writing; what is done counts.
+/// `Key`: what is encrypted would become plain; nothing is done. Those of reading and writing; what is done counts.
 pub fn pull(upper: &Qcow2Disk, lower: &Qcow2Disk, progress: &mut dyn FnMut(u64) -> Result<()>) -> Result<()> {
     whole(upper)?;
     whole(lower)?;
+    not_plain(lower, upper)?;
     let mut buffer = vec![0; CLUSTER as usize];
     each(lower, progress, |at, len, own| {
         if own == Own::Nothing {
@@ -87,6 +89,14 @@ pub fn pull(upper: &Qcow2Disk, lower: &Qcow2Disk, progress: &mut dyn FnMut(u64) 
         Ok(())
     })?;
     upper.flush()
+}
+
+/// What is encrypted never becomes plain.
+fn not_plain(from: &Qcow2Disk, to: &Qcow2Disk) -> Result<()> {
+    match from.payload.encrypted() && !to.payload.encrypted() {
+        true => Err(DiskError::key("a layer that is encrypted is not merged into a plain one")),
+        false => Ok(()),
+    }
 }
 
 fn whole(layer: &Qcow2Disk) -> Result<()> {

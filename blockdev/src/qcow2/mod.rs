@@ -21,6 +21,7 @@ mod cursor;
 mod header;
 mod layout;
 mod merge;
+mod payload;
 mod volume;
 
 use std::fs::File;
@@ -29,17 +30,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 pub use chain::{Chain, Sealed};
 pub use header::{Header, MAX_SIZE};
-pub use layout::create;
+pub use layout::{create, create_encrypted};
 pub use merge::{commit, pull};
 
+use crate::crypt::Cipher;
 use crate::disk::{check_range, check_write};
 use crate::raw::total;
 use crate::store::{Store, lock};
-use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Result};
+use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Key, Result};
 use base::Base;
 use cache::Cache;
 use chain::zeros_below;
 use cursor::Cursor;
+use payload::Payload;
 use volume::Volume;
 
 /// Bits of an L2 entry.
@@ -66,7 +69,7 @@ enum Mapping {
 /// A qcow2 image, alone or on a base.
 pub struct Qcow2Disk {
     inner: Mutex<Inner>,
-    store: Arc<dyn Store>,
+    payload: Payload,
     base: Arc<Base>,
     /// Shared by whoever reads or writes mapped clusters; taken while `inner` is held, so that the mapping still holds.
     moving: Arc<RwLock<()>>,
@@ -77,6 +80,7 @@ pub struct Qcow2Disk {
 /// What a request holds.
 struct Inner {
     store: Arc<dyn Store>,
+    payload: Payload,
     moving: Arc<RwLock<()>>,
     header: Header,
     l1: Vec<u64>,
@@ -108,7 +112,21 @@ impl Qcow2Disk {
     /// # Errors
     /// As [`Qcow2Disk::open`].
     pub fn on(store: Arc<dyn Store>, base: Option<Arc<dyn Disk>>, read_only: bool) -> Result<Qcow2Disk> {
+        Qcow2Disk::with_key(store, base, None, read_only)
+    }
+
+    /// An image on any store, without a lock, whose guest's bytes are encrypted with `key`. What lies below has its own.
+    ///
+    /// # Errors
+    /// As [`Qcow2Disk::open`]; `Key` when it is missing, another's, or of an image that is not encrypted.
+    pub fn with_key(
+        store: Arc<dyn Store>,
+        base: Option<Arc<dyn Disk>>,
+        key: Option<&Key>,
+        read_only: bool,
+    ) -> Result<Qcow2Disk> {
         let header = Header::read(&*store)?;
+        let payload = Payload::new(store.clone(), cipher(&header, key)?);
         let l1 = read_l1(&*store, &header)?;
         let cache = Cache::new(header.cluster_bits);
         let volume = if read_only { None } else { Some(Volume::open(&*store, &header, &l1)?) };
@@ -118,7 +136,8 @@ impl Qcow2Disk {
         let size = AtomicU64::new(header.size);
         let moving = Arc::<RwLock<()>>::default();
         let inner = Inner {
-            store: store.clone(),
+            store,
+            payload: payload.clone(),
             moving: moving.clone(),
             header,
             l1,
@@ -129,7 +148,7 @@ impl Qcow2Disk {
             end,
             failed: false,
         };
-        Ok(Qcow2Disk { inner: Mutex::new(inner), store, base, moving, size, read_only })
+        Ok(Qcow2Disk { inner: Mutex::new(inner), payload, base, moving, size, read_only })
     }
 
     /// Lays it on something else, which must hold the same bytes.
@@ -147,7 +166,8 @@ impl Qcow2Disk {
     pub fn sealed(&self) -> Result<Sealed> {
         let inner = self.lock();
         inner.alive()?;
-        let sealed = Sealed::new(inner.store.clone(), inner.header.clone(), inner.l1.clone())?;
+        let sealed =
+            Sealed::new(inner.store.clone(), inner.payload.clone(), inner.header.clone(), inner.l1.clone())?;
         sealed.ok_or_else(|| DiskError::format("the image was not made by hutch, so it has no layers"))
     }
 
@@ -179,6 +199,18 @@ impl Qcow2Disk {
         // SAFETY: the buffer is ours.
         unsafe { self.write_vectored(from, &[cursor::buffer(&zeros)]) }
     }
+}
+
+/// What a layer is encrypted with.
+fn cipher(header: &Header, key: Option<&Key>) -> Result<Option<Arc<Cipher>>> {
+    let wrong = match (key.map(Cipher::new), header.key_check) {
+        (None, None) => return Ok(None),
+        (Some(cipher), Some(check)) if cipher.check() == check => return Ok(Some(Arc::new(cipher))),
+        (Some(_), Some(_)) => "the image is encrypted with another key than this one; give it its own",
+        (None, Some(_)) => "the image is encrypted; give its key",
+        (Some(_), None) => "the image is not encrypted, and there is a key for it; its record is wrong",
+    };
+    Err(DiskError::key(wrong))
 }
 
 /// The L1 table, every entry of it checked against the file.
@@ -220,6 +252,11 @@ impl Inner {
         }
         let entry = self.entry(index)?;
         if entry & COMPRESSED != 0 {
+            if self.payload.encrypted() {
+                let why =
+                    format!("cluster {index} is compressed, and the image encrypted; the image is damaged");
+                return Err(DiskError::format(why));
+            }
             return Ok(Mapping::Compressed(entry));
         }
         let zero = if self.header.version >= 3 { ZERO } else { 0 };
@@ -340,7 +377,7 @@ impl Disk for Qcow2Disk {
                     }
                     Mapping::Data(host) => {
                         let _moving = self.moving(inner);
-                        let read = self.store.read(host + at % cluster, &part);
+                        let read = self.payload.read(host + at % cluster, at, &part);
                         read.map_err(|e| DiskError::io("read the disk", e))?;
                     }
                     Mapping::Compressed(entry) => inner.read_packed(entry, at, &part)?,
@@ -365,7 +402,7 @@ impl Disk for Qcow2Disk {
                 match mapping {
                     Mapping::Data(host) => {
                         let _moving = self.moving(inner);
-                        let written = self.store.write(host + at % cluster, &cursor.take(len));
+                        let written = self.payload.write(host + at % cluster, at, &cursor.take(len));
                         written.map_err(|e| DiskError::io("write the disk", e))?;
                         len
                     }

@@ -453,9 +453,11 @@ impl Inner {
         stop: u64,
     ) -> Result<()> {
         let size = self.header.size;
-        let before = self.old_bytes(start, at, fresh.zero)?;
+        // Encrypted, zeros are to be written like anything else.
+        let zero = fresh.zero && !self.payload.encrypted();
+        let before = self.old_bytes(start, at, zero)?;
         // The guest's disk may end within its last cluster.
-        let after = self.old_bytes(at + len, stop.min(size.next_multiple_of(CLUSTER)), fresh.zero)?;
+        let after = self.old_bytes(at + len, stop.min(size.next_multiple_of(CLUSTER)), zero)?;
         let mut bufs = Vec::with_capacity(part.len() + 2);
         bufs.extend(before.as_deref().map(buffer));
         bufs.extend_from_slice(part);
@@ -470,7 +472,8 @@ impl Inner {
             self.volume()?.len = len;
         }
         // SAFETY: the caller's promise for `part`; the rest is ours and outlives the call.
-        unsafe { self.store.write(host + skip, &bufs) }.map_err(|e| DiskError::io("write the disk", e))
+        unsafe { self.payload.write(host + skip, start + skip, &bufs) }
+            .map_err(|e| DiskError::io("write the disk", e))
     }
 
     /// What guest range `from..to`, within one cluster that is not in the file, holds now. `None` when there is nothing
@@ -508,7 +511,7 @@ impl Inner {
         while index * CLUSTER < to {
             match self.mapping(index)? {
                 Mapping::Data(host) if !unmap => {
-                    let zero = self.store.zero(host, CLUSTER, false);
+                    let zero = self.payload.zero(host, index * CLUSTER, CLUSTER);
                     zero.map_err(|e| DiskError::io("zero a part of the disk", e))?;
                 }
                 _ => self.unlink(index)?,

@@ -11,6 +11,14 @@ use std::fs::{File, OpenOptions};
 use std::path::Path;
 use std::process::Command;
 
+use hutch_blockdev::Key;
+
+/// A key that is made of `seed`.
+pub fn key(seed: u8) -> Key {
+    Key::new(&std::array::from_fn::<u8, 64, _>(|i| seed.wrapping_mul(41).wrapping_add(i as u8)))
+        .expect("a key")
+}
+
 /// Runs `qemu-img` with `args`; returns its exit code and what it said.
 pub fn qemu_img(args: &[&str]) -> (i32, String) {
     let out =

@@ -8,7 +8,12 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use hutch_blockdev::store::Store;
-use hutch_blockdev::{Disk, DiskErrorKind, SECTOR};
+use hutch_blockdev::{Disk, DiskErrorKind, Key, SECTOR};
+
+/// A key that is made of `seed`.
+pub fn key(seed: u8) -> Key {
+    Key::new(&std::array::from_fn::<u8, 64, _>(|i| seed.wrapping_mul(41).wrapping_add(i as u8))).unwrap()
+}
 
 /// xorshift64: the same work from the same seed, everywhere.
 pub struct Random(pub u64);

@@ -42,7 +42,7 @@ impl Inner {
 
     fn clear_tail(&mut self, from: u64, to: u64) -> Result<()> {
         if let Mapping::Data(host) = self.mapping(from / CLUSTER)? {
-            let zero = self.store.zero(host + from % CLUSTER, to - from, false);
+            let zero = self.payload.zero(host + from % CLUSTER, from, to - from);
             zero.map_err(|e| DiskError::io("grow the volume", e))?;
         }
         Ok(())
