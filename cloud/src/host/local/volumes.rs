@@ -20,7 +20,7 @@ use hutch_blockdev::store::lock;
 use hutch_blockdev::{
     Disk, DiskError, DiskErrorKind, Format, Qcow2Disk, RawDisk, SECTOR, open_layers, qcow2,
 };
-use hutch_imagestore::store::{Image, Store, StoreError};
+use hutch_imagestore::store::{Image, Kind, Store, StoreError};
 use hutch_vmm::config::Rate;
 use serde::{Deserialize, Serialize};
 
@@ -157,13 +157,13 @@ impl Volumes {
     /// # Errors
     /// They cannot be read.
     pub fn templates(&self) -> Result<Vec<Template>> {
-        let images = self.images()?;
+        let images = self.images()?.into_iter().filter(|image| image.record.kind == Kind::Machine);
         let template = |record: hutch_imagestore::store::Record| Template {
             name: record.name,
             digest: record.source_sha256,
             size: record.virtual_size,
         };
-        Ok(images.into_iter().map(|image| template(image.record)).collect())
+        Ok(images.map(|image| template(image.record)).collect())
     }
 
     /// See [`Host::create_volume`](super::super::Host::create_volume). Takes the same time whatever the size.
@@ -391,8 +391,10 @@ impl Volumes {
         match source {
             Source::Empty => Ok(None),
             Source::Template(name) => match self.templates.get(name) {
-                Ok(image) => Ok(Some(image.disk())),
-                Err(StoreError::NotFound { .. }) => Err(HostError::Missing(format!("template {name}"))),
+                Ok(image) if image.record.kind == Kind::Machine => Ok(Some(image.disk())),
+                Ok(_) | Err(StoreError::NotFound { .. }) => {
+                    Err(HostError::Missing(format!("template {name}")))
+                }
                 Err(e) => Err(HostError::Failed(chain(&e))),
             },
             Source::Snapshot(id) => {
@@ -549,7 +551,7 @@ pub(super) fn failed(path: &Path, error: io::Error) -> HostError {
     }
 }
 
-fn cannot_link(base: &Path, link: &Path, error: io::Error) -> HostError {
+pub fn cannot_link(base: &Path, link: &Path, error: io::Error) -> HostError {
     if error.kind() == io::ErrorKind::CrossesDevices {
         let (base, link) = (base.display(), link.display());
         return HostError::Failed(format!("{base} and {link} are on two file systems; keep both on one"));
