@@ -145,8 +145,9 @@ fn unsealed(state: &State) -> Result<()> {
 }
 
 /// Gives each of these disks a new top layer, a volume that [`create`](crate::qcow2::create) just made (or
-/// [`create_encrypted`](crate::qcow2::create_encrypted), with the key of the top one that is there), all at one instant: whatever was written before is in the layers beneath, and what is written from then on is not. Nobody waits
-/// longer for it than requests take that are under way.
+/// [`create_encrypted`](crate::qcow2::create_encrypted), with the key of the top one that is there), all at one instant:
+/// whatever was written before is in the layers beneath, and what is written from then on is not. Nobody waits longer for
+/// it than requests take that are under way.
 ///
 /// # Errors
 /// `Busy` while the last cut of one is not sealed; `Format`, `Key`, `Io` of a new layer. Nothing changed then.

@@ -57,12 +57,17 @@ pub fn remove(path: &Path) -> Result<()> {
 pub(super) fn link(from: &Path, to: &Path) -> Result<()> {
     match fs::hard_link(from, to) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::CrossesDevices => {
-            let (from, to) = (from.display(), to.display());
-            Err(HostError::Failed(format!("{from} and {to} are on two file systems; keep both on one")))
-        }
-        linked => linked.map_err(|e| failed(to, e)),
+        linked => linked.map_err(|e| cannot_link(from, to, e)),
     }
+}
+
+/// The host's error with one more name of a file.
+pub fn cannot_link(from: &Path, to: &Path, error: io::Error) -> HostError {
+    if error.kind() == io::ErrorKind::CrossesDevices {
+        let (from, to) = (from.display(), to.display());
+        return HostError::Failed(format!("{from} and {to} are on two file systems; keep both on one"));
+    }
+    failed(to, error)
 }
 
 /// Makes the names in a directory durable.

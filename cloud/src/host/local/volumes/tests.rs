@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use hutch_blockdev::stack::{self, Stack};
 use hutch_blockdev::{Disk, open_layers};
-use hutch_imagestore::store::{Architecture, Format, Origin};
+use hutch_imagestore::store::{Architecture, Format, Kind, Origin};
 use hutch_vmm::config::Flow;
 
 use super::*;
@@ -19,7 +19,7 @@ fn home() -> tempfile::TempDir {
 /// A directory whose template begins with `text`.
 fn home_of(text: &str) -> tempfile::TempDir {
     let home = tempfile::tempdir().unwrap();
-    let pending = Store::open(home.path()).unwrap().begin("micro").unwrap();
+    let pending = Store::open(home.path()).unwrap().begin(Kind::Machine, "micro").unwrap();
     pending.disk().set_len(4 * MIB).unwrap();
     pending.disk().write_all_at(text.as_bytes(), 0).unwrap();
     let origin = Origin { format: Format::Raw, sha256: "0".repeat(64), architecture: Architecture::X86_64 };
@@ -55,7 +55,8 @@ impl Fake {
     fn start(volumes: &Volumes, ids: &[&str]) -> Fake {
         let open = |id: &&str| {
             let (files, _) = volumes.ready(id).unwrap();
-            let opened = hutch_blockdev::layers::open(files.open().unwrap(), false).unwrap();
+            let layers = files.open().unwrap().into_iter().map(Into::into).collect();
+            let opened = hutch_blockdev::layers::open(layers, false).unwrap();
             (serial(id), files.top, opened.stack.unwrap())
         };
         Fake { disks: Mutex::new(ids.iter().map(open).collect()), dead: Mutex::new(false) }
@@ -100,7 +101,8 @@ impl Running for Fake {
         volume: &str,
         layers: &[(File, hutch_blockdev::Format)],
     ) -> std::result::Result<(), hutch_vmm::launch::LaunchError> {
-        let layers = layers.iter().map(|(file, format)| (file.try_clone().unwrap(), *format)).collect();
+        let layers =
+            layers.iter().map(|(file, format)| (file.try_clone().unwrap(), *format).into()).collect();
         self.stack(volume).rebase(layers).unwrap();
         Ok(())
     }
