@@ -6,16 +6,19 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use hutch_netfw::VPC;
+use hutch_netfw::name::GroupId;
 use hutch_vmm::config::Rate;
+use ipnet::Ipv4Net;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::backup::{self, Captured, Target};
 
-use super::{Content, End, Group, Host, HostError, Machine, Result, Source, Status, Template};
+use super::{Content, End, Group, Host, HostError, Machine, Network, Result, Source, Status, Template};
 
 /// What is kept of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -47,25 +50,30 @@ struct State {
     events: u64,
 }
 
+/// A machine that several simulated hosts are: the networks that were ever in use there, but for default ones.
+#[derive(Default)]
+pub struct OneMachine(Mutex<BTreeMap<GroupId, Ipv4Net>>);
+
 /// A simulated host.
 pub struct Simulated {
     dir: Option<PathBuf>,
     state: Mutex<State>,
     changed: Condvar,
     delay: Duration,
-    any_network: bool,
+    /// What other hosts of this kind know, too.
+    machine: Option<Arc<OneMachine>>,
 }
 
 impl Simulated {
     /// A host that is gone with the process.
     pub fn memory(delay: Duration) -> Simulated {
-        Simulated { dir: None, state: Mutex::default(), changed: Condvar::new(), delay, any_network: true }
+        Simulated { dir: None, state: Mutex::default(), changed: Condvar::new(), delay, machine: None }
     }
 
-    /// Has it say of networks what a host says that has only the accounts' default ones.
+    /// Has it say of networks what hosts say that are one machine.
     #[must_use]
-    pub fn with_default_networks_only(self) -> Simulated {
-        Simulated { any_network: false, ..self }
+    pub fn on(self, machine: &Arc<OneMachine>) -> Simulated {
+        Simulated { machine: Some(machine.clone()), ..self }
     }
 
     /// A host whose machines, volumes and snapshots are kept in `dir`. Starting and stopping take `delay`.
@@ -81,7 +89,7 @@ impl Simulated {
             events: 1,
         };
         let (dir, state) = (Some(dir), Mutex::new(state));
-        Ok(Simulated { dir, state, changed: Condvar::new(), delay, any_network: true })
+        Ok(Simulated { dir, state, changed: Condvar::new(), delay, machine: None })
     }
 
     /// Ends a machine as its guest, or a mishap, would.
@@ -304,9 +312,18 @@ impl Host for Simulated {
         Ok(())
     }
 
-    /// Nothing runs, so nothing is reached that should not be.
-    fn any_network(&self) -> bool {
-        self.any_network
+    fn one_machine(&self) -> bool {
+        self.machine.is_some()
+    }
+
+    fn room(&self, network: &Network) -> Result<()> {
+        let Some(machine) = self.machine.as_ref().filter(|_| network.cidr != VPC) else { return Ok(()) };
+        let networks = machine.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let has = |cidr: &Ipv4Net| cidr.contains(&network.cidr) || network.cidr.contains(cidr);
+        match networks.iter().find(|(id, cidr)| **id != network.id && has(cidr)) {
+            Some((id, cidr)) => Err(HostError::NoRoom(format!("{cidr} is {id}'s"))),
+            None => Ok(()),
+        }
     }
 
     /// There are no packets.
@@ -324,6 +341,13 @@ impl Host for Simulated {
         }
         if let Some(volume) = machine.volumes.iter().find(|volume| !state.volumes.contains_key(*volume)) {
             return Err(HostError::Missing(format!("volume {volume}")));
+        }
+        for interface in &machine.interfaces {
+            self.room(&interface.network)?;
+            if let Some(machine) = self.machine.as_ref().filter(|_| interface.network.cidr != VPC) {
+                let Network { id, cidr, .. } = interface.network.clone();
+                machine.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id, cidr);
+            }
         }
         let starts = before.map_or(0, |kept| kept.starts) + 1;
         let mut machine = machine.clone();
