@@ -91,6 +91,12 @@ impl Pool {
         usable(ip) && self.ranges.iter().any(|(first, last)| (*first..=*last).contains(&ip))
     }
 
+    /// Whether it has some of these.
+    pub fn overlaps(&self, net: Ipv4Net) -> bool {
+        let (from, to) = (u32::from(net.network()), u32::from(net.broadcast()));
+        self.ranges.iter().any(|(first, last)| *first <= to && from <= *last)
+    }
+
     /// All its addresses, beginning with the one at `from` and coming round to it.
     pub(crate) fn from(&self, from: u64) -> impl Iterator<Item = (u64, Ipv4Addr)> + '_ {
         let len = self.len();

@@ -15,7 +15,7 @@ mod network;
 mod volumes;
 
 pub use modification::{Modification, Progress, Shape};
-pub use network::{Account, Gateway, RouteTable, Subnet, Target, Vpc, VpcParts};
+pub use network::{Account, Gateway, RouteTable, Slots, Subnet, Target, Vpc, VpcParts};
 pub use volumes::{AttachmentState, Copied, Device, Snapshot, Volume, VolumeState};
 
 /// Tags: at most 50, keys to 128 characters, values to 256.
@@ -41,6 +41,7 @@ macro_rules! record {
 }
 
 record! {
+    Slots "slots",
     Instance "instance", Image "image", Volume "volume", Snapshot "snapshot", Interface "interface", Vpc "vpc",
     Subnet "subnet", Group "group", KeyPair "key", Address "address", Token "token", Name "name",
     LaunchTemplate "launch-template", LaunchTemplateVersion "launch-template-version", Elastic "elastic",

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use hutch_cloud::host::local::{Local, Means, MetadataService, Served};
 use hutch_cloud::host::{
-    Content, End, Host, HostError, Interface, Machine, Public, Simulated, Source, Speed,
+    Content, End, Host, HostError, Interface, Machine, Network, Public, Simulated, Source, Speed,
 };
 use hutch_cloud::metadata::Metadata;
 use hutch_imagestore::store::{Kind, Store};
@@ -49,6 +49,8 @@ fn machine(id: &str, run: u64, volumes: &[&str]) -> Machine {
             id: "eni-12345678".into(),
             mac: "02:00:00:00:00:01".into(),
             ip: [172, 31, 0, 4].into(),
+            subnet: None,
+            network: Network::alone(),
             public: None,
             groups: vec!["sg-12345678".into()],
         }],
@@ -368,6 +370,8 @@ fn the_local_host() {
         let means = Means {
             vmm: std::env::var_os("HUTCH_VMM").expect("hutch-vmm").into(),
             networks: dir.path().join("networks"),
+            region: "home-1".into(),
+            together: Default::default(),
             metadata: Box::new(Silent),
         };
         Local::open(dir.path(), Store::open(&state).unwrap(), means).unwrap()

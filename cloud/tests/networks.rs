@@ -6,10 +6,10 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{ACCOUNT, OTHER, World, in_memory, settings, world_of};
+use common::{ACCOUNT, OTHER, in_memory, settings, world_of};
 use hutch_cloud::host::Simulated;
-use hutch_cloud::model::{Gateway, Group, InstanceState, Interface, RouteTable, Subnet, Tags, Target, Vpc};
-use hutch_cloud::region::{InterfaceAttribute, Launch, NewInterface, NewSubnet, Region, RouteChange};
+use hutch_cloud::model::{Gateway, Group, InstanceState, Interface, RouteTable, Subnet, Tags, Vpc};
+use hutch_cloud::region::{InterfaceAttribute, Launch, NewInterface, NewSubnet, Region};
 use hutch_cloud::store::{Sqlite, Store, Transaction};
 
 fn vpc(region: &Region, account: &str, cidr: &str) -> Vpc {
@@ -24,66 +24,6 @@ fn subnet(region: &Region, vpc: &Vpc, cidr: &str) -> Subnet {
 fn interface(region: &Region, subnet: &Subnet, ip: Option<Ipv4Addr>) -> Result<Interface, String> {
     let new = NewInterface { subnet: subnet.id.clone(), private_ip: ip, ..NewInterface::default() };
     region.create_interface(&subnet.account, &new).map_err(|fault| fault.code.into_owned())
-}
-
-fn limited() -> World {
-    let host = Simulated::memory(Duration::ZERO).with_default_networks_only();
-    world_of(settings(), Arc::new(host), Sqlite::memory().unwrap())
-}
-
-#[test]
-fn a_host_with_default_networks_only_pretends_nothing() {
-    let world = limited();
-    let region = &world.region;
-    let own = vpc(region, ACCOUNT, "10.0.0.0/16");
-    let inside = subnet(region, &own, "10.0.1.0/24");
-    let launch = |subnet: &Subnet| {
-        let launch = Launch { subnet: Some(subnet.id.clone()), ..world.launch(1) };
-        region.run_instances(ACCOUNT, &launch).map_err(|fault| fault.code.into_owned())
-    };
-    assert_eq!(launch(&inside).unwrap_err(), "Unsupported");
-    // A subnet of one's own in the default network is as good as any.
-    let default: Vpc = region.get(&region.default_vpc(ACCOUNT)).unwrap().unwrap();
-    let small = subnet(region, &default, "172.31.200.0/28");
-    let made = launch(&small).unwrap();
-    let mine: Interface = region.get(&made[0].interfaces[0]).unwrap().unwrap();
-    assert!(small.cidr.contains(&mine.ip), "{}", mine.ip);
-    // And so is an interface that was made before; but only one.
-    let first = interface(region, &small, None).unwrap();
-    let launch = Launch { interface: Some(first.id.clone()), ..world.launch(1) };
-    let instance = region.run_instances(ACCOUNT, &launch).unwrap()[0].clone();
-    assert_eq!(instance.interfaces, [first.id]);
-    let second = interface(region, &small, None).unwrap();
-    let code = |result: Result<(), hutch_cloud::fault::Fault>| result.unwrap_err().code.into_owned();
-    let attached = region.attach_interface(ACCOUNT, &second.id, &instance.id, 1).map(drop);
-    assert_eq!(code(attached), "UnsupportedOperation");
-    // Guests reach what the host reaches: routes cannot say otherwise.
-    let tables = region.all::<RouteTable>().unwrap();
-    let table = tables.iter().find(|table| table.vpc == default.id).unwrap();
-    let gateway = region.all::<Gateway>().unwrap().into_iter().find(|g| g.vpc.is_some()).unwrap();
-    let everywhere = "0.0.0.0/0".parse().unwrap();
-    let associated = region.create_route_table(ACCOUNT, &default.id, &Tags::new(), (None, "")).unwrap();
-    for refused in [
-        region.detach_gateway(ACCOUNT, &gateway.id, &default.id),
-        region.delete_route(ACCOUNT, &table.id, everywhere),
-        region.route(
-            ACCOUNT,
-            &table.id,
-            "10.0.0.0/8".parse().unwrap(),
-            &Target::Interface(second.id.clone()),
-            RouteChange::Create,
-        ),
-        region.associate_route_table(ACCOUNT, &associated.id, &small.id).map(drop),
-    ] {
-        assert_eq!(code(refused), "UnsupportedOperation");
-    }
-    // In a network where nothing runs they are what its owner writes down.
-    let igw = region.create_gateway(ACCOUNT, &Tags::new()).unwrap().id;
-    region.attach_gateway(ACCOUNT, &igw, &own.id).unwrap();
-    let table = region.create_route_table(ACCOUNT, &own.id, &Tags::new(), (None, "")).unwrap();
-    region.route(ACCOUNT, &table.id, everywhere, &Target::Gateway(igw.clone()), RouteChange::Create).unwrap();
-    region.associate_route_table(ACCOUNT, &table.id, &inside.id).unwrap();
-    region.detach_gateway(ACCOUNT, &igw, &own.id).unwrap();
 }
 
 #[test]

@@ -11,6 +11,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::name::{GroupId, NameError};
+use crate::nft::STRANGER;
 
 /// A security group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -215,7 +216,8 @@ impl Family {
         }
         let mut lines = Vec::new();
         if !nets.is_empty() {
-            lines.push(line(&format!("{ip} {end} {{ {nets} }}"), "keep"));
+            let own = format!("ct mark and {STRANGER:#x} == 0 {ip} {end} {{ {nets} }}");
+            lines.push(line(&own, "keep"));
         }
         lines.extend(groups.iter().map(|id| line(&format!("{ip} {end} @{id}-{digit}"), "keep")));
         lines

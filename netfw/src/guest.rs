@@ -7,6 +7,7 @@
 //! Its public address, if it has any, comes and goes meanwhile: elastic.rs. Who dies without saying so leaves elements for a tap that is gone, which lead nowhere; the next start and
 //! [`crate::repair`] take them out.
 
+pub(crate) mod apart;
 pub(crate) mod elastic;
 
 use std::fs::{self, File};
@@ -22,14 +23,14 @@ use nix::sys::socket::{Backlog, SockType, listen};
 use crate::dhcp::{Lease, Server};
 use crate::kept::{self, Kept, Record, gateway};
 use crate::name::{GroupId, MacAddr, NameError, TapName};
-use crate::nft::{self, Guest, NftError};
+use crate::nft::{self, Guest, Network, NftError};
 use crate::ra::{self, GATEWAY6, METADATA6, PREFIX6, Router};
 use crate::tap::{self, Ends, TapError};
 
 pub use elastic::Public;
 use elastic::Published;
 
-/// The default VPC: all guests' addresses are from it.
+/// The default VPC: the addresses of all guests that are in no VPC of somebody's own.
 pub const VPC: Ipv4Net = match Ipv4Net::new(Ipv4Addr::new(172, 31, 0, 0), 16) {
     Ok(net) => net,
     Err(_) => panic!("a prefix of 16 bits is one"),
@@ -98,6 +99,18 @@ pub enum NetError {
         /// The hardware address.
         mac: MacAddr,
     },
+    /// Addresses of the network are somebody else's on this host.
+    #[error(
+        "the addresses {cidr} of {network} overlap {with}, which this host reaches otherwise; take a VPC with another CIDR block"
+    )]
+    Overlaps {
+        /// The network.
+        network: GroupId,
+        /// Its addresses.
+        cidr: Ipv4Net,
+        /// What has some of them.
+        with: String,
+    },
     /// The public address is another guest's still.
     #[error("{ip} leads to the guest {by}; disassociate it there first")]
     Led {
@@ -162,8 +175,10 @@ pub struct Address {
     pub ip: Ipv4Addr,
     /// Its hardware address.
     pub mac: MacAddr,
-    /// Its subnet, of [`VPC`]; the first address is the gateway's.
+    /// Its subnet; the first address is the gateway's.
     pub subnet: Ipv4Net,
+    /// The network that the subnet is of.
+    pub network: Network,
     /// Its security groups.
     pub groups: Vec<GroupId>,
 }
@@ -204,14 +219,16 @@ impl GuestNet {
         let ip = free.ok_or(NetError::Full)?;
         let [a, b, c, d] = ip.octets();
         let mac = MacAddr::new([0x02, 0x68, a, b, c, d]).ok_or(NetError::Full)?;
-        let address = Address { ip, mac, subnet: SUBNET, groups: vec![GroupId::alone()] };
+        let (network, groups) = (Network::alone(), vec![GroupId::alone()]);
+        let address = Address { ip, mac, subnet: SUBNET, network, groups };
         GuestNet::begin(state, kept, &address, queues, mtu, dns)
     }
 
     /// As [`GuestNet::up`], with the address and the MAC that somebody else chose for it.
     ///
     /// # Errors
-    /// [`NetError::Taken`], or [`NetError::Firewall`] for an address that is not of [`VPC`]; nothing is left behind.
+    /// [`NetError::Taken`], [`NetError::Overlaps`], or [`NetError::Firewall`] for an address that is not of its network; nothing
+    /// is left behind.
     pub fn up_as(
         state: &Path,
         address: &Address,
@@ -230,6 +247,7 @@ impl GuestNet {
         if kept.records.iter().any(|record| record.ip == ip || record.mac == own) {
             return Err(NetError::Taken { ip, mac });
         }
+        apart::check(&kept.records, &address.network)?;
         GuestNet::begin(state, kept, address, queues, mtu, dns)
     }
 
@@ -258,20 +276,21 @@ impl GuestNet {
         self.undone = false;
     }
 
-    /// Has it be in these security groups, and no others. What they say is told by [`crate::set_groups`].
+    /// Has it be in these security groups, and no others, and in this network. What groups say is told by
+    /// [`crate::set_groups`].
     ///
     /// # Errors
     /// [`NetError::State`] or [`NetError::Firewall`]; the rules are then as they were, or are mended by the next call.
-    pub fn set_groups(&mut self, groups: &[GroupId]) -> Result<(), NetError> {
-        if self.guest.groups == groups {
+    pub fn place(&mut self, groups: &[GroupId], network: &Network) -> Result<(), NetError> {
+        if (&*self.guest.groups, &self.guest.network) == (groups, network) {
             return Ok(());
         }
         let mut kept = Kept::open(&self.state)?;
         let own =
             kept.records.iter_mut().find(|record| record.ip == self.ip).ok_or(NetError::Gone(self.ip))?;
-        own.groups = groups.to_vec();
+        (own.groups, own.network) = (groups.to_vec(), network.clone());
         kept.put()?;
-        self.guest.groups = groups.to_vec();
+        (self.guest.groups, self.guest.network) = (groups.to_vec(), network.clone());
         Ok(())
     }
 
@@ -305,9 +324,16 @@ impl GuestNet {
         let Address { ip, mac, subnet, .. } = *address;
         let tap = tap_of(ip).map_err(|_| NetError::Full)?;
         let ip6 = tap::has_ipv6().then(|| ra::address(PREFIX6, mac));
-        let groups = address.groups.clone();
-        let guest =
-            Guest { tap: tap.clone(), mac, ip4: ip, ip6, gateway: gateway(subnet), groups: groups.clone() };
+        let (groups, network) = (address.groups.clone(), address.network.clone());
+        let guest = Guest {
+            tap: tap.clone(),
+            mac,
+            ip4: ip,
+            ip6,
+            gateway: gateway(subnet),
+            network: network.clone(),
+            groups: groups.clone(),
+        };
 
         let was_off = kept.records.first().map_or_else(kept::forwarding_is_off, |r| r.forwarding_was_off);
         let forwards = kept.uplink.is_some() && was_off;
@@ -317,6 +343,7 @@ impl GuestNet {
             ip,
             ip6,
             subnet,
+            network,
             groups,
             public: None,
             forwarding_was_off: forwards,

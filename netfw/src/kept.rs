@@ -2,7 +2,7 @@
 //! that follows from them.
 //!
 //! ```text
-//!   hu….json     a guest                groups.json   what security groups say
+//!   hu….json     a guest                groups-OWNER.json   what the security groups of a region say
 //!   applied      the firewall as we left it: the ruleset's generation, the version of its constant rules
 //!   net.lock     held by who changes any of it
 //! ```
@@ -10,6 +10,7 @@
 //! changed it since, it is listed and counted first; where that does not fit, or the difference is refused, all of it is
 //! put anew.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -25,7 +26,7 @@ use crate::groups::Group;
 use crate::guest::elastic::{self, Published};
 use crate::guest::{NetError, SUBNET, VPC};
 use crate::name::{GroupId, TAP_PREFIX, Uplink};
-use crate::nft::{self, Guest, Listing, NftError, Ruleset};
+use crate::nft::{self, Guest, Listing, Network, NftError, Ruleset};
 use crate::served::{Served, TICK};
 use crate::tap;
 
@@ -45,6 +46,8 @@ pub(crate) struct Record {
     pub ip6: Option<Ipv6Addr>,
     #[serde(default = "first_subnet")]
     pub subnet: Ipv4Net,
+    #[serde(default = "Network::alone")]
+    pub network: Network,
     #[serde(default = "alone")]
     pub groups: Vec<GroupId>,
     #[serde(default)]
@@ -61,6 +64,7 @@ impl Record {
             ip4: self.ip,
             ip6: self.ip6,
             gateway: gateway(self.subnet),
+            network: self.network.clone(),
             groups: self.groups.clone(),
         })
     }
@@ -90,15 +94,19 @@ struct Applied {
     version: u64,
 }
 
+/// Groups, by who told of them; `None` is who was the only one, in an earlier version.
+type Told = BTreeMap<Option<String>, Vec<Group>>;
+
 /// What is kept, read and locked.
 pub(crate) struct Kept {
     dir: PathBuf,
     _lock: Flock<File>,
     pub records: Vec<Record>,
-    pub groups: Vec<Group>,
+    /// What each who tells of groups has told.
+    groups: Told,
     pub uplink: Option<Uplink>,
     /// What the files say.
-    written: (Vec<Record>, Vec<Group>),
+    written: (Vec<Record>, Told),
     /// What the kernel should have.
     before: Ruleset,
     /// Guests that the firewall knows though their taps are gone.
@@ -112,7 +120,7 @@ impl Kept {
     /// [`NetError::State`].
     pub fn open(dir: &Path) -> Result<Kept, NetError> {
         let lock = lock(dir)?;
-        let groups: Vec<Group> = read(&dir.join("groups.json")).unwrap_or_default();
+        let groups = told(dir)?;
         let uplink = tap::default_link().and_then(|name| name.parse().ok());
         let recorded = records(dir)?;
         // Guests that clash were never up together: there is nothing that could be told from them.
@@ -176,8 +184,14 @@ impl Kept {
 
     /// Makes the files what is kept.
     fn write(&mut self) -> Result<(), NetError> {
-        if self.groups != self.written.1 {
-            write(&self.dir.join("groups.json"), &self.groups)?;
+        for (owner, groups) in &self.groups {
+            if self.written.1.get(owner) != Some(groups) {
+                write(&groups_path(&self.dir, owner.as_deref()), groups)?;
+            }
+        }
+        for owner in self.written.1.keys().filter(|owner| !self.groups.contains_key(*owner)) {
+            let path = groups_path(&self.dir, owner.as_deref());
+            fs::remove_file(&path).map_err(|source| NetError::State { path, source })?;
         }
         for record in self.records.iter().filter(|record| !self.written.0.contains(record)) {
             self.write_record(record)?;
@@ -273,8 +287,8 @@ fn generation() -> Option<u32> {
     nft::generation().ok()
 }
 
-fn ruleset(records: &[Record], groups: &[Group], uplink: Option<Uplink>) -> Result<Ruleset, NftError> {
-    let rules = Ruleset::new(VPC, uplink).with_groups(groups.to_vec());
+fn ruleset(records: &[Record], groups: &Told, uplink: Option<Uplink>) -> Result<Ruleset, NftError> {
+    let rules = Ruleset::new(VPC, uplink).with_groups(groups.values().flatten().cloned().collect());
     let mut rules = rules.with_public(elastic::pairs(records));
     for guest in records.iter().filter_map(Record::guest) {
         rules.add(guest)?;
@@ -298,6 +312,27 @@ fn lock(dir: &Path) -> Result<Flock<File>, NetError> {
 
 fn record_path(dir: &Path, tap: &str) -> PathBuf {
     dir.join(format!("{tap}.json"))
+}
+
+fn groups_path(dir: &Path, owner: Option<&str>) -> PathBuf {
+    dir.join(owner.map_or("groups.json".into(), |owner| format!("groups-{owner}.json")))
+}
+
+/// What is told of groups, by all who tell of them.
+fn told(dir: &Path) -> Result<Told, NetError> {
+    let error = |source| NetError::State { path: dir.to_owned(), source };
+    let mut told = Told::new();
+    for entry in fs::read_dir(dir).map_err(error)? {
+        let path = entry.map_err(error)?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let owner = match name.strip_suffix(".json").and_then(|name| name.strip_prefix("groups")) {
+            Some("") => None,
+            Some(rest) if rest.starts_with('-') => Some(rest.trim_start_matches('-').to_owned()),
+            _ => continue,
+        };
+        told.insert(owner, read(&path).unwrap_or_default());
+    }
+    Ok(told)
 }
 
 /// What a file holds; `None` where it is not there or is something else.
@@ -327,14 +362,23 @@ fn records(dir: &Path) -> Result<Vec<Record>, NetError> {
     Ok(records)
 }
 
-/// Tells what security groups say: all there are, those that are not among them let nothing through. What is the same
-/// already is not touched.
+/// Tells what the security groups of `owner`, a region's name, say: all there are, those that are not among them let nothing
+/// through. Those of other owners stay. What is the same already is not touched.
 ///
 /// # Errors
 /// [`NetError::Firewall`], [`NetError::State`]: then the rules are as they were, or are mended by the next call.
-pub fn set_groups(dir: &Path, groups: &[Group]) -> Result<(), NetError> {
+pub fn set_groups(dir: &Path, owner: &str, groups: &[Group]) -> Result<(), NetError> {
     let mut kept = Kept::open(dir)?;
-    kept.groups = groups.to_vec();
+    // It is a file's name, too.
+    owner.parse::<GroupId>().map_err(|e| NetError::State {
+        path: groups_path(dir, Some(owner)),
+        source: io::Error::new(io::ErrorKind::InvalidInput, e),
+    })?;
+    let ids: BTreeSet<&GroupId> = groups.iter().map(|group| &group.id).collect();
+    // Told before there were owners: by this one, if one of its groups is among them.
+    kept.groups
+        .retain(|owner, groups| owner.is_some() || !groups.iter().any(|group| ids.contains(&group.id)));
+    kept.groups.insert(Some(owner.to_owned()), groups.to_vec());
     // Without a guest there is no firewall that would have to know.
     if kept.in_use() || !kept.dead.is_empty() { kept.settle() } else { kept.write() }
 }

@@ -20,5 +20,6 @@ pub mod ra;
 mod served;
 pub mod tap;
 
+pub use guest::apart::room;
 pub use guest::{Address, GuestNet, NetError, Public, SUBNET, VPC};
 pub use kept::{Watch, repair, set_groups};

@@ -5,12 +5,15 @@
 //! what security groups let through is a chain a group and way ([`crate::groups`]).
 //!
 //! ```text
-//!   from a tap ─► unspoofed ─► conntrack ─► leaving: a reply, a kept connection, or the chains of its groups, out ─► through
+//!   from a tap ─► unspoofed ─► conntrack ─► wall ─► leaving: a reply, a kept connection, or the chains of its groups, out ─► through
 //!   to a tap   ─► through, or the host's own ─► arriving: a reply, a kept connection, or the chains of its groups, in
 //! ```
 //! - **Fail-closed.** Whatever comes from or goes to a link named `hu*` ends in a drop, known or not; so the tables are
 //!   complete before the first tap is, and a tap without its elements is mute. Traffic that is not ours is untouched.
 //! - **Anti-spoofing first.** It runs at priority raw, before conntrack, so no `established` can come before it.
+//! - **Networks are apart.** Before any group is asked, a guest's packet to another guest is dropped unless both are in the same
+//!   network, or it goes by a public address; then only rules for everyone let it through ([`STRANGER`]). What goes to the
+//!   uplink and comes from there is what a network's routes lead through its internet gateway.
 //! - **A replace never opens.** Chains are refilled, not deleted, in one transaction; each accept matches a constant, and a
 //!   lookup that finds nothing leads to a drop.
 //! - **Connections as EC2 tracks them.** What a rule let through is marked, and stays when the rule goes; but not what EC2
@@ -22,8 +25,10 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::{Command, Stdio};
 
 use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
 
 use crate::groups::Group;
+use crate::guest::VPC;
 use crate::name::{GroupId, MacAddr, TapName, Uplink};
 use crate::ra::{GATEWAY6, METADATA6, PREFIX6, ROUTER};
 
@@ -48,6 +53,27 @@ pub const FLOWS: u32 = 16_384;
 /// The bits of a connection's mark that say: what sent it, or what it is sent to, goes on without its rule.
 const KEPT_OUT: u32 = 0x1000_0000;
 const KEPT_IN: u32 = 0x2000_0000;
+/// The bit that says: it is between guests of two networks, by a public address. The firewall sees their own addresses, which
+/// mean nothing in each other's network: a rule for a range of addresses is not about them.
+pub(crate) const STRANGER: u32 = 0x4000_0000;
+
+/// The network that a guest is in: a VPC, and the way out of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// Its id: guests of other networks are not reached.
+    pub id: GroupId,
+    /// Its addresses: nothing to or from them passes the uplink.
+    pub cidr: Ipv4Net,
+    /// What the guest's routes lead through the internet gateway: nothing else passes the uplink.
+    pub routes: Vec<Ipv4Net>,
+}
+
+impl Network {
+    /// The network of guests without a daemon, from which everything is reached that the host reaches.
+    pub fn alone() -> Network {
+        Network { id: GroupId::alone(), cidr: VPC, routes: vec![Ipv4Net::default()] }
+    }
+}
 
 /// One guest as the firewall knows it. It may speak from this tap, with this MAC, from these addresses; nothing else.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +88,8 @@ pub struct Guest {
     pub ip6: Option<Ipv6Addr>,
     /// The host's address on its tap.
     pub gateway: Ipv4Addr,
+    /// Its network.
+    pub network: Network,
     /// Its security groups: it sends and is sent what one of them lets through. Of none that is not known.
     pub groups: Vec<GroupId>,
 }
@@ -79,14 +107,14 @@ pub struct Ruleset {
 /// Why a ruleset cannot be, or could not be put into the kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum NftError {
-    /// An address outside the range of guests.
+    /// An address outside the guest's network.
     #[error("{what} {ip} is not an address for a host within {range}: choose one inside")]
     OutOfRange {
         /// Whose address it is.
         what: String,
         /// The address.
         ip: Ipv4Addr,
-        /// The range of guests.
+        /// The network's addresses.
         range: Ipv4Net,
     },
     /// An IPv6 address that a guest cannot have.
@@ -113,7 +141,7 @@ pub enum NftError {
 impl Ruleset {
     /// A ruleset without guests: all that must be in the kernel before the first tap is made.
     ///
-    /// `range` is where all guests' addresses are from. Without `uplink` nothing is forwarded out or translated.
+    /// Nobody on the uplink speaks from an address of `range`. Without `uplink` nothing is forwarded out or translated.
     pub fn new(range: Ipv4Net, uplink: Option<Uplink>) -> Self {
         let (guests, groups, public) = Default::default();
         Self { range: range.trunc(), uplink, guests, groups, public }
@@ -136,11 +164,12 @@ impl Ruleset {
     /// # Errors
     /// [`NftError::OutOfRange`], [`NftError::BadIpv6`], or [`NftError::Twice`] if something of it is taken.
     pub fn add(&mut self, guest: Guest) -> Result<(), NftError> {
-        self.check_range(&format!("address of {}", guest.tap), guest.ip4)?;
-        self.check_range(&format!("gateway of {}", guest.tap), guest.gateway)?;
+        let range = guest.network.cidr;
+        check_range(&format!("address of {}", guest.tap), guest.ip4, range)?;
+        check_range(&format!("gateway of {}", guest.tap), guest.gateway, range)?;
         if guest.ip4 == guest.gateway {
             let what = format!("the gateway's, asked for {}:", guest.tap);
-            return Err(NftError::OutOfRange { what, ip: guest.ip4, range: self.range });
+            return Err(NftError::OutOfRange { what, ip: guest.ip4, range });
         }
         if let Some(ip) = guest.ip6
             && (ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || ip.is_unicast_link_local())
@@ -158,14 +187,6 @@ impl Ruleset {
         }
         self.guests.push(guest);
         Ok(())
-    }
-
-    fn check_range(&self, what: &str, ip: Ipv4Addr) -> Result<(), NftError> {
-        let ends = [self.range.network(), self.range.broadcast()];
-        if self.range.contains(&ip) && !ends.contains(&ip) {
-            return Ok(());
-        }
-        Err(NftError::OutOfRange { what: what.into(), ip, range: self.range })
     }
 
     /// The text that makes the kernel's tables exactly this, in one transaction, whatever was in them before. The same
@@ -206,12 +227,16 @@ impl Ruleset {
         let range = self.range;
         let (mut out, mut come, mut forged, mut nat) = <(String, String, String, String)>::default();
         if let Some(up) = &self.uplink {
-            out = format!("iifname \"hu*\" oifname \"{up}\" ip saddr {range} ip daddr != {range} accept");
-            come = format!("iifname \"{up}\" goto arriving");
+            out = format!(
+                "iifname . ip daddr @inside counter name guest_to_world goto refused_out\n\t\tiifname . ip daddr @routes oifname \"{up}\" accept"
+            );
+            come = format!(
+                "iifname \"{up}\" oifname . ip saddr @inside counter name spoofed goto refused_in\n\t\tiifname \"{up}\" oifname . ip saddr @routes goto arriving"
+            );
             forged = format!(
                 "iifname \"{up}\" ip saddr {range} counter name spoofed drop\n\t\tiifname \"{up}\" ip6 saddr {PREFIX6} counter name spoofed drop"
             );
-            nat = format!("oifname \"{up}\" ip saddr {range} ip daddr != {range} masquerade");
+            nat = format!("iifname \"hu*\" oifname \"{up}\" masquerade");
         }
         format!(
             r#"table inet hutch {{
@@ -243,7 +268,17 @@ impl Ruleset {
 		oifname . ip6 daddr @to6 tcp dport 22 accept
 		goto arriving
 	}}
+	chain stranger {{
+		ct direction reply ct mark and {STRANGER:#x} != 0 return
+		iifname . ct original ip daddr @routes oifname . ip saddr @routes ct mark set ct mark or {STRANGER:#x} return
+		counter name walled goto refused_out
+	}}
+	chain wall {{
+		iifname vmap @walls
+		counter name walled goto refused_out
+	}}
 	chain leaving {{
+		oifname "hu*" jump wall
 		iifname "hu*" ct state new add @flows {{ iifname ct count over {FLOWS} }} counter name too_many goto refused_out
 		iifname "hu*" ip daddr 169.254.0.0/16 counter name guest_to_world goto refused_out
 		iifname "hu*" ct direction reply ct state established,related accept
@@ -339,6 +374,13 @@ table arp hutch {{
     }
 }
 
+fn check_range(what: &str, ip: Ipv4Addr, range: Ipv4Net) -> Result<(), NftError> {
+    if range.contains(&ip) && ![range.network(), range.broadcast()].contains(&ip) {
+        return Ok(());
+    }
+    Err(NftError::OutOfRange { what: what.into(), ip, range })
+}
+
 /// Tables, sets, counters and hooks, present and empty after this. `add` keeps what is there, so hooks never go away.
 fn declarations() -> String {
     let mut text = String::from("add table inet hutch\nadd table arp hutch\n");
@@ -370,13 +412,16 @@ fn declarations() -> String {
 }
 
 /// What is always there, filled by [`content`].
-const SETS: [(&str, &str, &str, &str); 13] = [
+const SETS: [(&str, &str, &str, &str); 16] = [
     ("inet", "set", "macs", "type ifname . ether_addr"),
     ("inet", "set", "from4", "type ifname . ether_addr . ipv4_addr"),
     ("inet", "set", "from6", "type ifname . ether_addr . ipv6_addr"),
     ("inet", "set", "to4", "type ifname . ipv4_addr"),
     ("inet", "set", "to6", "type ifname . ipv6_addr"),
     ("inet", "set", "gateways", "type ifname . ipv4_addr"),
+    ("inet", "set", "inside", "type ifname . ipv4_addr; flags interval"),
+    ("inet", "set", "routes", "type ifname . ipv4_addr; flags interval"),
+    ("inet", "map", "walls", "type ifname : verdict"),
     ("inet", "map", "groups_in", "type ifname : verdict"),
     ("inet", "map", "groups_out", "type ifname : verdict"),
     ("inet", "set", "untracked_in", "type ifname . nf_proto . inet_proto"),
@@ -388,11 +433,12 @@ const SETS: [(&str, &str, &str, &str); 13] = [
 
 /// What is counted where it is dropped, in the `inet` table; ARP has a `spoofed` of its own. What each tap was refused is
 /// counted by the elements of `refused_in` and `refused_out`.
-pub const COUNTERS: [&str; 8] = [
+pub const COUNTERS: [&str; 9] = [
     "spoofed",
     "guest_to_host",
     "guest_to_world",
     "world_to_guest",
+    "walled",
     "leaving",
     "arriving",
     "invalid",

@@ -27,7 +27,7 @@ use clap::Parser;
 use hutch_api::ec2::Regions;
 use hutch_api::query::server::{Listener, serve};
 use hutch_cloud::addresses::Pool;
-use hutch_cloud::host::local::{Local, Means};
+use hutch_cloud::host::local::{Local, Means, Together};
 use hutch_cloud::host::{Host, Simulated};
 use hutch_cloud::limits::Limits;
 use hutch_cloud::region::{Reconciler, Region, Settings};
@@ -82,7 +82,8 @@ struct Args {
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum HostKind {
-    /// This machine: KVM, taps and nftables, as root. It has one region, and the images of `hutch image`.
+    /// This machine: KVM, taps and nftables, as root. It has the images of `hutch image`; regions share its memory and its
+    /// addresses.
     Local,
     /// Keeps what would run, and starts nothing: neither KVM nor root. Of the images of `hutch image` it takes kernels and RAM disks.
     Simulated,
@@ -157,6 +158,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let addresses = own(state, "addresses.toml", |text| Ok(Pool::read(text)?))?;
     let mut regions = Regions::new();
     let mut reconcilers = Vec::new();
+    let together = Arc::new(Together::default());
     for RegionName(name) in &args.regions {
         let dir = state.map(|state| state.join(name));
         let settings = Settings {
@@ -168,11 +170,11 @@ fn run(args: &Args) -> anyhow::Result<()> {
             owner: keys.owner().into(),
             resume: args.resume,
         };
-        let region = open(settings, dir.as_deref(), args, runtime.handle())
+        let region = open(settings, dir.as_deref(), args, &together, runtime.handle())
             .with_context(|| format!("the region {name}"))?;
         regions.insert(name.clone(), region);
     }
-    Region::meet(&regions);
+    Region::meet(&regions)?;
     for region in regions.values() {
         reconcilers.push(Reconciler::start(region.clone())?);
     }
@@ -203,6 +205,7 @@ fn open(
     settings: Settings,
     dir: Option<&Path>,
     args: &Args,
+    together: &Arc<Together>,
     runtime: &Handle,
 ) -> anyhow::Result<Arc<Region>> {
     let delay = Duration::from_millis(args.delay);
@@ -214,7 +217,9 @@ fn open(
         None => Arc::new(Sqlite::memory()?),
     };
     let host: Arc<dyn Host> = match (args.host, dir) {
-        (HostKind::Local, Some(dir)) => Arc::new(local(&args.state, &dir.join("host"), args, runtime)?),
+        (HostKind::Local, Some(dir)) => {
+            Arc::new(local(&args.state, &dir.join("host"), &settings.name, together, runtime)?)
+        }
         (HostKind::Local, None) => bail!("real machines need a --state directory; or take --host simulated"),
         (HostKind::Simulated, Some(dir)) => {
             let images = hutch_imagestore::store::Store::open(&args.state)?;
@@ -228,10 +233,13 @@ fn open(
 }
 
 /// This machine as a host.
-fn local(state: &Path, dir: &Path, args: &Args, runtime: &Handle) -> anyhow::Result<Local> {
-    if let [_, second, ..] = args.regions.as_slice() {
-        bail!("{}: this machine is one region; run the others elsewhere, or take --host simulated", second.0);
-    }
+fn local(
+    state: &Path,
+    dir: &Path,
+    region: &str,
+    together: &Arc<Together>,
+    runtime: &Handle,
+) -> anyhow::Result<Local> {
     if !nix::unistd::geteuid().is_root() {
         bail!("taps and the firewall need root: run hutchd as root, or take --host simulated");
     }
@@ -244,6 +252,8 @@ fn local(state: &Path, dir: &Path, args: &Args, runtime: &Handle) -> anyhow::Res
     let means = Means {
         vmm: hutch_vmm::launch::program()?,
         networks: hutch_netfw::guest::records_dir()?,
+        region: region.into(),
+        together: together.clone(),
         metadata: Box::new(Guests::open(state, runtime.clone())?),
     };
     let images = hutch_imagestore::store::Store::open(state)?;

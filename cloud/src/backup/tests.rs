@@ -49,7 +49,13 @@ fn region(dir: &Path, host: Arc<dyn Host>) -> Regions {
 fn local(state: &Path) -> Arc<Local> {
     fs::create_dir_all(state.join("home-1/host")).unwrap();
     let networks = state.join("networks");
-    let means = Means { vmm: "/nonexistent/hutch-vmm".into(), networks, metadata: Box::new(Silent) };
+    let means = Means {
+        vmm: "/nonexistent/hutch-vmm".into(),
+        networks,
+        region: "home-1".into(),
+        together: Default::default(),
+        metadata: Box::new(Silent),
+    };
     Arc::new(Local::open(&state.join("home-1/host"), Images::open(state).unwrap(), means).unwrap())
 }
 

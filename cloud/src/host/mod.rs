@@ -15,10 +15,12 @@ use std::time::Duration;
 
 use hutch_imagestore::store::{Image, Kind};
 use hutch_vmm::config::Rate;
+use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
 pub use hutch_netfw::groups::Group;
-pub use simulated::Simulated;
+pub use hutch_netfw::nft::Network;
+pub use simulated::{OneMachine, Simulated};
 
 use crate::backup::Captured;
 use crate::metadata::Metadata;
@@ -71,6 +73,12 @@ pub struct Interface {
     pub mac: String,
     /// Its primary address.
     pub ip: Ipv4Addr,
+    /// Its subnet, whose first address is its router's; machines of earlier versions have the one that their metadata tell.
+    #[serde(default)]
+    pub subnet: Option<Ipv4Net>,
+    /// The network that it is in, apart from all others, and what is reached from there.
+    #[serde(default = "Network::alone")]
+    pub network: Network,
     /// The public address that leads to it.
     pub public: Option<Public>,
     /// The ids of its security groups; what they say the host is told by [`Host::firewall`]. It reaches port 22 always.
@@ -277,10 +285,18 @@ pub trait Host: Send + Sync {
     /// It cannot be removed now.
     fn delete_snapshot(&self, id: &str) -> Result<()>;
 
-    /// Whether machines may be in any network, apart from all others and with that network's routes, and have any number
-    /// of interfaces; if not, each has one, in its account's default network, and reaches what the host reaches.
-    fn any_network(&self) -> bool {
+    /// Whether it is one machine, as the hosts of other regions in this process may be the same: its kernel routes the
+    /// addresses of all, so none may be there twice, and what it reaches otherwise no machine can be. Machines route nothing.
+    fn one_machine(&self) -> bool {
         false
+    }
+
+    /// Whether machines can be in this network now.
+    ///
+    /// # Errors
+    /// [`HostError::NoRoom`]: the host has its addresses somewhere else.
+    fn room(&self, _network: &Network) -> Result<()> {
+        Ok(())
     }
 
     /// Tells what security groups say, all there are, and who is in those that rules name. A group that is not among them

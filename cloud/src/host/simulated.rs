@@ -6,17 +6,22 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hutch_imagestore::store::Store;
+use hutch_netfw::VPC;
+use hutch_netfw::name::GroupId;
 use hutch_vmm::config::Rate;
+use ipnet::Ipv4Net;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::backup::{self, Captured, Target};
 
-use super::{BootFile, Content, End, Group, Host, HostError, Machine, Result, Source, Status, Template};
+use super::{
+    BootFile, Content, End, Group, Host, HostError, Machine, Network, Result, Source, Status, Template,
+};
 
 /// What is kept of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -48,13 +53,18 @@ struct State {
     events: u64,
 }
 
+/// A machine that several simulated hosts are: the networks that were ever in use there, but for default ones.
+#[derive(Default)]
+pub struct OneMachine(Mutex<BTreeMap<GroupId, Ipv4Net>>);
+
 /// A simulated host.
 pub struct Simulated {
     dir: Option<PathBuf>,
     state: Mutex<State>,
     changed: Condvar,
     delay: Duration,
-    any_network: bool,
+    /// What other hosts of this kind know, too.
+    machine: Option<Arc<OneMachine>>,
     images: Option<Store>,
 }
 
@@ -62,13 +72,13 @@ impl Simulated {
     /// A host that is gone with the process.
     pub fn memory(delay: Duration) -> Simulated {
         let (state, changed) = Default::default();
-        Simulated { dir: None, state, changed, delay, any_network: true, images: None }
+        Simulated { dir: None, state, changed, delay, machine: None, images: None }
     }
 
-    /// Has it say of networks what a host says that has only the accounts' default ones.
+    /// Has it say of networks what hosts say that are one machine.
     #[must_use]
-    pub fn with_default_networks_only(self) -> Simulated {
-        Simulated { any_network: false, ..self }
+    pub fn on(self, machine: &Arc<OneMachine>) -> Simulated {
+        Simulated { machine: Some(machine.clone()), ..self }
     }
 
     /// Has it take kernels and RAM disks of a store; without one it has none.
@@ -90,7 +100,7 @@ impl Simulated {
             events: 1,
         };
         let (dir, state) = (Some(dir), Mutex::new(state));
-        Ok(Simulated { dir, state, changed: Condvar::new(), delay, any_network: true, images: None })
+        Ok(Simulated { dir, state, changed: Condvar::new(), delay, machine: None, images: None })
     }
 
     /// Ends a machine as its guest, or a mishap, would.
@@ -319,9 +329,18 @@ impl Host for Simulated {
         Ok(())
     }
 
-    /// Nothing runs, so nothing is reached that should not be.
-    fn any_network(&self) -> bool {
-        self.any_network
+    fn one_machine(&self) -> bool {
+        self.machine.is_some()
+    }
+
+    fn room(&self, network: &Network) -> Result<()> {
+        let Some(machine) = self.machine.as_ref().filter(|_| network.cidr != VPC) else { return Ok(()) };
+        let networks = machine.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let has = |cidr: &Ipv4Net| cidr.contains(&network.cidr) || network.cidr.contains(cidr);
+        match networks.iter().find(|(id, cidr)| **id != network.id && has(cidr)) {
+            Some((id, cidr)) => Err(HostError::NoRoom(format!("{cidr} is {id}'s"))),
+            None => Ok(()),
+        }
     }
 
     /// There are no packets.
@@ -351,6 +370,13 @@ impl Host for Simulated {
         let files = if wanted.is_empty() { Vec::new() } else { self.boot_files()? };
         if let Some(id) = wanted.into_iter().find(|id| !files.iter().any(|file| file.id == **id)) {
             return Err(super::no_boot_file(id));
+        }
+        for interface in &machine.interfaces {
+            self.room(&interface.network)?;
+            if let Some(machine) = self.machine.as_ref().filter(|_| interface.network.cidr != VPC) {
+                let Network { id, cidr, .. } = interface.network.clone();
+                machine.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id, cidr);
+            }
         }
         let starts = before.map_or(0, |kept| kept.starts) + 1;
         let mut machine = machine.clone();

@@ -51,6 +51,15 @@ pub struct VpcParts {
     pub cidr_association: String,
 }
 
+/// Which subnets of the default networks' range a region has, where several regions may share a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slots {
+    /// There is one.
+    pub id: String,
+    /// The place of each zone's default subnet among those of its size, from 0.
+    pub zones: BTreeMap<String, u8>,
+}
+
 /// A subnet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subnet {

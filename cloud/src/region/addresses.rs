@@ -43,7 +43,7 @@ pub struct Target {
     pub private_ip: Option<Ipv4Addr>,
 }
 
-fn name(ip: Ipv4Addr) -> String {
+pub(super) fn name(ip: Ipv4Addr) -> String {
     format!("public/{ip}")
 }
 
@@ -79,7 +79,7 @@ impl Region {
                     let why = format!("The address '{ip}' is none of those in addresses.toml");
                     return Err(Fault::new("InvalidAddress.NotFound", why));
                 }
-                Some(ip) if work.get::<Name>(&name(ip))?.is_some() => {
+                Some(ip) if work.get::<Name>(&name(ip))?.is_some() || self.given_beside(ip)? => {
                     return Err(Fault::new("InvalidIPAddress.InUse", format!("Address {ip} is in use.")));
                 }
                 Some(ip) => ip,
@@ -246,7 +246,7 @@ impl Region {
         let from =
             *self.hints.lock().unwrap_or_else(PoisonError::into_inner).entry("public".into()).or_insert(0);
         for (at, ip) in self.settings.addresses.from(from.into()) {
-            if work.get::<Name>(&name(ip))?.is_none() {
+            if work.get::<Name>(&name(ip))?.is_none() && !self.given_beside(ip)? {
                 // One that was given back is taken last: others may still believe that they know who has it.
                 let next = u32::try_from(at + 1).unwrap_or(0);
                 self.hints.lock().unwrap_or_else(PoisonError::into_inner).insert("public".into(), next);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::fault::{Fault, Result};
 use crate::model::{
-    Image, ImageKind, Instance, InstanceState, KeyPair, MetadataOptions, Reason, Volume, VolumeState,
+    Image, ImageKind, Instance, InstanceState, KeyPair, MetadataOptions, Reason, Subnet, Volume, VolumeState,
 };
 
 use super::{Region, Work, now, tags};
@@ -92,6 +92,8 @@ impl Region {
                 if self.vcpus_left(work, account)?.is_some_and(|left| left < self.vcpus(kind)) {
                     return Err(self.no_vcpus());
                 }
+                let subnet: Subnet = tags::own(work, account, &instance.subnet)?;
+                self.runs_in(work, &subnet)?;
                 self.give_public(work, instance)?;
                 instance.state = InstanceState::Pending;
                 instance.run += 1;

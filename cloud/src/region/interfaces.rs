@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use crate::fault::{Fault, Result};
 use crate::id;
-use crate::model::{Attachment, Instance, InstanceState, Interface, Subnet, Tags, Vpc};
+use crate::model::{Attachment, Instance, InstanceState, Interface, Subnet, Tags};
 
 use super::{Region, Work, now, recall, remember, tags};
 
@@ -50,26 +50,6 @@ pub(super) fn in_use(id: &str) -> Fault {
 }
 
 impl Region {
-    /// Whether instances in this subnet can run.
-    ///
-    /// # Errors
-    /// `Unsupported`: the host has default networks only.
-    pub(super) fn runs_in(&self, work: &mut Work<'_>, subnet: &Subnet) -> Result<()> {
-        let vpc: Vpc = tags::own(work, &subnet.account, &subnet.vpc)?;
-        match vpc.default || self.host.any_network() {
-            true => Ok(()),
-            false => Err(Fault::new(
-                "Unsupported",
-                format!(
-                    "This host runs instances in the default network only: the subnet {} is of the VPC {}, which would not be apart from others; name a subnet of {}",
-                    subnet.id,
-                    vpc.id,
-                    self.default_vpc(&subnet.account)
-                ),
-            )),
-        }
-    }
-
     /// Makes an interface, attached to nothing.
     ///
     /// # Errors
@@ -135,13 +115,9 @@ impl Region {
     /// Attaches an interface to an instance that is stopped, beside those that it has; returns the attachment's id.
     ///
     /// # Errors
-    /// `UnsupportedOperation`: the host's machines have one interface, or the instance runs. `IncorrectState`,
+    /// `UnsupportedOperation`: the instance runs. `IncorrectState`,
     /// `InvalidParameterValue`, `InvalidParameterCombination`, `InvalidNetworkInterface.InUse`, `AttachmentLimitExceeded`.
     pub fn attach_interface(&self, account: &str, id: &str, instance: &str, index: u32) -> Result<String> {
-        if !self.host.any_network() {
-            let why = "On this host an instance has one network interface, the one that it was launched with";
-            return Err(Fault::new("UnsupportedOperation", why));
-        }
         self.transact(|work| {
             let (mut interface, _) = self.free_interface(work, account, id)?;
             let mut to: Instance = tags::own(work, account, instance)?;

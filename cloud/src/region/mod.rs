@@ -16,6 +16,7 @@
 //! | addresses.rs | elastic addresses, and public ones that come and go with instances |
 //! | vpcs.rs, routes.rs | what each account begins with, networks and subnets; internet gateways and route tables |
 //! | interfaces.rs, network.rs | network interfaces; the addresses they have |
+//! | neighbours.rs | what regions of one machine share: addresses; what the host is told of networks |
 //! | groups.rs, firewall.rs, tags.rs | security groups, and what the host is told of them; tags |
 
 mod account;
@@ -32,6 +33,7 @@ mod launch;
 mod launch_templates;
 pub mod metadata;
 mod modify;
+mod neighbours;
 mod network;
 mod quota;
 mod reconcile;
@@ -98,8 +100,8 @@ pub struct Region {
     host: Arc<dyn Host>,
     /// Where the next free address of a subnet is looked for.
     hints: Mutex<HashMap<String, u32>>,
-    /// The regions beside this one, from which it may copy.
-    neighbours: OnceLock<BTreeMap<String, Weak<Region>>>,
+    /// The regions beside this one, from which it may copy, and which may be on its machine.
+    neighbours: OnceLock<neighbours::Neighbours>,
     /// Held by verbs that are right only if nothing new comes meanwhile, and shared by the others: a check that nobody uses
     /// a thing is no record that could hold still.
     turn: RwLock<()>,
@@ -114,21 +116,12 @@ impl Region {
         Region { settings, store, host, hints, neighbours, turn, firewall }
     }
 
-    /// Tells the regions of each other, once, before any of them is asked for something.
-    pub fn meet(regions: &BTreeMap<String, Arc<Region>>) {
-        let all: BTreeMap<_, _> = regions.iter().map(|(name, r)| (name.clone(), Arc::downgrade(r))).collect();
-        for region in regions.values() {
-            // Told already: they do not change.
-            let _ = region.neighbours.set(all.clone());
-        }
-    }
-
     /// The host of the region of this name.
     fn host_of(&self, region: &str) -> Result<Arc<dyn Host>> {
         if region == self.settings.name {
             return Ok(self.host.clone());
         }
-        let found = self.neighbours.get().and_then(|all| all.get(region)).and_then(Weak::upgrade);
+        let found = self.neighbours.get().and_then(|met| met.all.get(region)).and_then(Weak::upgrade);
         let missing = || Fault::value("sourceRegion", region, "There is no such region.");
         found.map(|found| found.host.clone()).ok_or_else(missing)
     }
@@ -196,12 +189,14 @@ impl Region {
         if self.settings.limits.counts() {
             return self.transact_alone(job);
         }
+        let _together = self.taking_turns();
         let _turn = self.turn.read().unwrap_or_else(PoisonError::into_inner);
         Work::on(&*self.store, job)
     }
 
     /// Likewise, while no other verb is done: for those that look through all records of a kind.
     fn transact_alone<R>(&self, job: impl FnMut(&mut Work<'_>) -> Result<R>) -> Result<R> {
+        let _together = self.taking_turns();
         let _turn = self.turn.write().unwrap_or_else(PoisonError::into_inner);
         Work::on(&*self.store, job)
     }

@@ -17,12 +17,12 @@ use std::time::{Duration, Instant};
 use crate::fault::{Fault, Result};
 use crate::host::{self, End, HostError, Machine};
 use crate::model::{
-    Group, Image, Instance, InstanceState, Interface, Reason, Record, Snapshot, Volume, VolumeState,
+    Group, Image, Instance, InstanceState, Interface, Reason, Record, Snapshot, Subnet, Volume, VolumeState,
 };
 use crate::store::StoreError;
 
 use super::instances::PATIENCE;
-use super::{Region, attachments, now, work};
+use super::{Region, attachments, neighbours, now, work};
 
 /// Steps at a time.
 const WORKERS: usize = 16;
@@ -249,7 +249,15 @@ impl Shared {
                     members |= self.region.member(id, interface.as_ref());
                     interface.into_iter().for_each(concerns);
                 }
-                _ => {}
+                Some((kind, id)) => {
+                    if let Some(whose) = neighbours::routes(&self.region, kind, id)? {
+                        let all = self.region.all::<Instance>()?.into_iter();
+                        let concerned =
+                            all.filter(|i| whose.as_ref().is_none_or(|whose| *whose == i.account));
+                        concerned.for_each(|instance| self.push(work::key::<Instance>(&instance.id)));
+                    }
+                }
+                None => {}
             }
         }
         if members {
@@ -534,6 +542,8 @@ impl Region {
                 id: interface.id.clone(),
                 mac: interface.mac.clone(),
                 ip: interface.ip,
+                subnet: self.get::<Subnet>(&interface.subnet)?.map(|subnet| subnet.cidr),
+                network: self.network(&interface)?,
                 public: interface.public.map(|public| self.public(public.ip)),
                 groups: interface.groups,
             });

@@ -21,24 +21,10 @@ pub enum RouteChange {
 }
 
 impl Region {
-    /// Whether routes of a network can be what they are asked to be: the host has to follow them.
-    fn routed(&self, vpc: &Vpc) -> Result<()> {
-        match vpc.default && !self.host.any_network() {
-            true => Err(Fault::new(
-                "UnsupportedOperation",
-                format!(
-                    "On this host the default network {} always reaches what the host reaches; its routes cannot be changed",
-                    vpc.id
-                ),
-            )),
-            false => Ok(()),
-        }
-    }
-
-    fn routed_table(&self, work: &mut Work<'_>, account: &str, table: &str) -> Result<(RouteTable, Vpc)> {
+    /// A route table, and its network.
+    fn table_of(&self, work: &mut Work<'_>, account: &str, table: &str) -> Result<(RouteTable, Vpc)> {
         let table: RouteTable = tags::own(work, account, table)?;
         let vpc: Vpc = tags::own(work, account, &table.vpc)?;
-        self.routed(&vpc)?;
         Ok((table, vpc))
     }
 
@@ -92,17 +78,15 @@ impl Region {
     /// Detaches an internet gateway. Routes to it are black holes then.
     ///
     /// # Errors
-    /// `Gateway.NotAttached`, `DependencyViolation`: public addresses lead through it, `UnsupportedOperation`: the network's guests would not notice. `InvalidInternetGatewayID.*`,
-    /// `InvalidVpcID.*`.
+    /// `Gateway.NotAttached`, `DependencyViolation`: public addresses lead through it. `InvalidInternetGatewayID.*`, `InvalidVpcID.*`.
     pub fn detach_gateway(&self, account: &str, id: &str, vpc: &str) -> Result<()> {
         self.transact_alone(|work| {
             let mut gateway: Gateway = tags::own(work, account, id)?;
-            let network: Vpc = tags::own(work, account, vpc)?;
+            tags::own::<Vpc>(work, account, vpc)?;
             if gateway.vpc.as_deref() != Some(vpc) {
                 let why = format!("resource {id} is not attached to network {vpc}");
                 return Err(Fault::new("Gateway.NotAttached", why));
             }
-            self.routed(&network)?;
             let public = |e: &Interface| e.vpc == vpc && e.public.is_some();
             if work.all::<Interface>("")?.iter().any(public) {
                 let why = format!(
@@ -170,7 +154,7 @@ impl Region {
     /// `InvalidSubnetID.*`.
     pub fn associate_route_table(&self, account: &str, table: &str, subnet: &str) -> Result<String> {
         self.transact_alone(|work| {
-            let (mut table, _) = self.routed_table(work, account, table)?;
+            let (mut table, _) = self.table_of(work, account, table)?;
             let of: Subnet = tags::own(work, account, subnet)?;
             if of.vpc != table.vpc {
                 let why = format!("Route table {} and subnet {subnet} belong to different networks", table.id);
@@ -197,7 +181,7 @@ impl Region {
         let has = |table: &RouteTable| table.account == account && table.associations.contains_key(id);
         let found = work.all::<RouteTable>("")?.into_iter().find(has);
         let found = found.ok_or_else(|| Fault::not_found("InvalidAssociationID", "association ID", id))?;
-        Ok(self.routed_table(work, account, &found.id)?.0)
+        Ok(self.table_of(work, account, &found.id)?.0)
     }
 
     /// Has a subnet use its network's main route table again.
@@ -241,7 +225,7 @@ impl Region {
     /// Makes or changes a route of a table.
     ///
     /// # Errors
-    /// `RouteAlreadyExists`, `InvalidParameterValue`, `InvalidGatewayID.NotFound`, `InvalidNetworkInterfaceID.*`,
+    /// `RouteAlreadyExists`, `UnsupportedOperation`: the host has no way by an interface. `InvalidParameterValue`, `InvalidGatewayID.NotFound`, `InvalidNetworkInterfaceID.*`,
     /// `InvalidRouteTableID.*`.
     pub fn route(
         &self,
@@ -252,7 +236,7 @@ impl Region {
         change: RouteChange,
     ) -> Result<()> {
         self.transact(|work| {
-            let (mut table, vpc) = self.routed_table(work, account, table)?;
+            let (mut table, vpc) = self.table_of(work, account, table)?;
             if vpc.cidr.contains(&destination) {
                 let why = format!(
                     "The destination CIDR block {destination} is equal to or more specific than one of this VPC's CIDR blocks, whose route is local"
@@ -270,6 +254,10 @@ impl Region {
                     if gateway.ok_or_else(missing)?.vpc.as_ref() != Some(&vpc.id) {
                         return Err(apart(&format!("network gateway {id}")));
                     }
+                }
+                Target::Interface(_) if self.host.one_machine() => {
+                    let why = "On this host instances route nothing for others: a route leads to an internet gateway";
+                    return Err(Fault::new("UnsupportedOperation", why));
                 }
                 Target::Interface(id) => {
                     if tags::own::<Interface>(work, account, id)?.vpc != vpc.id {
@@ -302,7 +290,7 @@ impl Region {
     /// `InvalidRoute.NotFound`, `InvalidParameterValue`: the local one. `InvalidRouteTableID.*`.
     pub fn delete_route(&self, account: &str, table: &str, destination: Ipv4Net) -> Result<()> {
         self.transact(|work| {
-            let (mut table, vpc) = self.routed_table(work, account, table)?;
+            let (mut table, vpc) = self.table_of(work, account, table)?;
             if destination == vpc.cidr {
                 let why = format!("cannot remove local route {destination} in route table {}", table.id);
                 return Err(Fault::new("InvalidParameterValue", why));

@@ -16,7 +16,7 @@ use super::{Region, Work, tags};
 /// The default network of every account.
 pub const DEFAULT_CIDR: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(172, 31, 0, 0), 16);
 /// The bits of a default subnet's prefix.
-const SUBNET_BITS: u8 = 20;
+pub(super) const SUBNET_BITS: u8 = 20;
 
 /// What CreateSubnet asks for.
 #[derive(Debug, Clone)]
@@ -100,9 +100,10 @@ impl Region {
         if known.is_some() {
             return Ok(vpc);
         }
-        let cidrs = DEFAULT_CIDR.subnets(SUBNET_BITS).map_err(Fault::internal)?;
-        for (zone, cidr) in self.zones().into_iter().zip(cidrs) {
-            work.put(&self.subnet_of_zone(&vpc, zone, cidr))?;
+        for zone in self.zones() {
+            if let Some(cidr) = self.default_cidr(&zone) {
+                work.put(&self.subnet_of_zone(&vpc, zone, cidr))?;
+            }
         }
         let ids = (of("sg", "default"), of("sgr", "members"), of("sgr", "out"));
         default_group(work, &vpc, ids)?;
@@ -296,6 +297,11 @@ impl Region {
                 let why = format!("The CIDR '{cidr}' conflicts with another subnet: {} ({})", other.id, other.cidr);
                 return Err(Fault::new("InvalidSubnet.Conflict", why));
             }
+            let other = if vpc.default { self.taken_beside(cidr)? } else { None };
+            if let Some(other) = other {
+                let why = format!("The CIDR '{cidr}' conflicts with another subnet: {other}");
+                return Err(Fault::new("InvalidSubnet.Conflict", why));
+            }
             let subnet = Subnet {
                 id: id::new("subnet"),
                 account: account.into(),
@@ -333,11 +339,18 @@ impl Region {
             }
             let taken: Vec<_> = work.all::<Subnet>("")?.into_iter().filter(|s| s.vpc == vpc.id).collect();
             let free = |net: &Ipv4Net| !taken.iter().any(|s| s.cidr.contains(net) || net.contains(&s.cidr));
-            let cidr =
-                vpc.cidr.subnets(SUBNET_BITS).map_err(Fault::internal)?.find(free).ok_or_else(|| {
-                    let why = format!("No /{SUBNET_BITS} is left in the default VPC; delete a subnet first");
-                    Fault::new("InvalidSubnet.Conflict", why)
-                })?;
+            let any = vpc.cidr.subnets(SUBNET_BITS).map_err(Fault::internal)?;
+            let mut found = None;
+            for cidr in self.default_cidr(zone).into_iter().chain(any).filter(free) {
+                if self.taken_beside(cidr)?.is_none() {
+                    found = Some(cidr);
+                    break;
+                }
+            }
+            let cidr = found.ok_or_else(|| {
+                let why = format!("No /{SUBNET_BITS} is left in the default VPC; delete a subnet first");
+                Fault::new("InvalidSubnet.Conflict", why)
+            })?;
             let subnet = self.subnet_of_zone(&vpc, zone.into(), cidr);
             work.put(&subnet)?;
             Ok(subnet)

@@ -143,7 +143,7 @@ fn a_guest_has_the_address_it_is_given_and_nobody_else_has() {
         let other: MacAddr = "0a:00:00:00:00:0a".parse().unwrap();
         let address = |ip, mac, net: &str| {
             let subnet = net.parse().unwrap();
-            Address { ip, mac, subnet, groups: vec!["sg-1".parse().unwrap()] }
+            Address { ip, mac, subnet, network: Network::alone(), groups: vec!["sg-1".parse().unwrap()] }
         };
         let second = "172.31.16.0/20";
         let net = GuestNet::up_as(state, &address(ip, mac, second), 1, 1500, vec![]).unwrap();
@@ -209,12 +209,13 @@ fn what_groups_say_stays_for_who_comes_next() {
         let peer = Peer::Net("10.0.0.0/8".parse().unwrap());
         let rule = Rule { egress: false, protocol: Protocol::Tcp(80, 80), peer };
         let group = Group { id: web.clone(), rules: vec![rule], members: Default::default() };
-        crate::set_groups(state, std::slice::from_ref(&group)).unwrap();
+        crate::set_groups(state, "home-1", std::slice::from_ref(&group)).unwrap();
         assert_eq!(tables(), "", "without a guest there is none");
         let address = Address {
             ip: Ipv4Addr::new(172, 31, 17, 9),
             mac: "0a:00:00:00:00:09".parse().unwrap(),
             subnet: "172.31.16.0/20".parse().unwrap(),
+            network: Network::alone(),
             groups: vec![web],
         };
         let mut net = GuestNet::up_as(state, &address, 1, 1500, vec![]).unwrap();
@@ -223,16 +224,93 @@ fn what_groups_say_stays_for_who_comes_next() {
         net.leave();
         let generation = nft::generation().unwrap();
         let mut net = GuestNet::adopt(state, address.ip, 1500, vec![]).unwrap();
-        crate::set_groups(state, std::slice::from_ref(&group)).unwrap();
+        crate::set_groups(state, "home-1", std::slice::from_ref(&group)).unwrap();
         assert_eq!(nft::generation().unwrap(), generation, "what is as it should be is not touched");
         // A table of another program changes nothing, and neither does its own way of working.
         Command::new("nft").args(["add", "table", "inet", "other"]).status().unwrap();
-        net.set_groups(&[GroupId::alone()]).unwrap();
+        net.place(&[GroupId::alone()], &Network::alone()).unwrap();
         assert!(tables().contains("jump alone-in") && !tables().contains("sg-1"), "{}", tables());
         assert_eq!(nft::generation().unwrap(), generation + 2, "one change, and the other's");
-        crate::set_groups(state, &[]).unwrap();
+        crate::set_groups(state, "home-1", &[]).unwrap();
         assert_eq!(nft::generation().unwrap(), generation + 2);
         drop((net, taps));
+    });
+}
+
+#[test]
+fn each_region_tells_of_its_own_groups() {
+    in_namespace(|state| {
+        let group = |id: &str, port| {
+            let peer = Peer::Net("10.0.0.0/8".parse().unwrap());
+            let rule = Rule { egress: false, protocol: Protocol::Tcp(port, port), peer };
+            Group { id: id.parse().unwrap(), rules: vec![rule], members: Default::default() }
+        };
+        // As the version before kept them, which knew one region only.
+        fs::write(state.join("groups.json"), serde_json::to_vec(&[group("sg-1", 80)]).unwrap()).unwrap();
+        let address = Address {
+            ip: Ipv4Addr::new(172, 31, 17, 9),
+            mac: "0a:00:00:00:00:09".parse().unwrap(),
+            subnet: "172.31.16.0/20".parse().unwrap(),
+            network: Network::alone(),
+            groups: vec!["sg-1".parse().unwrap(), "sg-2".parse().unwrap()],
+        };
+        let net = GuestNet::up_as(state, &address, 1, 1500, vec![]).unwrap();
+        let open = |port| tables().contains(&format!("tcp dport {port} goto keep_in"));
+        crate::set_groups(state, "home-2", &[group("sg-2", 443)]).unwrap();
+        assert!(open(80) && open(443), "{}", tables());
+        crate::set_groups(state, "home-1", &[group("sg-1", 81)]).unwrap();
+        assert!(!open(80) && open(81) && open(443), "{}", tables());
+        assert!(!state.join("groups.json").exists());
+        crate::set_groups(state, "home-2", &[]).unwrap();
+        assert!(open(81) && !open(443), "{}", tables());
+        assert!(matches!(crate::set_groups(state, "../x", &[]), Err(NetError::State { .. })));
+        drop(net);
+    });
+}
+
+#[test]
+fn addresses_that_lead_elsewhere_are_no_guests() {
+    in_namespace(|state| {
+        for line in ["link set lo up", "addr add 10.9.0.1/16 dev lo", "route add 10.77.0.0/16 dev lo"] {
+            assert!(Command::new("ip").args(line.split(' ')).status().unwrap().success(), "{line}");
+        }
+        let of = |vpc: &str, cidr: &str, last: u8| {
+            let cidr: Ipv4Net = cidr.parse().unwrap();
+            Address {
+                ip: Ipv4Addr::from(u32::from(cidr.network()) + u32::from(last)),
+                mac: MacAddr::new([2, 0, 0, 0, 0, last]).unwrap(),
+                subnet: cidr,
+                network: Network { id: vpc.parse().unwrap(), cidr, routes: vec![] },
+                groups: vec![],
+            }
+        };
+        let up = |address: &Address| GuestNet::up_as(state, address, 1, 1500, vec![]);
+        let own = of("vpc-1", "10.1.0.0/24", 9);
+        let net = up(&own).unwrap();
+        assert!(tables().contains("10.1.0.9"), "{}", tables());
+        let before = nft::generation().unwrap();
+        for (cidr, with) in [
+            ("10.1.0.0/16", "vpc-1"),
+            ("10.1.0.0/28", "vpc-1"),
+            ("10.9.7.0/24", "link lo"),
+            ("10.77.1.0/24", "link lo"),
+            ("172.31.16.0/20", "default"),
+        ] {
+            let other = of("vpc-2", cidr, 8);
+            for refused in [crate::room(state, &other.network), up(&other).map(drop)] {
+                let Err(NetError::Overlaps { with: told, .. }) = &refused else {
+                    panic!("{cidr}: {refused:?}")
+                };
+                assert!(told.contains(with), "{told}");
+            }
+        }
+        assert_eq!(nft::generation().unwrap(), before);
+        let same = up(&of("vpc-1", "10.1.0.0/24", 10)).unwrap();
+        let other = up(&of("vpc-2", "10.2.0.0/24", 11)).unwrap();
+        drop((net, same));
+        crate::room(state, &of("vpc-2", "10.1.0.0/16", 8).network).unwrap();
+        drop(other);
+        assert_eq!(tables(), "");
     });
 }
 
@@ -278,7 +356,7 @@ fn a_change_that_was_cut_short_is_not_believed() {
             .arg("add element inet hutch to4 { \"huac1f0ffe\" . 172.31.9.9 }")
             .status()
             .unwrap();
-        crate::set_groups(state, &[]).unwrap();
+        crate::set_groups(state, "home-1", &[]).unwrap();
         assert_eq!(there(), whole);
         drop(net);
     });

@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
+use ipnet::Ipv4Net;
+
 use super::{Guest, Listing, Ruleset, SETS, fnv};
 use crate::groups::{Family, Group, Transport, members};
 use crate::name::GroupId;
@@ -74,7 +76,7 @@ impl Content {
 
     /// What lets a guest speak and be spoken to.
     fn guest(&mut self, guest: &Guest, groups: &BTreeMap<&GroupId, &Group>) {
-        let Guest { tap, mac, ip4, ip6, gateway, .. } = guest;
+        let Guest { tap, mac, ip4, ip6, gateway, network, .. } = guest;
         let mut element = |family, set: &str, element: String| {
             self.elements.entry((family, set.into())).or_default().insert(element, String::new());
         };
@@ -88,6 +90,13 @@ impl Content {
             element("inet", "from6", format!("\"{tap}\" . {mac} . {ip6}"));
             element("inet", "to6", format!("\"{tap}\" . {ip6}"));
         }
+        element("inet", "inside", format!("\"{tap}\" . {}", network.cidr));
+        // Of ranges that overlap the kernel takes none.
+        for route in Ipv4Net::aggregate(&network.routes) {
+            element("inet", "routes", format!("\"{tap}\" . {route}"));
+        }
+        let (wall, taps) = (format!("{}-wall", network.id), format!("{}-taps", network.id));
+        element("inet", &taps, format!("\"{tap}\""));
         let own: BTreeSet<&GroupId> = guest.groups.iter().collect();
         for (egress, way) in WAYS {
             element("inet", &format!("refused_{way}"), format!("\"{tap}\""));
@@ -99,6 +108,15 @@ impl Content {
                 element("inet", &format!("untracked_{way}"), element_of);
             }
         }
+        let walls = self.elements.entry(("inet", "walls".into())).or_default();
+        walls.insert(format!("\"{tap}\""), format!("goto {wall}"));
+        let lines = [
+            format!("oifname @{taps} return"),
+            "ct status dnat goto stranger".into(),
+            "counter name walled goto refused_out".into(),
+        ];
+        self.chains.insert(wall, lines.into());
+        self.sets.insert(taps, "ifname");
         for (_, way) in WAYS {
             let chain = match own.iter().collect::<Vec<_>>().as_slice() {
                 [] => continue,

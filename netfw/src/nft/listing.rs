@@ -30,7 +30,7 @@ pub struct Listing {
 }
 
 impl Listing {
-    /// The chains and sets that are there for groups, each with its kind: for those who take them away.
+    /// The chains and sets that are there for groups and networks, each with its kind: for those who take them away.
     pub(super) fn of_groups(&self) -> Vec<(&str, &str)> {
         let mut found = Vec::new();
         for key in self.counts.keys() {
@@ -42,7 +42,10 @@ impl Listing {
             // Whatever else is called is not ours to put into a text.
             let id = id.strip_prefix("c_").map_or(id, |_| "c");
             let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
-            if plain && id.parse::<GroupId>().is_ok() && matches!(end, "in" | "out" | "4" | "6") {
+            if plain
+                && id.parse::<GroupId>().is_ok()
+                && matches!(end, "in" | "out" | "4" | "6" | "wall" | "taps")
+            {
                 found.push((kind, name));
             }
         }

@@ -193,6 +193,127 @@ fn a_group_as_source_follows_its_members() {
     });
 }
 
+/// A network of this id, whose routes lead these through its gateway.
+fn vpc(name: &str, routes: &[&str]) -> Network {
+    let routes = routes.iter().map(|net| net.parse().unwrap()).collect();
+    Network { id: id(name), cidr: "172.31.0.0/16".parse().unwrap(), routes }
+}
+
+#[test]
+fn guests_of_two_networks_do_not_reach_each_other_whatever_their_groups_say() {
+    in_namespace(|| {
+        let mut wire = Wire::new(4);
+        let everyone = ["0.0.0.0/0", "::/0", "172.31.0.0/16"];
+        let open = everyone.map(|all| rule(false, Protocol::All, net(all)));
+        let open = group(
+            "sg-own",
+            [all_out(), open.to_vec(), vec![rule(false, Protocol::All, of("sg-own"))]].concat(),
+        );
+        let everywhere = ["0.0.0.0/0"];
+        for (guest, name) in wire.guests.iter_mut().zip(["vpc-a", "vpc-a", "vpc-b", "vpc-c"]) {
+            guest.groups = vec![id("sg-own")];
+            guest.network = vpc(name, &everywhere);
+        }
+        let groups = [open];
+        let probe = |wire: &mut Wire, same: &dyn Fn(usize, usize) -> bool| {
+            let mut refused = 0;
+            for (from, to) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))).filter(|(a, b)| a != b) {
+                for (six, protocol) in [(false, TCP), (false, UDP), (false, ICMP), (true, UDP), (false, 47)] {
+                    forget_connections();
+                    let ports = if protocol == ICMP { (8, 0) } else { (7, 9) };
+                    let packet = wire.packet(G(from), G(to), six, protocol, ports);
+                    let expected = same(from, to);
+                    assert_eq!(
+                        wire.passes(G(from), G(to), packet, expected),
+                        expected,
+                        "{from} to {to}: {packet:?}"
+                    );
+                    refused += u64::from(!expected);
+                }
+            }
+            refused
+        };
+        let first = wire.rules(&groups);
+        put(&first);
+        let network = |n: usize| n / 2 * n;
+        let walled = probe(&mut wire, &|a, b| network(a) == network(b));
+        let counted =
+            run(Command::new("nft").args(["list", "counter", "inet", TABLE, "walled"]), "").unwrap();
+        let counted = String::from_utf8(counted).unwrap();
+        assert!(counted.contains(&format!("packets {walled} ")), "{walled}: {counted}");
+        // One that is moved is among the others, and its connections with those it left end.
+        forget_connections();
+        let more = connect(&mut wire, G(0), G(1), false, 80);
+        wire.guests[1].network = vpc("vpc-b", &everywhere);
+        let second = wire.rules(&groups);
+        let text = second.change(&first).unwrap();
+        assert!(text.lines().all(|line| line.contains("hu00000001")), "only it is touched: {text}");
+        change(&first, &second);
+        assert!(!wire.passes(G(0), G(1), more, false));
+        probe(&mut wire, &|a, b| (a.min(b), a.max(b)) == (1, 2));
+        // Whose network is not known reaches nobody.
+        apply("delete element inet hutch walls { \"hu00000001\" }").unwrap();
+        probe(&mut wire, &|a, b| (a, b) == (2, 1));
+        // Networks go with the last of their guests.
+        apply(&second.render(&listing().unwrap())).unwrap();
+        wire.guests[3].network = vpc("vpc-b", &everywhere);
+        let third = wire.rules(&groups);
+        change(&second, &third);
+        assert!(!third.render(&listing().unwrap()).contains("vpc-c"));
+    });
+}
+
+#[test]
+fn nothing_passes_the_uplink_but_what_routes_lead_there() {
+    in_namespace(|| {
+        let mut wire = Wire::new(4);
+        let open = rule(false, Protocol::All, net("0.0.0.0/0"));
+        let groups = [group("sg-own", [all_out(), vec![open]].concat())];
+        let routes: [&[&str]; 4] = [
+            &["0.0.0.0/0", "198.51.100.0/24"],
+            &["198.51.100.0/25", "203.0.113.0/24"],
+            &["203.0.113.0/24"],
+            &[],
+        ];
+        for (guest, routes) in wire.guests.iter_mut().zip(routes) {
+            guest.groups = vec![id("sg-own")];
+            guest.network = vpc("vpc-a", routes);
+        }
+        let first = wire.rules(&groups);
+        put(&first);
+        let probe = |wire: &mut Wire, expected: [bool; 4]| {
+            for (n, expected) in expected.into_iter().enumerate() {
+                for (from, to) in [(G(n), World), (World, G(n))] {
+                    forget_connections();
+                    let packet = wire.packet(from, to, false, UDP, (7, 9));
+                    assert_eq!(wire.passes(from, to, packet, expected), expected, "{from:?} to {to:?}");
+                }
+            }
+        };
+        probe(&mut wire, [true, true, false, false]);
+        // What is of the network stays in it, also where nobody has the address; and nobody outside is of it.
+        for (from, to) in [(G(0), World), (World, G(0))] {
+            let mut packet = wire.packet(from, to, false, UDP, (7, 9));
+            let other = "172.31.77.7".parse().unwrap();
+            if to == World {
+                packet.to = other
+            } else {
+                packet.from = other
+            }
+            assert!(!wire.passes(from, to, packet, false));
+        }
+        // A route that goes takes what is open along.
+        forget_connections();
+        let more = connect(&mut wire, G(0), World, false, 80);
+        wire.guests[0].network.routes = vec![];
+        wire.guests[3].network = vpc("vpc-a", &["0.0.0.0/0"]);
+        let second = wire.rules(&groups);
+        change(&first, &second);
+        assert!(!wire.passes(G(0), World, more, false));
+        probe(&mut wire, [false, true, false, true]);
+    });
+}
+
 /// Opens a connection of a guest's: the first packet and the answer. Returns one more packet of it.
 fn connect(wire: &mut Wire, from: End, to: End, six: bool, port: u16) -> Packet {
     let syn = wire.packet(from, to, six, TCP, (4000, port));

@@ -10,8 +10,14 @@ fn guest(n: u8) -> Guest {
         ip4: Ipv4Addr::new(172, 31, 0, n),
         ip6: n.is_multiple_of(2).then(|| Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, n.into())),
         gateway: Ipv4Addr::new(172, 31, 0, 1),
+        network: network(),
         groups: vec!["sg-2".parse().unwrap(), "sg-1".parse().unwrap()],
     }
+}
+
+fn network() -> Network {
+    let id = "vpc-1".parse().unwrap();
+    Network { id, cidr: "172.31.0.0/20".parse().unwrap(), routes: vec![Ipv4Net::default()] }
 }
 
 fn rules(uplink: Option<&str>) -> Ruleset {
@@ -64,16 +70,16 @@ fn every_kind() -> Group {
 fn a_group_is_lines() {
     let mut group = every_kind();
     let lines = [
-        "ip saddr { 10.0.0.0/15 } tcp dport 80 goto keep_in",
+        "ct mark and 0x40000000 == 0 ip saddr { 10.0.0.0/15 } tcp dport 80 goto keep_in",
         "ip saddr @sg-3-4 tcp dport 80 goto keep_in",
-        "ip6 saddr { fd00::/8 } tcp dport 80 goto keep_in",
+        "ct mark and 0x40000000 == 0 ip6 saddr { fd00::/8 } tcp dport 80 goto keep_in",
         "ip6 saddr @sg-3-6 tcp dport 80 goto keep_in",
         "meta nfproto ipv4 tcp dport 443-444 goto pass_in",
-        "ip saddr { 10.0.0.0/8 } meta l4proto udp goto keep_in",
+        "ct mark and 0x40000000 == 0 ip saddr { 10.0.0.0/8 } meta l4proto udp goto keep_in",
         "ip saddr @sg-3-4 meta l4proto 1 goto keep_in",
         "meta nfproto ipv4 icmp type 8 icmp code 0 goto keep_in",
         "meta nfproto ipv6 icmpv6 type 128 goto keep_in",
-        "ip saddr { 192.0.2.1/32 } meta l4proto 47 goto keep_in",
+        "ct mark and 0x40000000 == 0 ip saddr { 192.0.2.1/32 } meta l4proto 47 goto keep_in",
     ];
     assert_eq!(group.lines(false), lines);
     assert_eq!(group.lines(true), ["meta nfproto ipv4 goto pass_out"]);
@@ -114,7 +120,7 @@ fn a_change_is_no_more_than_that() {
         (
             before(&["sg-1"], ssh("10.1.0.0/16")),
             "flush chain inet hutch sg-1-in\n\
-             add rule inet hutch sg-1-in ip saddr { 10.1.0.0/16 } tcp dport 22 goto keep_in\n",
+             add rule inet hutch sg-1-in ct mark and 0x40000000 == 0 ip saddr { 10.1.0.0/16 } tcp dport 22 goto keep_in\n",
         ),
         (
             before(&["sg-1"], ssh("sg-1")),
@@ -237,6 +243,7 @@ fn many_rules_are_put_at_once() {
                     ip4: Ipv4Addr::new(172, 31, 0, n),
                     ip6: None,
                     gateway: Ipv4Addr::new(172, 31, 0, 1),
+                    network: network(),
                     groups: vec![own],
                 };
                 rules.add(guest).unwrap();

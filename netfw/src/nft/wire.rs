@@ -171,6 +171,7 @@ impl Wire {
                 ip4: Ipv4Addr::new(172, 31, 0, 10 + n as u8),
                 ip6: Some(Ipv6Addr::new(0xfd68, 0, 0, 0, 0, 0, 0, 10 + n as u16)),
                 gateway: Ipv4Addr::new(172, 31, 0, 1),
+                network: Network::alone(),
                 groups: vec![],
             };
             let file = tap::create(&guest.tap, 1).unwrap().remove(0);

@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::super::{End, HostError, Interface, Machine, Public, Result, Status};
+use super::Together;
 use super::boot;
 use super::process::{Identity, Process, Waiting};
 use super::volumes::{Volumes, chain, failed, remove, serial, write};
@@ -63,6 +64,10 @@ pub struct Means {
     pub vmm: PathBuf,
     /// Where networks are recorded, for this network namespace.
     pub networks: PathBuf,
+    /// The region's name: other regions of this machine tell of security groups of their own.
+    pub region: String,
+    /// What the regions of this machine have together.
+    pub together: Arc<Together>,
     /// What answers guests.
     pub metadata: Box<dyn MetadataService>,
 }
@@ -274,7 +279,8 @@ impl Net {
         let guest = GuestNet::adopt(&means.networks, interface.ip, MTU, name_servers());
         let mut guest = guest.map_err(|e| net_failed(&e))?;
         // Its public address is what is recorded there: another may have it by now.
-        let told = groups(interface).and_then(|ids| guest.set_groups(&ids).map_err(|e| net_failed(&e)));
+        let told = groups(interface)
+            .and_then(|ids| guest.place(&ids, &interface.network).map_err(|e| net_failed(&e)));
         if let Err(error) = told {
             guest.leave();
             return Err(error);
@@ -283,7 +289,7 @@ impl Net {
     }
 
     pub fn update(&mut self, interface: &Interface, metadata: &Metadata) -> Result<()> {
-        self.guest.set_groups(&groups(interface)?).map_err(|e| net_failed(&e))?;
+        self.guest.place(&groups(interface)?, &interface.network).map_err(|e| net_failed(&e))?;
         self.served.iter().for_each(|served| served.update(metadata));
         self.guest.lead(interface.public.map(led)).map_err(|e| match e {
             NetError::Led { .. } => HostError::Busy(e.to_string()),
@@ -324,16 +330,21 @@ fn groups(interface: &Interface) -> Result<Vec<GroupId>> {
 
 fn address(interface: &Interface, machine: &Machine) -> Result<Address> {
     let wrong = |what: &str| HostError::Failed(format!("the interface {} has a wrong {what}", interface.id));
+    let told = || machine.metadata.subnet_cidr.parse().map_err(|_| wrong("subnet"));
     Ok(Address {
         ip: interface.ip,
         mac: interface.mac.parse().map_err(|_| wrong("MAC"))?,
-        subnet: machine.metadata.subnet_cidr.parse().map_err(|_| wrong("subnet"))?,
+        subnet: interface.subnet.map_or_else(told, Ok)?,
+        network: interface.network.clone(),
         groups: groups(interface)?,
     })
 }
 
 pub fn net_failed(error: &NetError) -> HostError {
-    HostError::Failed(chain(error))
+    match error {
+        NetError::Overlaps { .. } => HostError::NoRoom(error.to_string()),
+        error => HostError::Failed(chain(error)),
+    }
 }
 
 pub fn launch_failed(error: &LaunchError) -> HostError {

@@ -6,6 +6,7 @@
 //!   machine   a machine's directory and record; how a run of it is started, and adopted
 //!   boot      what a machine boots: kernels and RAM disks that were named, or what is on its root volume
 //!   disks     volumes that come and go while it runs
+//!   together  what it has together with the other regions of this machine
 //!   backup    what there is at one moment, and how it is copied; volumes held still
 //! ```
 //! Machines outlive the daemon that started them. A thread watches each: it sees the end at once, and starts the next
@@ -16,6 +17,7 @@ mod boot;
 mod disks;
 mod machine;
 mod process;
+mod together;
 mod volumes;
 
 use std::collections::BTreeMap;
@@ -33,12 +35,14 @@ use hutch_vmm::config::Rate;
 use crate::backup::Captured;
 
 use super::{
-    BootFile, Content, End, Figures, Group, Host, HostError, Machine, Result, Source, Status, Template,
+    BootFile, Content, End, Figures, Group, Host, HostError, Machine, Network, Result, Source, Status,
+    Template,
 };
 use machine::{ANSWER, Dir, FLUSH, Kept, Live, Phase, end_of};
 use volumes::{Running, Volumes, failed};
 
 pub use machine::{Means, MetadataService, Served};
+pub use together::Together;
 
 /// How long a guest that was asked to reboot may take to end by itself; EC2 says a few minutes.
 const REBOOT: Duration = Duration::from_secs(120);
@@ -134,6 +138,7 @@ impl Local {
                 None => slot.dir.remove()?,
             }
         }
+        shared.means.together.join(&shared);
         let watch = hutch_netfw::Watch::start(&shared.means.networks).inspect_err(|error| {
             tracing::warn!(%error, "nobody mends the firewall when another program changes it");
         });
@@ -159,16 +164,6 @@ impl Local {
         let has = |kept: &Kept| kept.machine.volumes.iter().any(|volume| volume == id);
         let uses = |slot: &Arc<Slot>| slot.state().running().is_some_and(|(kept, _)| has(kept));
         self.slots().into_iter().find(uses)
-    }
-
-    /// Memory in MiB that machines may have together, and what those have that run.
-    fn memory(&self) -> Result<(u64, u64)> {
-        let path = Path::new("/proc/meminfo");
-        let text = fs::read_to_string(path).map_err(|e| failed(path, e))?;
-        let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-        let kib = total.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-        let used = |slot: Arc<Slot>| slot.state().running().map_or(0, |(kept, _)| kept.machine.memory_mib);
-        Ok((kib.unwrap_or(u64::MAX) / 1024, self.slots().into_iter().map(used).sum()))
     }
 }
 
@@ -393,8 +388,17 @@ impl Host for Local {
         self.shared.volumes.delete_snapshot(id)
     }
 
+    fn one_machine(&self) -> bool {
+        true
+    }
+
+    fn room(&self, network: &Network) -> Result<()> {
+        hutch_netfw::room(&self.shared.means.networks, network).map_err(|e| machine::net_failed(&e))
+    }
+
     fn firewall(&self, groups: &[Group]) -> Result<()> {
-        hutch_netfw::set_groups(&self.shared.means.networks, groups).map_err(|e| machine::net_failed(&e))
+        let Means { networks, region, .. } = &self.shared.means;
+        hutch_netfw::set_groups(networks, region, groups).map_err(|e| machine::net_failed(&e))
     }
 
     fn start(&self, machine: &Machine) -> Result<()> {
@@ -411,11 +415,7 @@ impl Host for Local {
             }
         }
         machine.volumes.iter().try_for_each(|id| shared.volumes.files(id).map(drop))?;
-        let (total, used) = self.memory()?;
-        if used.saturating_add(machine.memory_mib) > total {
-            let wants = machine.memory_mib;
-            return Err(HostError::NoRoom(format!("{wants} MiB more than the {used} of {total} MiB in use")));
-        }
+        let _room = shared.means.together.room(machine)?;
         let slot = match slot {
             Some(slot) => slot,
             None => {
@@ -474,6 +474,7 @@ impl Host for Local {
         new.speed.clone_from(&machine.speed);
         for (own, told) in new.interfaces.iter_mut().zip(&machine.interfaces) {
             own.groups.clone_from(&told.groups);
+            (own.subnet, own.network) = (told.subnet, told.network.clone());
             own.public = told.public;
         }
         // One that could not be served when its machine was adopted is served now, or nothing of it is taken for told.

@@ -23,6 +23,7 @@ use ipnet::Ipv4Net;
 use crate::groups::{Group, Peer, Protocol, Rule};
 use crate::kept::any_tap;
 use crate::name::MacAddr;
+use crate::nft::Network;
 use crate::{nft, repair};
 
 /// What does not come in this time does not come.
@@ -171,16 +172,21 @@ struct Guest {
 
 impl Guest {
     fn new(state: &Path, last: u8) -> Guest {
+        let all = |egress, protocol| Rule { egress, protocol, peer: Peer::Net(Ipv4Net::default().into()) };
+        let rules = vec![all(true, Protocol::All), all(false, Protocol::Tcp(80, 80))];
+        Guest::of(state, last, Network::alone(), rules)
+    }
+
+    fn of(state: &Path, last: u8, network: Network, rules: Vec<Rule>) -> Guest {
         let address = Address {
             ip: Ipv4Addr::new(172, 31, 0, last),
             mac: MacAddr::new([2, 0, 0, 0, 0, last]).unwrap(),
             subnet: "172.31.0.0/20".parse().unwrap(),
+            network,
             groups: vec!["sg-web".parse().unwrap()],
         };
-        let all = |egress, protocol| Rule { egress, protocol, peer: Peer::Net(Ipv4Net::default().into()) };
-        let rules = vec![all(true, Protocol::All), all(false, Protocol::Tcp(80, 80))];
         let web = Group { id: address.groups[0].clone(), rules, members: Default::default() };
-        crate::set_groups(state, &[web]).unwrap();
+        crate::set_groups(state, "home-1", &[web]).unwrap();
         let mut net = GuestNet::up_as(state, &address, 1, 1500, vec![]).unwrap();
         let host = net.take_taps().remove(0);
         let place = Place::new();
@@ -260,6 +266,48 @@ fn on_its_host_a_guest_is_reached_by_its_public_address_where_its_groups_let_it(
         drop(a);
         assert_eq!(tables(), "");
         assert!(!any_tap() && Kept::open(state).unwrap().records.is_empty());
+    });
+}
+
+#[test]
+fn guests_of_two_networks_meet_by_public_addresses_as_far_as_everyone_may() {
+    in_namespace(|state| {
+        ip("link set lo up");
+        let network = |id: &str, routes: &[&str]| {
+            let routes = routes.iter().map(|net| net.parse().unwrap()).collect();
+            Network { id: id.parse().unwrap(), routes, ..Network::alone() }
+        };
+        let rule = |egress, net: &str, port| {
+            let protocol = if port == 0 { Protocol::All } else { Protocol::Tcp(port, port) };
+            Rule { egress, protocol, peer: Peer::Net(net.parse().unwrap()) }
+        };
+        // Port 81 is for the network's own, of which the other's guest seems to be one.
+        let rules =
+            vec![rule(true, "0.0.0.0/0", 0), rule(false, "0.0.0.0/0", 80), rule(false, "172.31.0.0/16", 81)];
+        let of = |last, net| Guest::of(state, last, net, rules.clone());
+        let mut a = of(4, network("vpc-a", &["0.0.0.0/0"]));
+        let mut b = of(5, network("vpc-b", &["0.0.0.0/0"]));
+        let c = of(6, network("vpc-b", &["0.0.0.0/0"]));
+        b.lead(ONE, false);
+        assert_eq!(c.place.ask([172, 31, 0, 5], 81).as_deref(), Some("172.31.0.6"));
+        assert_eq!([80, 81].map(|port| a.place.ask([172, 31, 0, 5], port)), [None, None]);
+        assert_eq!(a.place.ask(ONE, 80).as_deref(), Some("172.31.0.4"));
+        assert_eq!(a.place.ask(ONE, 81), None, "its own address means nothing there");
+        a.lead(TWO, false);
+        assert_eq!(a.place.ask(ONE, 80).as_deref(), Some("198.19.0.2"));
+        // Both have to have a way there.
+        let groups = a.net().guest.groups.clone();
+        let (mut open, _) = a.place.run(|| connect((ONE, 80).into())).unwrap();
+        assert!(lives(&mut open));
+        a.net().place(&groups, &network("vpc-a", &["203.0.113.0/24"])).unwrap();
+        assert!(!lives(&mut open));
+        assert_eq!(a.place.ask(ONE, 80), None);
+        a.net().place(&groups, &network("vpc-a", &["198.19.0.0/24"])).unwrap();
+        assert_eq!(a.place.ask(ONE, 80).as_deref(), Some("198.19.0.2"));
+        b.net().place(&groups, &network("vpc-b", &[])).unwrap();
+        assert_eq!(a.place.ask(ONE, 80), None);
+        assert_eq!(c.place.ask([172, 31, 0, 5], 81).as_deref(), Some("172.31.0.6"));
+        assert_eq!(ask(([172, 31, 0, 5], 80).into()).as_deref(), Some("172.31.0.1"), "the host");
     });
 }
 
