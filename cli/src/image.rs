@@ -1,4 +1,4 @@
-//! `hutch image`: the templates that machines are made of.
+//! `hutch image`: the templates that machines are made of, and kernels and RAM disks that they can be started with.
 
 use std::fs::File;
 use std::io::{ErrorKind, IsTerminal};
@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::{Subcommand, ValueEnum};
 use hutch_imagestore::import::{Limits, Request, import, open};
-use hutch_imagestore::store::{Architecture, Format, Image, Store, StoreError};
+use hutch_imagestore::kernels;
+use hutch_imagestore::store::{Architecture, Format, Image, Kind, Store, StoreError};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cloud::images::{self, Ami};
@@ -35,13 +36,19 @@ enum Image_ {
         /// Which one.
         recipe: Recipe,
     },
-    /// Import a raw or qcow2 file as a template that nobody can write.
+    /// Import a raw or qcow2 file as a template that nobody can write, or a kernel or a RAM disk to start instances with.
     Import {
         /// The file.
         file: PathBuf,
-        /// The image's name. [default: the file's, without its extension]
+        /// The image's name. [default: the file's; of a disk, without its extension]
         #[arg(long)]
         name: Option<String>,
+        /// It is a kernel: a bzImage (vmlinuz), or a vmlinux with PVH, of 128 MiB at most.
+        #[arg(long, conflicts_with_all = ["ramdisk", "format"])]
+        kernel: bool,
+        /// It is a RAM disk (an initramfs): a cpio archive, compressed or not, of 512 MiB at most.
+        #[arg(long, conflicts_with = "format")]
+        ramdisk: bool,
         /// The file's format; checked once, now, when it is not said.
         #[arg(long, value_enum)]
         format: Option<FormatArg>,
@@ -91,7 +98,14 @@ enum FormatArg {
 
 /// The image's disk that `name` names: in the store by id or name, else a file.
 pub fn disk(name: &Path) -> anyhow::Result<PathBuf> {
-    if is_file(name) { Ok(name.to_owned()) } else { Ok(stored(name)?.disk()) }
+    if is_file(name) {
+        return Ok(name.to_owned());
+    }
+    let image = stored(name)?;
+    match image.record.kind {
+        Kind::Machine => Ok(image.disk()),
+        kind => bail!("{} is a {}, not an image with a disk", name.display(), kind.name()),
+    }
 }
 
 /// The id of the image that `name` names; a file has none.
@@ -122,7 +136,14 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             let file = build(&name)?;
             print_image(&import_file(store, &file, &name, Some(Format::Qcow2), true)?, Output::Text)?;
         }
-        Image_::Import { file, name, format, keep } => {
+        Image_::Import { file, name, kernel, ramdisk, keep, .. } if *kernel || *ramdisk => {
+            // What is behind a dot is its version.
+            let own = file.file_name().map(|s| s.to_string_lossy().into_owned());
+            let name = name.clone().or(own).context("name the image (--name)")?;
+            let kind = if *kernel { Kind::Kernel } else { Kind::Ramdisk };
+            print_image(&import_boot_file(store, file, kind, &name, *keep)?, Output::Text)?;
+        }
+        Image_::Import { file, name, format, keep, .. } => {
             let stem = file.file_stem().map(|s| s.to_string_lossy().into_owned());
             let name = name.clone().or(stem).context("name the image (--name)")?;
             let format = format.map(|format| match format {
@@ -135,11 +156,12 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             let images = store()?.list()?;
             let rows = images.iter().map(|image| {
                 let r = &image.record;
-                [r.id.clone(), r.name.clone(), size(r.virtual_size), output::time(r.created)]
+                let kind = r.kind.name().to_owned();
+                [r.id.clone(), r.name.clone(), kind, size(r.virtual_size), output::time(r.created)]
             });
             output::list(
                 *output,
-                ["ID", "NAME", "SIZE", "CREATED"],
+                ["ID", "NAME", "TYPE", "SIZE", "CREATED"],
                 rows,
                 &images.iter().map(|i| &i.record).collect::<Vec<_>>(),
             )?;
@@ -218,6 +240,29 @@ fn import_file(
     Ok(image)
 }
 
+fn import_boot_file(
+    store: impl FnOnce() -> anyhow::Result<Store>,
+    path: &Path,
+    kind: Kind,
+    name: &str,
+    keep: bool,
+) -> anyhow::Result<Image> {
+    let what = || format!("cannot import {} as a {}", path.display(), kind.name());
+    let source = open(path).with_context(what)?;
+    let store = store()?;
+    if keep && let Ok(image) = store.get(name) {
+        return Ok(image);
+    }
+    let mut progress = Progress::new(name);
+    let kernel = |file: &File| hutch_vmm::boot::check(file).map_err(|e| e.to_string());
+    let image = kernels::import(&store, &source, kind, name, &kernel, &mut |done, total| {
+        progress.show(done, total);
+    });
+    let image = image.with_context(what)?;
+    progress.end();
+    Ok(image)
+}
+
 /// A bar on a terminal, a line every few seconds elsewhere.
 struct Progress {
     bar: Option<ProgressBar>,
@@ -257,6 +302,13 @@ impl Progress {
 /// An image, and what its boot loader's configuration says.
 fn print_image(image: &Image, output: Output) -> anyhow::Result<()> {
     let record = &image.record;
+    if record.kind != Kind::Machine {
+        if matches!(output, Output::Json | Output::Yaml) {
+            return output::record(output, &serde_json::json!({ "image": record }));
+        }
+        print_record(image);
+        return Ok(());
+    }
     let file = File::open(image.disk()).context("cannot open the image's disk")?;
     let disk = hutch_blockdev::open_layers(vec![(file, hutch_blockdev::Format::Raw)], true)?;
     let boots = hutch_imagestore::boot::read(&disk).map(|files| files.entry);
@@ -265,16 +317,22 @@ fn print_image(image: &Image, output: Output) -> anyhow::Result<()> {
             boots.ok().map(|entry| serde_json::json!({ "kernel": entry.kernel, "cmdline": entry.cmdline }));
         return output::record(output, &serde_json::json!({ "image": record, "boot": boot }));
     }
-    println!("id        {}", record.id);
-    println!("name      {}", record.name);
-    println!("size      {}", size(record.virtual_size));
-    println!("created   {}", output::time(record.created));
-    println!("sha256    {}", record.source_sha256);
+    print_record(image);
     match boots {
         Ok(entry) => println!("boots     {} {}", entry.kernel, entry.cmdline),
         Err(e) => println!("boots     not by itself: {e}"),
     }
     Ok(())
+}
+
+fn print_record(image: &Image) {
+    let record = &image.record;
+    println!("id        {}", record.id);
+    println!("name      {}", record.name);
+    println!("type      {}", record.kind.name());
+    println!("size      {}", size(record.virtual_size));
+    println!("created   {}", output::time(record.created));
+    println!("sha256    {}", record.source_sha256);
 }
 
 /// Bytes for people, in powers of 1024.

@@ -14,12 +14,13 @@ pub fn of(prefix: &str, content: &str) -> String {
     format!("{prefix}-0{hex}")
 }
 
-/// What is wrong with an id that is no id at all.
+/// What is wrong with an id that is no id at all. It may begin with any of `prefix`, such as `ami|aki`: the first is told.
 ///
 /// # Errors
 /// `KIND.Malformed`, where `kind` is such as `InvalidInstanceID`.
 pub fn check(id: &str, prefix: &str, kind: &'static str) -> Result<()> {
-    let digits = id.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('-'));
+    let digits = prefix.split('|').find_map(|prefix| id.strip_prefix(prefix)?.strip_prefix('-'));
+    let prefix = prefix.split('|').next().unwrap_or_default();
     let well = |digits: &str| {
         matches!(digits.len(), 8 | 17) && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
     };
@@ -44,6 +45,9 @@ mod tests {
         }
         assert_ne!(new("i"), new("i"));
         assert_eq!(of("ami", "a"), of("ami", "a"));
+        check("aki-12345678", "ami|aki", "InvalidAMIID").unwrap();
+        let bad = check("ari-12345678", "ami|aki", "InvalidAMIID").unwrap_err();
+        assert!(bad.message.contains("(expecting \"ami-...\")"), "{}", bad.message);
         for bad in ["", "i", "i-", "i-1234567", "i-1234567g", "i-0123456789ABCDEF0"] {
             assert_eq!(check(bad, "i", "InvalidInstanceID").unwrap_err().code, "InvalidInstanceID.Malformed");
         }

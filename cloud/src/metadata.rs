@@ -43,6 +43,10 @@ pub struct Metadata {
     pub instance_type: String,
     /// The network interface `eni-…`.
     pub interface_id: String,
+    #[serde(default)]
+    pub kernel_id: String,
+    #[serde(default)]
+    pub ramdisk_id: String,
     /// `on-demand`, `spot` or `scheduled`.
     pub life_cycle: String,
     /// When it was launched, in RFC 3339.

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
+pub use hutch_imagestore::store::Kind as ImageKind;
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -119,6 +120,12 @@ pub struct Instance {
     pub client_token: String,
     /// The image it was launched from.
     pub image: String,
+    /// The kernel it boots; `None`: the one on its root volume.
+    #[serde(default)]
+    pub kernel: Option<String>,
+    /// The RAM disk that goes with it.
+    #[serde(default)]
+    pub ramdisk: Option<String>,
     /// Its type's name.
     pub instance_type: String,
     /// The key pair's name.
@@ -195,7 +202,7 @@ impl Default for MetadataOptions {
     }
 }
 
-/// A machine image.
+/// A machine image, or a kernel or a RAM disk, which have no disks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Image {
     /// Its id.
@@ -208,6 +215,15 @@ pub struct Image {
     pub description: String,
     /// When it was made.
     pub created: Timestamp,
+    /// What it is.
+    #[serde(default)]
+    pub kind: ImageKind,
+    /// The kernel that instances of it boot by default.
+    #[serde(default)]
+    pub kernel: Option<String>,
+    /// The RAM disk that they boot by default.
+    #[serde(default)]
+    pub ramdisk: Option<String>,
     /// The root's device name.
     pub root_device: String,
     /// The disks an instance of it gets.

@@ -9,7 +9,7 @@ use hutch_cloud::host::{
     Content, End, Host, HostError, Interface, Machine, Public, Simulated, Source, Speed,
 };
 use hutch_cloud::metadata::Metadata;
-use hutch_imagestore::store::Store;
+use hutch_imagestore::store::{Kind, Store};
 use hutch_vmm::config::{Flow, Rate};
 
 const GIB: u64 = 1 << 30;
@@ -42,6 +42,8 @@ fn machine(id: &str, run: u64, volumes: &[&str]) -> Machine {
         uuid: "ec2e1b6a-0000-4000-8000-000000000001".into(),
         vcpus: 1,
         memory_mib: 512,
+        kernel: None,
+        ramdisk: None,
         volumes: volumes.iter().map(|volume| (*volume).into()).collect(),
         interfaces: vec![Interface {
             id: "eni-12345678".into(),
@@ -72,6 +74,67 @@ fn size(content: &Content) -> u64 {
         Content::Bytes(bytes) => *bytes,
         Content::Layers { size, .. } => *size,
     }
+}
+
+/// Imports a kernel and a RAM disk under these names; tells their ids.
+fn import(images: &Store, named: [(&str, &Path); 2]) -> [String; 2] {
+    let all = [Kind::Kernel, Kind::Ramdisk].into_iter().zip(named);
+    let ids: Vec<_> = all
+        .map(|(kind, (name, file))| {
+            let file = std::fs::File::open(file).unwrap();
+            let image =
+                hutch_imagestore::kernels::import(images, &file, kind, name, &|_| Ok(()), &mut |_, _| {});
+            image.unwrap().record.id
+        })
+        .collect();
+    ids.try_into().unwrap()
+}
+
+/// Kernels and RAM disks: one that a machine was started with it has still when it is gone from the images. `files` are
+/// a kernel that boots a disk of the template, and a RAM disk.
+fn boot_files(host: &dyn Host, images: &Store, files: [&Path; 2]) {
+    let [kernel, ramdisk] = import(images, [("kernel", files[0]), ("ramdisk", files[1])]);
+    let [other, _] = import(images, [("other", files[0]), ("other ramdisk", files[1])]);
+    let mut found: Vec<_> = host.boot_files().unwrap().into_iter().map(|f| (f.kind, f.name, f.id)).collect();
+    found.retain(|(_, name, _)| ["kernel", "ramdisk"].contains(&&**name));
+    found.sort_by_key(|(_, name, _)| name.clone());
+    assert_eq!(
+        found,
+        [(Kind::Kernel, "kernel".into(), kernel.clone()), (Kind::Ramdisk, "ramdisk".into(), ramdisk.clone())]
+    );
+    let source = Source::Template(host.templates().unwrap()[0].name.clone());
+    host.create_volume("vol-k", GIB, &source).unwrap();
+    let told = |run, kernel: &str, ramdisk: Option<&str>| Machine {
+        kernel: Some(kernel.into()),
+        ramdisk: ramdisk.map(str::to_owned),
+        ..machine("i-k", run, &["vol-k"])
+    };
+    let missing = host.start(&told(1, "aki-0123456789abcdef0", None));
+    assert!(
+        matches!(&missing, Err(HostError::Missing(what)) if what.contains("aki-0123456789abcdef0")),
+        "{missing:?}"
+    );
+    assert_eq!(runs(host, "i-k"), None, "nothing is left of it");
+    host.start(&told(1, &kernel, Some(&ramdisk))).unwrap();
+    for name in ["kernel", "ramdisk", "other ramdisk"] {
+        images.remove(name).unwrap();
+    }
+    host.stop("i-k", Duration::ZERO).unwrap();
+    host.start(&told(2, &kernel, Some(&ramdisk))).unwrap();
+    assert_eq!(runs(host, "i-k"), Some((2, true)), "it has them still");
+    host.stop("i-k", Duration::ZERO).unwrap();
+    assert!(matches!(
+        host.start(&told(3, &kernel, Some("ari-0123456789abcdef0"))),
+        Err(HostError::Missing(_))
+    ));
+    host.start(&told(3, &other, Some(&ramdisk))).unwrap();
+    host.stop("i-k", Duration::ZERO).unwrap();
+    // Another has taken its place: it is let go.
+    assert!(matches!(host.start(&told(4, &kernel, None)), Err(HostError::Missing(_))));
+    assert_eq!(runs(host, "i-k"), Some((3, false)));
+    host.forget("i-k").unwrap();
+    host.delete_volume("vol-k").unwrap();
+    images.remove("other").unwrap();
 }
 
 fn suite(open: Open<'_>, outlives: bool) {
@@ -259,6 +322,17 @@ fn the_simulated_host_in_memory() {
 }
 
 #[test]
+fn the_simulated_host_boots_kernels_of_a_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let images = Store::open(dir.path()).unwrap();
+    let (kernel, ramdisk) = (dir.path().join("kernel"), dir.path().join("ramdisk"));
+    std::fs::write(&kernel, b"kernel").unwrap();
+    std::fs::write(&ramdisk, b"070701").unwrap();
+    let host = Simulated::memory(Duration::ZERO).with_images(images.clone());
+    boot_files(&host, &images, [&kernel, &ramdisk]);
+}
+
+#[test]
 fn the_simulated_host_in_a_directory() {
     let dir = tempfile::tempdir().unwrap();
     let open = |dir: &Path| Simulated::open(dir.to_owned(), Duration::ZERO).unwrap();
@@ -284,7 +358,7 @@ impl Served for Kept {
 }
 
 /// Real machines, as root, in a network namespace of their own: `HUTCH_STATE` holds the image store, `HUTCH_VMM` is the
-/// program. Run by `tests/clients/run real`.
+/// program, `HUTCH_MICRO` a directory with a kernel and an initrd. Run by `tests/clients/run real`.
 #[test]
 #[ignore = "it needs root, KVM that runs a stock kernel, and an image"]
 fn the_local_host() {
@@ -299,6 +373,9 @@ fn the_local_host() {
         Local::open(dir.path(), Store::open(&state).unwrap(), means).unwrap()
     };
     suite(&|| Box::new(open()), true);
+    let micro = PathBuf::from(std::env::var_os("HUTCH_MICRO").expect("a kernel and an initrd"));
+    let files = [&*micro.join("vmlinuz"), &*micro.join("initrd")];
+    boot_files(&open(), &Store::open(&state).unwrap(), files);
     let left = |name: &str| std::fs::read_dir(dir.path().join(name)).unwrap().count();
     assert_eq!([left("machines"), left("volumes"), left("snapshots")], [0; 3], "nothing is left");
     let tables = std::process::Command::new("nft").args(["list", "ruleset"]).output().unwrap();

@@ -30,10 +30,10 @@ use nix::unistd::{Gid, Uid, geteuid, setgid, setgroups, setuid};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::store::{Architecture, Format, Image, Origin, Store, StoreError};
+use crate::store::{Architecture, Format, Image, Kind, Origin, Store, StoreError};
 
 /// How much is read at once, in bytes.
-const CHUNK: usize = 1 << 20;
+pub(crate) const CHUNK: usize = 1 << 20;
 /// What is looked at for zeros, in bytes: a file system's block.
 const BLOCK: usize = 4096;
 /// A block of zeros to compare with.
@@ -138,7 +138,7 @@ pub enum ImportError {
 }
 
 /// Of an error in `store`, whose directory may have run out of room for a disk, its record or their names.
-fn store_error(store: &Store) -> impl Fn(StoreError) -> ImportError + '_ {
+pub(crate) fn store_error(store: &Store) -> impl Fn(StoreError) -> ImportError + '_ {
     move |error| match &error {
         StoreError::Io { source, .. } if is_full(source) => ImportError::Full(store.directory().to_owned()),
         _ => ImportError::Store(error),
@@ -150,7 +150,7 @@ fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-fn io_error(what: &'static str) -> impl Fn(io::Error) -> ImportError {
+pub(crate) fn io_error(what: &'static str) -> impl Fn(io::Error) -> ImportError {
     move |source| ImportError::Io { what, source }
 }
 
@@ -215,7 +215,7 @@ pub fn import(
              `truncate -s %512` pads a copy of it"
         )));
     }
-    let pending = store.begin(&request.name).map_err(store_error(store))?;
+    let pending = store.begin(Kind::Machine, &request.name).map_err(store_error(store))?;
     let clone = |file: &File| file.try_clone().map_err(io_error("hand over the files"));
     let task = serde_json::to_string(&Task { format, limits: request.limits })
         .map_err(|error| io_error("describe the task")(error.into()))?;
@@ -284,7 +284,7 @@ fn check_kind(kind: FileType) -> Result<(), ImportError> {
 }
 
 /// The source's size in bytes.
-fn source_len(mut source: &File) -> Result<u64, ImportError> {
+pub(crate) fn source_len(mut source: &File) -> Result<u64, ImportError> {
     check_kind(source.metadata().map_err(io_error("look at the image"))?.file_type())?;
     // A block device's metadata has no size. All reads say where: the file's position serves nobody.
     source.seek(SeekFrom::End(0)).map_err(io_error("measure the image"))

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   import         a raw or qcow2 file, read by a confined process, becomes a template
-//!   store          templates that nobody can write, each with its record
+//!   kernels        a kernel or a RAM disk of one's own, copied, digested and looked at
+//!   store          all of them, which nobody can write, each with its record
 //!   partition      GPT, MBR or none: where on the disk file systems are
 //!   boot/disk      finds the configuration on ext2/3/4, loads what it names
 //!   boot/grub      grub.cfg, as grub-mkconfig writes it ┐
@@ -17,5 +18,6 @@
 
 pub mod boot;
 pub mod import;
+pub mod kernels;
 pub mod partition;
 pub mod store;

@@ -26,27 +26,35 @@ pub struct Slice {
     start: u64,
     len: u64,
     position: u64,
+    number: Option<u32>,
 }
 
 impl Slice {
     /// The whole of `disk`.
     pub fn whole(disk: Arc<dyn Disk>) -> Self {
         let len = disk.size();
-        Slice { disk, start: 0, len, position: 0 }
+        Slice { disk, start: 0, len, position: 0, number: None }
     }
 
-    /// `len` bytes of the disk from `start`, both in bytes; `None` if that is empty or not wholly on this slice.
-    fn part(&self, start: u64, len: u64) -> Option<Self> {
+    /// The partition of this number: `len` bytes of the disk from `start`, both in bytes; `None` if that is empty or not
+    /// wholly on this slice.
+    fn part(&self, number: u32, start: u64, len: u64) -> Option<Self> {
         let end = start.checked_add(len)?;
         if len == 0 || end > self.len {
             return None;
         }
-        Some(Slice { disk: Arc::clone(&self.disk), start: self.start.checked_add(start)?, len, position: 0 })
+        let (disk, start) = (Arc::clone(&self.disk), self.start.checked_add(start)?);
+        Some(Slice { disk, start, len, position: 0, number: Some(number) })
     }
 
     /// Where on the disk this begins, in bytes.
     pub fn start(&self) -> u64 {
         self.start
+    }
+
+    /// Its number in the table, from 1, as kernels count partitions; the whole disk has none.
+    pub fn number(&self) -> Option<u32> {
+        self.number
     }
 
     /// Its size in bytes.
@@ -130,13 +138,15 @@ pub fn partitions(disk: &Arc<dyn Disk>) -> io::Result<Vec<Slice>> {
         return gpt(&whole);
     }
     let parts = entries.iter().filter_map(|entry| {
-        whole.part(u64::from(entry.first).checked_mul(SECTOR)?, u64::from(entry.count).checked_mul(SECTOR)?)
+        let (first, count) = (u64::from(entry.first), u64::from(entry.count));
+        whole.part(entry.number, first.checked_mul(SECTOR)?, count.checked_mul(SECTOR)?)
     });
     Ok(parts.collect())
 }
 
 /// A used entry of an MBR.
 struct MbrEntry {
+    number: u32,
     kind: u8,
     first: u32,
     count: u32,
@@ -150,14 +160,14 @@ fn mbr_entries(sector: &[u8]) -> Vec<MbrEntry> {
         return Vec::new();
     };
     let mut entries = Vec::new();
-    for entry in table.chunks_exact(MBR_ENTRY) {
+    for (number, entry) in (1..).zip(table.chunks_exact(MBR_ENTRY)) {
         let &[status, _, _, _, kind, _, _, _, a, b, c, d, e, f, g, h] = entry else { return Vec::new() };
         if status & 0x7f != 0 {
             return Vec::new();
         }
         if kind != 0 {
             let (first, count) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
-            entries.push(MbrEntry { kind, first, count });
+            entries.push(MbrEntry { number, kind, first, count });
         }
     }
     entries
@@ -195,14 +205,14 @@ fn gpt_entries(whole: &Slice, header: &GPTHeader) -> io::Result<Vec<Slice>> {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
             result => result?,
         }
-        parts.extend(gpt_entry(whole, &bytes));
+        parts.extend(gpt_entry(whole, index + 1, &bytes));
     }
     Ok(parts)
 }
 
 /// The partition of one entry (UEFI 2.10, table 5-6): its type, all zeros where unused, then at byte 32 its first
 /// and its last block.
-fn gpt_entry(whole: &Slice, bytes: &[u8; 128]) -> Option<Slice> {
+fn gpt_entry(whole: &Slice, number: u32, bytes: &[u8; 128]) -> Option<Slice> {
     let le64 = |at: usize| Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
     let kind: &[u8; 16] = bytes.first_chunk()?;
     if *kind == [0; 16] {
@@ -210,5 +220,5 @@ fn gpt_entry(whole: &Slice, bytes: &[u8; 128]) -> Option<Slice> {
     }
     let (first, last) = (le64(32)?, le64(40)?);
     let sectors = last.checked_add(1)?.checked_sub(first)?;
-    whole.part(first.checked_mul(SECTOR)?, sectors.checked_mul(SECTOR)?)
+    whole.part(number, first.checked_mul(SECTOR)?, sectors.checked_mul(SECTOR)?)
 }

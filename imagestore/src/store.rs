@@ -1,4 +1,5 @@
-//! Where templates are kept, each a directory that nobody can write:
+//! Where templates are kept, and the kernels and RAM disks that machines can be started with, each a directory that
+//! nobody can write:
 //!
 //! ```text
 //!   <state>/images/
@@ -8,7 +9,10 @@
 //!     ami-0123456789abcdef0/     mode 0555
 //!       disk.raw                 mode 0444; sparse, zeros are holes
 //!       record.json              mode 0444; a `Record`
+//!     aki-0123456789abcdef0/     likewise, with kernel.raw
+//!     ari-0123456789abcdef0/     likewise, with ramdisk.raw
 //! ```
+//! The id of a kernel or a RAM disk says its name and its content: it is the same wherever and whenever that is imported.
 //!
 //! A template appears and goes by one rename, so that there is never half of one. What a crash left is taken away by
 //! the next [`Store::open`].
@@ -20,9 +24,8 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-/// The disk's file in a template's directory.
-const DISK: &str = "disk.raw";
 /// The record's file in a template's directory.
 const RECORD: &str = "record.json";
 const NEW: &str = ".new-";
@@ -42,6 +45,68 @@ pub enum Format {
     Qcow2,
 }
 
+/// What an image is, spelt as EC2's image types are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A disk.
+    #[default]
+    Machine,
+    /// A kernel, as `hutch-vmm` loads it.
+    Kernel,
+    /// What a kernel unpacks as its first file system.
+    Ramdisk,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 3] = [Kind::Machine, Kind::Kernel, Kind::Ramdisk];
+
+    /// What its ids begin with.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            Kind::Machine => "ami",
+            Kind::Kernel => "aki",
+            Kind::Ramdisk => "ari",
+        }
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Machine => "machine",
+            Kind::Kernel => "kernel",
+            Kind::Ramdisk => "ramdisk",
+        }
+    }
+
+    /// Its content's file in an image's directory.
+    fn file(self) -> &'static str {
+        match self {
+            Kind::Machine => "disk.raw",
+            Kind::Kernel => "kernel.raw",
+            Kind::Ramdisk => "ramdisk.raw",
+        }
+    }
+
+    /// Of which kind a well-formed id is: its prefix and 17 hexadecimal digits.
+    pub fn of_id(id: &str) -> Option<Kind> {
+        let digit = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
+        let (kind, digits) = Kind::ALL.into_iter().find_map(|kind| Some((kind, kind.digits_of(id)?)))?;
+        (digits.len() == 17 && digits.bytes().all(digit)).then_some(kind)
+    }
+
+    /// What is behind its prefix.
+    fn digits_of(self, id: &str) -> Option<&str> {
+        id.strip_prefix(self.prefix())?.strip_prefix('-')
+    }
+
+    /// Whether a text begins as an id does.
+    fn begins(text: &str) -> bool {
+        Kind::ALL.into_iter().any(|kind| kind.digits_of(text).is_some())
+    }
+}
+
 /// The processor that an image is for, spelt as EC2 does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -53,8 +118,11 @@ pub enum Architecture {
 /// What is known of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// `ami-` and 17 hexadecimal digits.
+    /// `ami-`, `aki-` or `ari-`, and 17 hexadecimal digits.
     pub id: String,
+    /// What it is.
+    #[serde(default)]
+    pub kind: Kind,
     /// The name, unique in its store.
     pub name: String,
     /// When it was made, in seconds since 1970.
@@ -63,7 +131,7 @@ pub struct Record {
     pub source_format: Format,
     /// SHA-256 of the file that it was made from, in lower-case hexadecimal.
     pub source_sha256: String,
-    /// The disk's size in bytes; a multiple of 512.
+    /// Its size in bytes; a disk's is a multiple of 512.
     pub virtual_size: u64,
     /// The processor it is for.
     pub architecture: Architecture,
@@ -78,9 +146,9 @@ pub struct Image {
 }
 
 impl Image {
-    /// The raw disk, for reading only: the base of overlays.
+    /// Its content, for reading only: a raw disk, the base of overlays; or a kernel, or a RAM disk.
     pub fn disk(&self) -> PathBuf {
-        self.directory.join(DISK)
+        self.directory.join(self.record.kind.file())
     }
 }
 
@@ -170,7 +238,7 @@ impl Store {
     pub fn list(&self) -> Result<Vec<Image>, StoreError> {
         let mut images = Vec::new();
         for name in self.names()? {
-            if !is_id(&name) {
+            if Kind::of_id(&name).is_none() {
                 continue;
             }
             match self.load(&name) {
@@ -183,7 +251,7 @@ impl Store {
         Ok(images)
     }
 
-    /// The image with this id, this name, or the only one whose id begins so (`ami-` and at least one digit).
+    /// The image with this id, this name, or the only one whose id begins so (as `ami-` and at least one digit).
     ///
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Ambiguous`], and those of [`Store::list`].
@@ -193,7 +261,7 @@ impl Store {
         if let Some(image) = images.iter().find(is_it) {
             return Ok(image.clone());
         }
-        let prefix = id_or_name.strip_prefix("ami-").is_some_and(|digits| !digits.is_empty());
+        let prefix = Kind::begins(id_or_name) && !id_or_name.ends_with('-');
         let fits = |image: &&Image| prefix && image.record.id.starts_with(id_or_name);
         let found: Vec<_> = images.iter().filter(fits).collect();
         match found.as_slice() {
@@ -220,28 +288,29 @@ impl Store {
         Ok(image.record)
     }
 
-    /// Begins an image of this name: an empty disk for [`Pending::disk`] to be filled and then committed. Dropped
+    /// Begins an image of this kind and name: an empty disk for [`Pending::disk`] to be filled and then committed. Dropped
     /// before that, nothing is left of it.
     ///
     /// # Errors
     /// [`StoreError::BadName`], [`StoreError::NameTaken`], [`StoreError::Io`].
-    pub fn begin(&self, name: &str) -> Result<Pending, StoreError> {
+    pub fn begin(&self, kind: Kind, name: &str) -> Result<Pending, StoreError> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "()[] ./-'@_".contains(c);
-        if !NAME_LEN.contains(&name.len()) || !name.chars().all(allowed) || name.starts_with("ami-") {
+        if !NAME_LEN.contains(&name.len()) || !name.chars().all(allowed) || Kind::begins(name) {
             return Err(StoreError::BadName(name.to_owned()));
         }
         let _lock = self.lock()?;
         self.check_free(name)?;
-        let id = new_id();
+        let id = new_id(kind);
         let directory = self.root.join(format!("{NEW}{id}"));
         fs::DirBuilder::new().mode(0o700).create(&directory).map_err(io_error("make", &directory))?;
-        let path = directory.join(DISK);
+        let path = directory.join(kind.file());
         let disk = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
         let pending = disk.and_then(|disk| disk.try_lock().map_err(io::Error::from).map(|()| disk));
         match pending {
             Ok(disk) => Ok(Pending {
                 store: self.clone(),
                 id,
+                kind,
                 name: name.to_owned(),
                 directory,
                 disk,
@@ -275,11 +344,11 @@ impl Store {
             let directory = self.root.join(&name);
             if name.starts_with(NEW) {
                 // One that cannot be looked at may be alive.
-                let dead = match File::open(directory.join(DISK)) {
+                let dead = |kind: Kind| match File::open(directory.join(kind.file())) {
                     Ok(disk) => disk.try_lock().is_ok(),
                     Err(error) => error.kind() == io::ErrorKind::NotFound,
                 };
-                if !dead {
+                if !Kind::ALL.into_iter().all(dead) {
                     continue;
                 }
             } else if !name.starts_with(GONE) {
@@ -324,6 +393,7 @@ pub struct Origin {
 pub struct Pending {
     store: Store,
     id: String,
+    kind: Kind,
     name: String,
     directory: PathBuf,
     disk: File,
@@ -331,7 +401,7 @@ pub struct Pending {
 }
 
 impl Pending {
-    /// The disk to be filled: raw. Its length becomes the virtual size.
+    /// The disk to be filled: raw; or what else it is. Its length becomes the virtual size.
     pub fn disk(&self) -> &File {
         &self.disk
     }
@@ -341,11 +411,16 @@ impl Pending {
     /// # Errors
     /// [`StoreError::NameTaken`] where another was quicker, [`StoreError::Io`]. Nothing is left then.
     pub fn commit(mut self, origin: Origin) -> Result<Image, StoreError> {
-        let path = self.directory.join(DISK);
+        let path = self.directory.join(self.kind.file());
         let virtual_size = self.disk.metadata().map_err(io_error("read", &path))?.len();
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let id = match self.kind {
+            Kind::Machine => self.id.clone(),
+            kind => id_of(kind, &self.name, &origin.sha256),
+        };
         let record = Record {
-            id: self.id.clone(),
+            id: id.clone(),
+            kind: self.kind,
             name: self.name.clone(),
             created,
             source_format: origin.format,
@@ -358,7 +433,7 @@ impl Pending {
             .and_then(|()| self.disk.sync_all())
             .map_err(io_error("write", &path))?;
         self.write_record(&record)?;
-        let directory = self.store.root.join(&self.id);
+        let directory = self.store.root.join(&id);
         fs::set_permissions(&self.directory, Permissions::from_mode(0o555))
             .map_err(io_error("write", &self.directory))?;
         sync(&self.directory)?;
@@ -404,7 +479,7 @@ fn sync(directory: &Path) -> Result<(), StoreError> {
 fn delete(directory: &Path) -> Result<(), StoreError> {
     fs::set_permissions(directory, Permissions::from_mode(0o700))
         .and_then(|()| {
-            for file in [DISK, RECORD] {
+            for file in Kind::ALL.map(Kind::file).into_iter().chain([RECORD]) {
                 // What stays is in the way of the next step, which says so.
                 let _ = fs::remove_file(directory.join(file));
             }
@@ -413,15 +488,16 @@ fn delete(directory: &Path) -> Result<(), StoreError> {
         .map_err(io_error("remove", directory))
 }
 
-fn is_id(name: &str) -> bool {
-    let digit = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
-    name.strip_prefix("ami-").is_some_and(|digits| digits.len() == 17 && digits.bytes().all(digit))
+/// A new id. Two UUIDs, because digits 13 and 17 of one are not random.
+fn new_id(kind: Kind) -> String {
+    let digits = || uuid::Uuid::new_v4().simple().to_string();
+    format!("{}-{:.12}{:.5}", kind.prefix(), digits(), digits())
 }
 
-/// A new id. Two UUIDs, because digits 13 and 17 of one are not random.
-fn new_id() -> String {
-    let digits = || uuid::Uuid::new_v4().simple().to_string();
-    format!("ami-{:.12}{:.5}", digits(), digits())
+/// The id of this content under this name.
+fn id_of(kind: Kind, name: &str, sha256: &str) -> String {
+    let digest = format!("{:x}", Sha256::digest(format!("{name}/{sha256}")));
+    format!("{}-0{digest:.16}", kind.prefix())
 }
 
 #[cfg(test)]

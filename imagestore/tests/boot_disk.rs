@@ -319,11 +319,46 @@ fn a_file_that_claims_to_be_huge_is_refused_before_it_is_loaded() {
 }
 
 #[test]
+fn a_kernel_of_ones_own_is_told_a_root_that_it_finds() {
+    let gpt = disk(debian(""));
+    let cmdline = |disk: &Arc<dyn Disk>, own, ramdisk| boot::foreign_cmdline(disk, own, ramdisk).unwrap();
+    let own = boot::entry(&gpt).unwrap().cmdline;
+    assert_eq!(cmdline(&gpt, Some(&own), false), "root=/dev/vda2 ro");
+    assert_eq!(cmdline(&gpt, Some(&own), true), own, "a RAM disk looks it up");
+    for fine in ["quiet root=PARTUUID=0c5b5e5a-02 ro", "root=/dev/vda1", "a root=UUID=x root=/dev/vdb -- b"] {
+        assert_eq!(cmdline(&gpt, Some(fine), false), fine);
+    }
+    assert_eq!(
+        cmdline(&gpt, Some("quiet root=LABEL=cloud -- root=x"), false),
+        "root=/dev/vda2 quiet -- root=x"
+    );
+    assert_eq!(cmdline(&gpt, Some("quiet"), false), "root=/dev/vda2 quiet");
+    assert_eq!(cmdline(&gpt, Some("quiet"), true), "quiet");
+    assert_eq!(cmdline(&gpt, None, false), "root=/dev/vda2");
+    assert_eq!(cmdline(&gpt, None, true), "root=/dev/vda2");
+    // Without a table the disk is the file system; of a table that begins with the second entry, it is number 2.
+    let whole = disk(ext4(UUID, 8 * MIB, &[]));
+    assert!(matches!(boot::entry(&whole), Err(ReadError::NoConfig(1))));
+    assert_eq!(cmdline(&whole, None, false), "root=/dev/vda");
+    let second = "label: dos\nunit: sectors\n2 : start=2048, size=16384, type=83\n";
+    let second = disk(partitioned(16 * MIB, second, &[(MIB, ext4(UUID, 8 * MIB, &[]))]));
+    assert_eq!(cmdline(&second, None, false), "root=/dev/vda2");
+}
+
+#[test]
+fn an_entry_is_told_though_its_files_are_gone() {
+    let config = b"menuentry x {\n linux /gone root=/dev/vda1 quiet\n}\n";
+    let gone = disk(ext4(UUID, 8 * MIB, &[("boot/grub/grub.cfg", config)]));
+    assert!(matches!(boot::read(&gone), Err(ReadError::File { .. })));
+    assert_eq!(boot::entry(&gone).unwrap().cmdline, "root=/dev/vda1 quiet");
+}
+
+#[test]
 fn partitions_are_where_sfdisk_put_them() {
     let image = partitioned(32 * MIB, TABLE, &[]);
     let found: Vec<_> =
-        partitions(&disk(image.clone())).unwrap().iter().map(|p| (p.start(), p.size())).collect();
-    assert_eq!(found, [(MIB, 4 * MIB), (5 * MIB, 16 * MIB)]);
+        partitions(&disk(image.clone())).unwrap().iter().map(|p| (p.number(), p.start(), p.size())).collect();
+    assert_eq!(found, [(Some(1), MIB, 4 * MIB), (Some(2), 5 * MIB, 16 * MIB)]);
 
     // The same table on a disk cut short: what does not fit is no partition.
     let cut = partitions(&disk(image[..(8 * MIB) as usize].to_vec())).unwrap();

@@ -82,7 +82,7 @@ class Instances(Case):
             ("InvalidKeyPair.NotFound", self.ec2.run_instances, dict(launch, ImageId=self.image, KeyName="none")),
             ("InvalidParameterValue", self.ec2.run_instances, dict(launch, ImageId=self.image, InstanceType="x9.huge")),
             ("InvalidGroup.NotFound", self.ec2.run_instances, dict(launch, ImageId=self.image, SecurityGroups=["no"])),
-            ("UnsupportedOperation", self.ec2.run_instances, dict(launch, ImageId=self.image, KernelId="aki-12345678")),
+            ("InvalidAMIID.NotFound", self.ec2.run_instances, dict(launch, ImageId=self.image, KernelId="aki-12345678")),
             ("DryRunOperation", self.ec2.run_instances, dict(launch, ImageId=self.image, DryRun=True)),
             ("InvalidInstanceID.NotFound", self.ec2.describe_instances, dict(InstanceIds=["i-12345678"])),
             ("InvalidInstanceID.Malformed", self.ec2.stop_instances, dict(InstanceIds=["i-x"])),

@@ -57,6 +57,7 @@ chmod +x /tmp/s; ip link set eth0 up; udhcpc -i eth0 -nq -t 99 -s /tmp/s >/dev/n
 M=http://169.254.169.254/latest
 echo "I am $(wget -qO- $M/meta-data/instance-id) at $(wget -qO- $M/meta-data/local-ipv4)"
 echo "told: $(wget -qO- $M/user-data) key: $(wget -qO- $M/meta-data/public-keys/0/openssh-key)"
+[ -e /own ] && echo "own RAM disk: $(wget -qO- $M/meta-data/kernel-id) $(wget -qO- $M/meta-data/ramdisk-id)"
 echo "boots: $(wc -l </root/boots) disks: $(ls /dev/vd? | wc -l) READY"
 while :; do
   (echo "hello from $(wget -qO- $M/meta-data/instance-id)") | nc -l -p 80 >/dev/null
@@ -87,7 +88,7 @@ class Cloud:
         self.process = None
 
     def image(self):
-        """An image of ext4 with a boot loader's configuration, as the template `micro`."""
+        """An image of ext4 with a boot loader's configuration, as the template `micro`; and `bare`, whose kernel is gone."""
         micro, work = pathlib.Path(os.environ["HUTCH_MICRO"]), ROOT / "target/stories/cloud"
         shutil.rmtree(work, ignore_errors=True)
         boot = work / "tree/boot/extlinux"
@@ -97,13 +98,28 @@ class Cloud:
         (work / "tree/story").write_text(STORY)
         command = ["/bin/sh", "-c", "mount -t ext4 /dev/vda /root && exec sh /root/story"]
         words = "".join(f"{byte:02x}" for word in command for byte in [*word.encode(), 0])
-        (boot / "extlinux.conf").write_text(
-            "DEFAULT a\nLABEL a\n LINUX /boot/vmlinuz\n INITRD /boot/initrd\n"
-            f" APPEND console=ttyS0 quiet hutch.cmd={words}\n"
-        )
-        subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", work / "tree", work / "micro.raw", "64M"], check=True)
-        host(self.programs / "hutch", "image", "--state", self.state, "import", work / "micro.raw", "--name", "micro",
-             "--format", "raw")
+        for name, say in [("micro", "quiet"), ("bare", "")]:
+            (boot / "extlinux.conf").write_text(
+                "DEFAULT a\nLABEL a\n LINUX /boot/vmlinuz\n INITRD /boot/initrd\n"
+                f" APPEND console=ttyS0 {say} hutch.cmd={words}\n"
+            )
+            subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", work / "tree", work / f"{name}.raw", "64M"], check=True)
+            self.hutch_image("import", work / f"{name}.raw", "--name", name, "--format", "raw")
+            for file in ("vmlinuz", "initrd"):
+                if name == "micro":
+                    (boot.parent / file).rename(work / file)
+        # One that is not the image's: it has a file more.
+        added = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input=b"own", cwd=self.own(work), check=True, capture_output=True)
+        (work / "own-initrd").write_bytes((work / "initrd").read_bytes() + added.stdout)
+        return work
+
+    def own(self, work):
+        (work / "more").mkdir()
+        (work / "more/own").write_text("own")
+        return work / "more"
+
+    def hutch_image(self, *words):
+        return host(self.programs / "hutch", "image", "--state", self.state, *words)
 
     def start(self):
         listen = "0.0.0.0:8773" if LAB else f"127.0.0.1:{PORT}"
@@ -168,7 +184,7 @@ class Story(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.cloud = Cloud()
-        cls.cloud.image()
+        cls.work = cls.cloud.image()
         cls.cloud.start()
         cls.ec2 = cls.cloud.client()
 
@@ -322,8 +338,43 @@ class Story(unittest.TestCase):
     def test_the_host_does_what_every_host_has_to(self):
         programs = self.cloud.programs
         host("env", f"HUTCH_STATE={self.cloud.state}", f"HUTCH_VMM={programs / 'hutch-vmm'}", "unshare", "-n", "sh", "-c",
-             f"ip link set lo up; exec {os.environ['HUTCH_HOST_SUITE']} --ignored the_local_host", timeout=2 * ENOUGH)
+             f"export HUTCH_MICRO={self.work}; ip link set lo up; exec {os.environ['HUTCH_HOST_SUITE']} --ignored the_local_host", timeout=2 * ENOUGH)
         say("the suite of all hosts")
+
+    def test_an_instance_boots_a_kernel_and_a_ramdisk_of_ones_own(self):
+        ec2, cloud = self.ec2, self.cloud
+        cloud.hutch_image("import", "--kernel", self.work / "vmlinuz", "--name", "own-kernel")
+        cloud.hutch_image("import", "--ramdisk", self.work / "own-initrd", "--name", "own-ramdisk")
+        named = lambda name: [i["ImageId"] for i in ec2.describe_images(Filters=[{"Name": "name", "Values": [name]}])["Images"]]
+        (aki,) = self.eventually(lambda: named("own-kernel"), "the kernel is an image")
+        (ari,) = self.eventually(lambda: named("own-ramdisk"), "the RAM disk is an image")
+        (image,) = named("bare")
+        run = lambda **more: ec2.run_instances(
+            ImageId=image, MinCount=1, MaxCount=1, InstanceType="t3.nano", **more)["Instances"][0]["InstanceId"]
+        one = run(KernelId=aki, RamdiskId=ari)
+        self.becomes(one, "running")
+        self.prints(one, f"own RAM disk: {aki} {ari}")
+        self.prints(one, "boots: 1 disks: 1 READY")
+        # The images go; who was started with them starts again, also after a reboot.
+        ec2.deregister_image(ImageId=aki)
+        for name in ("own-kernel", "own-ramdisk"):
+            cloud.hutch_image("rm", name)
+        ec2.reboot_instances(InstanceIds=[one])
+        self.prints(one, "boots: 2 disks: 1 READY")
+        ec2.stop_instances(InstanceIds=[one], Force=True)
+        self.becomes(one, "stopped")
+        # By itself the image has nothing to boot, and a kernel alone is told where its root is, and has no RAM disk.
+        ec2.reset_instance_attribute(InstanceId=one, Attribute="ramdisk")
+        ec2.start_instances(InstanceIds=[one])
+        self.prints(one, "Command line: root=/dev/vda console=ttyS0")
+        self.prints(one, "Unable to mount root fs")
+        self.becomes(one, "stopped")
+        ec2.reset_instance_attribute(InstanceId=one, Attribute="kernel")
+        ec2.start_instances(InstanceIds=[one])
+        self.becomes(one, "stopped")
+        self.assertIn("/boot/vmlinuz", self.instance(one)["StateReason"]["Message"])
+        ec2.terminate_instances(InstanceIds=[one])
+        self.becomes(one, "terminated")
 
     def test_a_volume_is_as_slow_as_it_says_and_grows_under_its_guest(self):
         ec2 = self.ec2

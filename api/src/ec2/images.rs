@@ -1,6 +1,6 @@
 //! Images.
 
-use hutch_cloud::model::Image;
+use hutch_cloud::model::{Image, ImageKind};
 use hutch_cloud::region::{ImageCopy, NewImage, Registration};
 
 use super::instances::device_asks;
@@ -28,6 +28,9 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     }),
 ];
 
+/// What ids of images begin with: those of machines, kernels and RAM disks.
+const IDS: &str = "ami|aki|ari";
+
 fn told(c: &Context<'_>, image: &Image) -> Node {
     let state = match (&image.failed, image.pending) {
         (Some(_), _) => "failed",
@@ -49,6 +52,7 @@ fn told(c: &Context<'_>, image: &Image) -> Node {
         }
     });
     let own = image.account == c.account;
+    let machine = image.kind == ImageKind::Machine;
     node! {
         "imageId": &image.id,
         "imageLocation": format!("{}/{}", image.account, image.name),
@@ -58,18 +62,20 @@ fn told(c: &Context<'_>, image: &Image) -> Node {
         "isPublic": image.public,
         "productCodes": Node::List(vec![]),
         "architecture": "x86_64",
-        "imageType": "machine",
-        "sriovNetSupport": "simple",
+        "imageType": image.kind.name(),
+        "kernelId": image.kernel.as_ref(),
+        "ramdiskId": image.ramdisk.as_ref(),
+        "sriovNetSupport": machine.then_some("simple"),
         "name": &image.name,
         "description": (!image.description.is_empty()).then_some(&image.description),
-        "rootDeviceType": "ebs",
-        "rootDeviceName": &image.root_device,
+        "rootDeviceType": if machine { "ebs" } else { "instance-store" },
+        "rootDeviceName": machine.then_some(&image.root_device),
         "blockDeviceMapping": devices,
         "virtualizationType": "hvm",
         "hypervisor": "xen",
-        "enaSupport": image.ena_support,
+        "enaSupport": machine.then_some(image.ena_support),
         "platformDetails": "Linux/UNIX",
-        "usageOperation": "RunInstances",
+        "usageOperation": machine.then_some("RunInstances"),
         "deprecationTime": image.deprecated.map(time),
         "sourceInstanceId": image.source_instance.as_ref().filter(|_| own),
         "stateReason": image.failed.as_ref().map(|r| node! { "code": &r.code, "message": &r.message }),
@@ -82,14 +88,15 @@ fn describe(c: &Context<'_>) -> Answer {
     let ids = c.ids("ImageId");
     let mut all = c.region.all::<Image>()?;
     all.retain(|image| image.launchable(c.account));
-    let found = chosen(all, &ids, |image| &image.id, ("ami", "InvalidAMIID", "image id")).map_err(
-        |fault| match fault.code.as_ref() {
-            "InvalidAMIID.NotFound" => {
-                Fault::new(fault.code, format!("The image ids '{ids:?}' do not exist").replace('"', ""))
-            }
-            _ => fault,
-        },
-    )?;
+    let found =
+        chosen(all, &ids, |image| &image.id, (IDS, "InvalidAMIID", "image id")).map_err(
+            |fault| match fault.code.as_ref() {
+                "InvalidAMIID.NotFound" => {
+                    Fault::new(fault.code, format!("The image ids '{ids:?}' do not exist").replace('"', ""))
+                }
+                _ => fault,
+            },
+        )?;
     let owners = c.params.strings("Owner");
     let by = c.params.strings("ExecutableBy");
     let owned = |image: &Image| {
@@ -145,15 +152,18 @@ fn register(c: &Context<'_>) -> Answer {
     }
     // Terraform names what it does not want, too, with nothing behind it.
     let given = |name: &&&str| p.str(name).is_some_and(|text| !text.is_empty());
-    if let Some(name) = ["ImageLocation", "KernelId", "RamdiskId", "UefiData"].iter().find(given) {
+    if let Some(name) = ["ImageLocation", "UefiData"].iter().find(given) {
         let why = format!("hutch registers images of snapshots: it does not have {name}");
         return Err(Fault::new("UnsupportedOperation", why));
     }
+    let owned = |name: &str| p.str(name).filter(|text| !text.is_empty()).map(str::to_owned);
     let new = Registration {
         name: p.required("Name")?.into(),
         description: p.str("Description").unwrap_or_default().into(),
-        root_device: p.str("RootDeviceName").filter(|name| !name.is_empty()).map(str::to_owned),
+        root_device: owned("RootDeviceName"),
         devices: device_asks(p)?,
+        kernel: owned("KernelId"),
+        ramdisk: owned("RamdiskId"),
         ena_support: p.boolean("EnaSupport")?.unwrap_or(false),
         tags: c.tag_specifications()?.remove("image").unwrap_or_default(),
     };
@@ -200,7 +210,7 @@ fn deprecate(c: &Context<'_>) -> Answer {
 /// The image, of which the account may see the attributes.
 fn the(c: &Context<'_>) -> Result<Image, Fault> {
     let id = c.params.required("ImageId")?;
-    hutch_cloud::id::check(id, "ami", "InvalidAMIID")?;
+    hutch_cloud::id::check(id, IDS, "InvalidAMIID")?;
     let missing = || Fault::new("InvalidAMIID.NotFound", format!("The image id '[{id}]' does not exist"));
     let image = c.region.get::<Image>(id)?.filter(|image| image.launchable(c.account)).ok_or_else(missing)?;
     match image.account == c.account {
@@ -219,7 +229,9 @@ fn attribute(c: &Context<'_>) -> Answer {
         "blockDeviceMapping" => {
             answer.with("blockDeviceMapping", told(c, &image).get("blockDeviceMapping").cloned())
         }
-        "kernel" | "ramdisk" | "sriovNetSupport" | "bootMode" | "tpmSupport" => answer,
+        "kernel" => answer.with("kernel", image.kernel.map(|id| node! { "value": id })),
+        "ramdisk" => answer.with("ramdisk", image.ramdisk.map(|id| node! { "value": id })),
+        "sriovNetSupport" | "bootMode" | "tpmSupport" => answer,
         "productCodes" => answer.with("productCodes", Node::List(vec![])),
         _ => return Err(Fault::value("attribute", name, "It is no attribute of an image.")),
     })

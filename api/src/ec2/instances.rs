@@ -6,7 +6,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use hutch_cloud::model::{Device, Group, Instance, InstanceState, Interface, MetadataOptions};
 use hutch_cloud::region::metadata::{private_name, public_name, zone_id};
-use hutch_cloud::region::{Attribute, Change, DeviceAsk, Launch};
+use hutch_cloud::region::{Change, DeviceAsk, Launch};
 
 use super::{Answer, Context, Operation, chosen, done, tag_set, time};
 use crate::node;
@@ -20,8 +20,6 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     ("StopInstances", stop),
     ("RebootInstances", reboot),
     ("TerminateInstances", terminate),
-    ("DescribeInstanceAttribute", attribute),
-    ("ModifyInstanceAttribute", modify),
     ("ModifyInstanceMetadataOptions", modify_metadata),
     ("GetConsoleOutput", console),
     ("GetPasswordData", password),
@@ -41,13 +39,13 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
 const BATCH: usize = 1000;
 
 /// What an answer about instances needs beside them.
-struct Around {
-    interfaces: BTreeMap<String, Interface>,
+pub(super) struct Around {
+    pub(super) interfaces: BTreeMap<String, Interface>,
     groups: BTreeMap<String, Group>,
 }
 
 impl Around {
-    fn of(c: &Context<'_>, instances: &[Instance]) -> Result<Around, Fault> {
+    pub(super) fn of(c: &Context<'_>, instances: &[Instance]) -> Result<Around, Fault> {
         let mut around = Around { interfaces: BTreeMap::new(), groups: BTreeMap::new() };
         for id in instances.iter().flat_map(|instance| &instance.interfaces) {
             let Some(interface) = c.region.get::<Interface>(id)? else { continue };
@@ -63,7 +61,7 @@ impl Around {
         Ok(around)
     }
 
-    fn groups(&self, ids: &[String]) -> Node {
+    pub(super) fn groups(&self, ids: &[String]) -> Node {
         Node::list(ids, |id| {
             node! { "groupId": id, "groupName": self.groups.get(id).map(|group| &*group.name) }
         })
@@ -112,6 +110,8 @@ fn instance(c: &Context<'_>, i: &Instance, around: &Around) -> Node {
     node! {
         "instanceId": &i.id,
         "imageId": &i.image,
+        "kernelId": i.kernel.as_ref(),
+        "ramdiskId": i.ramdisk.as_ref(),
         "instanceState": state(i.state),
         "privateDnsName": &private,
         "dnsName": public.map(|ip| public_name(c.region, ip)).unwrap_or_default(),
@@ -190,7 +190,7 @@ pub(super) fn device_asks(params: &Params) -> Result<Vec<DeviceAsk>, Fault> {
     params.list("BlockDeviceMapping").iter().map(one).collect()
 }
 
-fn shutdown(text: &str) -> Result<bool, Fault> {
+pub(super) fn shutdown(text: &str) -> Result<bool, Fault> {
     match text {
         "stop" => Ok(false),
         "terminate" => Ok(true),
@@ -221,8 +221,7 @@ fn set_metadata(p: &Params, options: &mut MetadataOptions) -> Result<(), Fault> 
 
 /// What would mean something to whoever asks for it is refused, not overlooked.
 fn refuse_what_is_to_come(p: &Params) -> Result<(), Fault> {
-    let named =
-        ["KernelId", "RamdiskId", "RamDiskId", "IamInstanceProfile", "Ipv6AddressCount", "Ipv6Address"];
+    let named = ["IamInstanceProfile", "Ipv6AddressCount", "Ipv6Address"];
     let truth = ["HibernationOptions.Configured", "EnclaveOptions.Enabled"];
     let named = named.into_iter().find(|name| p.sub(name).is_some());
     let on = truth.into_iter().find(|name| matches!(p.str(name), Some("true" | "1")));
@@ -284,6 +283,9 @@ fn run(asked: &Context<'_>) -> Answer {
         ip.map(|ip| ip.parse().map_err(|_| Fault::value("privateIpAddress", &ip, "It is no IPv4 address.")));
     let launch = Launch {
         image: p.required("ImageId")?.into(),
+        kernel: owned("KernelId"),
+        // A launch template spells it otherwise.
+        ramdisk: owned("RamdiskId").or_else(|| owned("RamDiskId")),
         min,
         max,
         instance_type: p.str("InstanceType").unwrap_or("t3.micro").into(),
@@ -465,112 +467,10 @@ fn monitor(c: &Context<'_>, on: bool) -> Answer {
 }
 
 /// The account's instance of an id.
-fn the(c: &Context<'_>) -> Result<Instance, Fault> {
+pub(super) fn the(c: &Context<'_>) -> Result<Instance, Fault> {
     let id = c.params.required("InstanceId")?.to_owned();
     let missing = || Fault::not_found("InvalidInstanceID", "instance ID", &id);
     own(c, std::slice::from_ref(&id))?.into_iter().next().ok_or_else(missing)
-}
-
-fn attribute(c: &Context<'_>) -> Answer {
-    let i = the(c)?;
-    let name = c.params.required("Attribute")?;
-    let value = |value: Node| node! { "value": value };
-    let truth = |on: bool| value(Node::Text(on.to_string()));
-    let answer = Node::empty().with("instanceId", &i.id);
-    Ok(match name {
-        "instanceType" => answer.with("instanceType", value(Node::Text(i.instance_type))),
-        "userData" => {
-            let data = i.user_data.map(|data| value(Node::Text(BASE64_STANDARD.encode(data))));
-            answer.with("userData", data.unwrap_or(Node::empty()))
-        }
-        "disableApiTermination" => answer.with("disableApiTermination", truth(i.termination_protection)),
-        "disableApiStop" => answer.with("disableApiStop", truth(i.stop_protection)),
-        "instanceInitiatedShutdownBehavior" => {
-            let text = if i.shutdown_terminates { "terminate" } else { "stop" };
-            answer.with("instanceInitiatedShutdownBehavior", value(Node::Text(text.into())))
-        }
-        "rootDeviceName" => answer.with("rootDeviceName", value(Node::Text(i.root_device))),
-        "sourceDestCheck" => answer.with("sourceDestCheck", truth(i.source_dest_check)),
-        "ebsOptimized" => answer.with("ebsOptimized", truth(i.ebs_optimized)),
-        "enaSupport" => answer.with("enaSupport", truth(true)),
-        "sriovNetSupport" | "kernel" | "ramdisk" => answer,
-        "productCodes" => answer.with("productCodes", Node::List(vec![])),
-        "enclaveOptions" => answer.with("enclaveOptions", node! { "enabled": false }),
-        "groupSet" => {
-            let around = Around::of(c, std::slice::from_ref(&i))?;
-            let primary = i.interfaces.first().and_then(|id| around.interfaces.get(id));
-            answer.with("groupSet", around.groups(primary.map_or(&[], |e| &e.groups)))
-        }
-        "blockDeviceMapping" => answer.with(
-            "blockDeviceMapping",
-            Node::list(&i.devices, |device| {
-                node! {
-                    "deviceName": &device.name,
-                    "ebs": node! {
-                        "volumeId": &device.volume, "status": device.state.name(), "attachTime": time(device.attached),
-                        "deleteOnTermination": device.delete_on_termination,
-                    },
-                }
-            }),
-        ),
-        _ => return Err(Fault::value("attribute", name, "It is no attribute of an instance.")),
-    })
-}
-
-fn modify(c: &Context<'_>) -> Answer {
-    let p = c.params;
-    let id = p.required("InstanceId")?;
-    let truth = |name: &str| -> Result<Option<bool>, Fault> { p.boolean(&format!("{name}.Value")) };
-    // The older form names the attribute and gives the value apart.
-    let older = |name: &str| p.str("Attribute").filter(|have| *have == name).and(p.str("Value"));
-    let text = |upper: &str, lower: &str| {
-        p.str(&format!("{upper}.Value")).or_else(|| p.str(upper)).or_else(|| older(lower)).map(str::to_owned)
-    };
-    let switch = |upper: &str, lower: &str| match (truth(upper)?, older(lower)) {
-        (Some(on), _) => Ok(Some(on)),
-        (None, Some("true")) => Ok(Some(true)),
-        (None, Some("false")) => Ok(Some(false)),
-        (None, Some(other)) => Err(Fault::value(lower, other, "It is neither true nor false.")),
-        (None, None) => Ok(None),
-    };
-    let mut set = Vec::new();
-    set.extend(text("InstanceType", "instanceType").map(Attribute::InstanceType));
-    let data = match p.sub("UserData") {
-        Some(data) if data.str("Value").is_some() => data.blob("Value")?,
-        Some(_) => p.blob("UserData")?,
-        None => older("userData").map(|_| p.blob("Value")).transpose()?.flatten(),
-    };
-    set.extend(data.map(|data| Attribute::UserData((!data.is_empty()).then_some(data))));
-    set.extend(switch("EbsOptimized", "ebsOptimized")?.map(Attribute::EbsOptimized));
-    set.extend(
-        switch("DisableApiTermination", "disableApiTermination")?.map(Attribute::TerminationProtection),
-    );
-    set.extend(switch("DisableApiStop", "disableApiStop")?.map(Attribute::StopProtection));
-    set.extend(switch("SourceDestCheck", "sourceDestCheck")?.map(Attribute::SourceDestCheck));
-    if let Some(text) = text("InstanceInitiatedShutdownBehavior", "instanceInitiatedShutdownBehavior") {
-        set.push(Attribute::ShutdownTerminates(shutdown(&text)?));
-    }
-    let groups = p.strings("GroupId");
-    if !groups.is_empty() {
-        set.push(Attribute::Groups(groups));
-    }
-    let mut answers = Vec::new();
-    for mapping in p.list("BlockDeviceMapping") {
-        if let Some(answer) = mapping.boolean("Ebs.DeleteOnTermination")? {
-            answers.push((mapping.required("DeviceName")?.to_owned(), answer));
-        }
-    }
-    if !answers.is_empty() {
-        set.push(Attribute::DeleteOnTermination(answers));
-    }
-    match set.as_slice() {
-        [] => Err(Fault::new("InvalidParameterCombination", "No attributes specified.")),
-        [attribute] => {
-            c.region.modify_instance(c.account, id, attribute)?;
-            Ok(done())
-        }
-        _ => Err(Fault::combination("Fields for multiple attribute types specified")),
-    }
 }
 
 fn modify_metadata(c: &Context<'_>) -> Answer {

@@ -247,6 +247,8 @@ fn of_instance(c: &Context<'_>) -> Answer {
     }
     let data = node! {
         "imageId": &i.image,
+        "kernelId": i.kernel.as_ref(),
+        "ramDiskId": i.ramdisk.as_ref(),
         "instanceType": &i.instance_type,
         "keyName": i.key_name.as_ref(),
         "ebsOptimized": i.ebs_optimized,

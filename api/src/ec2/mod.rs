@@ -1,7 +1,7 @@
 //! EC2's operations: a call's parameters become a verb of `cloud`, and what that gives becomes an answer.
 //!
 //! ```text
-//!   Call ─► OPERATIONS (by name) ─► instances, launch_templates, images, snapshots, volumes, groups, keys, network, addresses, places, tags, account ─► Node
+//!   Call ─► OPERATIONS (by name) ─► instances, instance_attributes, launch_templates, images, snapshots, volumes, groups, keys, network, addresses, places, tags, account ─► Node
 //!                                        └── filters: what the answer would say decides
 //! ```
 
@@ -10,6 +10,7 @@ mod addresses;
 mod filters;
 mod groups;
 mod images;
+mod instance_attributes;
 mod instances;
 mod interfaces;
 mod keys;
@@ -53,6 +54,7 @@ pub type Regions = BTreeMap<String, Arc<Region>>;
 /// The operations that are served, by name.
 static OPERATIONS: &[&[(&str, Operation)]] = &[
     instances::OPERATIONS,
+    instance_attributes::OPERATIONS,
     launch_templates::OPERATIONS,
     images::OPERATIONS,
     snapshots::OPERATIONS,

@@ -79,6 +79,7 @@ impl From<&Metadata> for Document {
             ("instance-id", &m.instance_id),
             ("instance-life-cycle", &m.life_cycle),
             ("instance-type", &m.instance_type),
+            ("kernel-id", &m.kernel_id),
             ("local-hostname", &m.hostname),
             ("local-ipv4", &ip(m.local_ipv4)),
             ("mac", &m.mac),
@@ -88,6 +89,7 @@ impl From<&Metadata> for Document {
             ("profile", "default-hvm"),
             ("public-hostname", &m.public_hostname),
             ("public-ipv4", &ip(m.public_ipv4)),
+            ("ramdisk-id", &m.ramdisk_id),
             ("reservation-id", &m.reservation_id),
             ("security-groups", &group_names),
             ("services/domain", "amazonaws.com"),
@@ -139,6 +141,7 @@ impl From<&Metadata> for Document {
 
 /// The instance identity document.
 fn identity(m: &Metadata) -> String {
+    let named = |id: &String| (!id.is_empty()).then(|| id.clone());
     let document = json!({
         "accountId": m.account_id,
         "architecture": "x86_64",
@@ -149,10 +152,10 @@ fn identity(m: &Metadata) -> String {
         "imageId": m.ami_id,
         "instanceId": m.instance_id,
         "instanceType": m.instance_type,
-        "kernelId": null,
+        "kernelId": named(&m.kernel_id),
         "pendingTime": m.pending_time,
         "privateIp": m.local_ipv4.map(|ip| ip.to_string()),
-        "ramdiskId": null,
+        "ramdiskId": named(&m.ramdisk_id),
         "region": m.region,
         "version": "2017-09-30",
     });

@@ -58,6 +58,21 @@ fn walk(guest: &Guest, directory: &str, found: &mut Vec<String>) {
 }
 
 #[test]
+fn a_kernel_of_its_own_is_told_where_it_has_one() {
+    let plain = Guest::new(&metadata());
+    let own = Metadata { kernel_id: "aki-1".into(), ramdisk_id: "ari-1".into(), ..metadata() };
+    let own = Guest::new(&own);
+    for (leaf, id) in [("kernel-id", "aki-1"), ("ramdisk-id", "ari-1")] {
+        assert_eq!(plain.get(&format!("/latest/meta-data/{leaf}")), None);
+        assert!(!plain.get("/latest/meta-data/").unwrap().contains(leaf), "a listed leaf has to be there");
+        assert_eq!(own.get(&format!("/latest/meta-data/{leaf}")).unwrap(), id);
+        assert!(own.get("/latest/meta-data/").unwrap().lines().any(|name| name == leaf));
+    }
+    let document = own.get("/latest/dynamic/instance-identity/document").unwrap();
+    assert!(document.contains("\"kernelId\": \"aki-1\"") && document.contains("\"ramdiskId\": \"ari-1\""));
+}
+
+#[test]
 fn all_that_is_listed_is_served_and_only_that() {
     let guest = Guest::new(&metadata());
     let mut found = Vec::new();

@@ -29,6 +29,12 @@ pub struct Run {
     /// The instance type.
     #[arg(long = "type", value_name = "TYPE", default_value = "t3.micro")]
     kind: String,
+    /// The kernel to boot, by id or name, instead of the one on the AMI (`hutch image import --kernel`).
+    #[arg(long)]
+    kernel: Option<String>,
+    /// The RAM disk to boot with, by id or name. [default: with a kernel of one's own, none]
+    #[arg(long)]
+    ramdisk: Option<String>,
     /// A name (the tag `Name`).
     #[arg(long)]
     name: Option<String>,
@@ -122,13 +128,19 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
         None => own_key(&client)?,
     };
     let mut params = vec![
-        param("ImageId", image(&client, &args.image)?),
+        param("ImageId", image_of(&client, &args.image, "machine")?),
         param("InstanceType", &args.kind),
         param("MinCount", args.count.to_string()),
         param("MaxCount", args.count.to_string()),
         param("KeyName", key),
         param("ClientToken", uuid::Uuid::new_v4().to_string()),
     ];
+    for (field, kind, name) in [("KernelId", "kernel", &args.kernel), ("RamdiskId", "ramdisk", &args.ramdisk)]
+    {
+        if let Some(name) = name {
+            params.push(param(field, image_of(&client, name, kind)?));
+        }
+    }
     if let Some(name) = &args.name {
         params.extend([
             param("TagSpecification.1.ResourceType", "instance"),
@@ -253,17 +265,28 @@ fn own_key(client: &Client) -> anyhow::Result<String> {
     Ok(OWN_KEY.into())
 }
 
-/// The id of the AMI of this id or name; of several with one name, the newest.
+/// The id of the image of this id, or the newest of this name: an AMI, a kernel or a RAM disk.
 pub fn image(client: &Client, name: &str) -> anyhow::Result<String> {
-    if name.starts_with("ami-") {
+    image_of(client, name, "*")
+}
+
+/// Likewise, of this type.
+fn image_of(client: &Client, name: &str, kind: &str) -> anyhow::Result<String> {
+    if ["ami-", "aki-", "ari-"].iter().any(|prefix| name.starts_with(prefix)) {
         return Ok(name.to_owned());
     }
-    let params = [param("Filter.1.Name", "name"), param("Filter.1.Value.1", name)];
+    let params = [
+        param("Filter.1.Name", "name"),
+        param("Filter.1.Value.1", name),
+        param("Filter.2.Name", "image-type"),
+        param("Filter.2.Value.1", kind),
+    ];
     let mut images = client.all("DescribeImages", &params, "imagesSet")?;
     images.sort_by(|a, b| text_of(&a["creationDate"]).cmp(text_of(&b["creationDate"])));
     let newest = images.last().map(|image| text_of(&image["imageId"]).to_owned());
     newest.with_context(|| {
-        format!("there is no AMI {name}; `hutch image build` and `hutch image import` make them")
+        let kind = if matches!(kind, "*" | "machine") { "AMI" } else { kind };
+        format!("there is no {kind} {name}; `hutch image build` and `hutch image import` make them")
     })
 }
 

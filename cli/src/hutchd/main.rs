@@ -84,7 +84,7 @@ struct Args {
 enum HostKind {
     /// This machine: KVM, taps and nftables, as root. It has one region, and the images of `hutch image`.
     Local,
-    /// Keeps what would run, and starts nothing: neither KVM nor root.
+    /// Keeps what would run, and starts nothing: neither KVM nor root. Of the images of `hutch image` it takes kernels and RAM disks.
     Simulated,
 }
 
@@ -216,7 +216,10 @@ fn open(
     let host: Arc<dyn Host> = match (args.host, dir) {
         (HostKind::Local, Some(dir)) => Arc::new(local(&args.state, &dir.join("host"), args, runtime)?),
         (HostKind::Local, None) => bail!("real machines need a --state directory; or take --host simulated"),
-        (HostKind::Simulated, Some(dir)) => Arc::new(Simulated::open(dir.join("host"), delay)?),
+        (HostKind::Simulated, Some(dir)) => {
+            let images = hutch_imagestore::store::Store::open(&args.state)?;
+            Arc::new(Simulated::open(dir.join("host"), delay)?.with_images(images))
+        }
         (HostKind::Simulated, None) => Arc::new(Simulated::memory(delay)),
     };
     let region = Arc::new(Region::new(settings, store, host));

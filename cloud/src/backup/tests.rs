@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::time::{Duration, Instant};
 
-use hutch_imagestore::store::{Architecture, Format, Origin, Store as Images};
+use hutch_imagestore::store::{Architecture, Format, Kind, Origin, Store as Images};
 
 use super::target::copy;
 use super::*;
@@ -118,7 +118,7 @@ fn content(host: &Local, id: &str, at: u64) -> Vec<u8> {
 fn this_machines_disks_are_there_again() {
     let home = tempfile::tempdir().unwrap();
     let state = home.path().join("state");
-    let pending = Images::open(&state).unwrap().begin("micro").unwrap();
+    let pending = Images::open(&state).unwrap().begin(Kind::Machine, "micro").unwrap();
     pending.disk().set_len(64 * MIB).unwrap();
     pending.disk().write_all_at(b"template", MIB).unwrap();
     let origin = Origin { format: Format::Raw, sha256: "0".repeat(64), architecture: Architecture::X86_64 };

@@ -13,6 +13,7 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hutch_imagestore::store::{Image, Kind};
 use hutch_vmm::config::Rate;
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +36,12 @@ pub struct Machine {
     pub vcpus: u32,
     /// Memory in MiB.
     pub memory_mib: u64,
+    /// The kernel it boots, by id; `None`: the one on its root disk.
+    #[serde(default)]
+    pub kernel: Option<String>,
+    /// The RAM disk it boots with, by id. `None`: the one on its root disk where its kernel is from there, too; else none.
+    #[serde(default)]
+    pub ramdisk: Option<String>,
     /// The disks in the order the guest sees them; the first is the root.
     pub volumes: Vec<String>,
     /// The interfaces in the order the guest sees them.
@@ -128,6 +135,19 @@ pub struct Template {
     pub size: u64,
 }
 
+/// A kernel or a RAM disk that machines can be started with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootFile {
+    /// Its id, which says its name and its content.
+    pub id: String,
+    /// Which of the two it is.
+    pub kind: Kind,
+    /// Its name in the image store.
+    pub name: String,
+    /// When it came there, in seconds since 1970.
+    pub created: u64,
+}
+
 /// How a run of a machine stands.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -206,6 +226,12 @@ pub trait Host: Send + Sync {
     /// They cannot be read.
     fn templates(&self) -> Result<Vec<Template>>;
 
+    /// The kernels and RAM disks machines can be started with.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    fn boot_files(&self) -> Result<Vec<BootFile>>;
+
     /// Makes a volume of `bytes` bytes (at least its source's size), which is the first of its id or already like that.
     ///
     /// # Errors
@@ -265,10 +291,11 @@ pub trait Host: Send + Sync {
     fn firewall(&self, groups: &[Group]) -> Result<()>;
 
     /// Has the machine run, if this run of it has not been started before. Returns when its first processor runs; its
-    /// firewall and its metadata were there before. A public address that leads to another machine still is left out.
+    /// firewall and its metadata were there before. A public address that leads to another machine still is left out. Its
+    /// kernel and its RAM disk it keeps, whatever becomes of them meanwhile, until it is started with others or forgotten.
     ///
     /// # Errors
-    /// [`HostError::Missing`] volume, [`HostError::NoRoom`]; nothing of the run is left then.
+    /// [`HostError::Missing`] volume, kernel or RAM disk, [`HostError::NoRoom`]; nothing of the run is left then.
     fn start(&self, machine: &Machine) -> Result<()>;
 
     /// Tells a machine that runs what has changed of its metadata, its firewall, its speed and its public addresses; its volumes come
@@ -354,4 +381,19 @@ pub trait Host: Send + Sync {
     /// Waits until the end of some machine may have to be looked at, for at most `limit`; `seen` is what the last call
     /// returned (0 at first).
     fn wait(&self, seen: u64, limit: Duration) -> u64;
+}
+
+/// The kernels and RAM disks of an image store.
+fn boot_files(images: Vec<Image>) -> Vec<BootFile> {
+    let records = images.into_iter().map(|image| image.record).filter(|r| r.kind != Kind::Machine);
+    records.map(|r| BootFile { id: r.id, kind: r.kind, name: r.name, created: r.created }).collect()
+}
+
+/// What is said where a kernel or a RAM disk is not there.
+fn no_boot_file(id: &str) -> HostError {
+    let kind = Kind::of_id(id).map_or("kernel", Kind::name);
+    HostError::Missing(format!(
+        "{kind} {id}: it was removed from the images; import it again under its name (hutch image import --{kind}), or give \
+         the instance another (ModifyInstanceAttribute)"
+    ))
 }

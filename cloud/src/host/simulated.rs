@@ -9,13 +9,14 @@ use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use hutch_imagestore::store::Store;
 use hutch_vmm::config::Rate;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::backup::{self, Captured, Target};
 
-use super::{Content, End, Group, Host, HostError, Machine, Result, Source, Status, Template};
+use super::{BootFile, Content, End, Group, Host, HostError, Machine, Result, Source, Status, Template};
 
 /// What is kept of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -54,18 +55,26 @@ pub struct Simulated {
     changed: Condvar,
     delay: Duration,
     any_network: bool,
+    images: Option<Store>,
 }
 
 impl Simulated {
     /// A host that is gone with the process.
     pub fn memory(delay: Duration) -> Simulated {
-        Simulated { dir: None, state: Mutex::default(), changed: Condvar::new(), delay, any_network: true }
+        let (state, changed) = Default::default();
+        Simulated { dir: None, state, changed, delay, any_network: true, images: None }
     }
 
     /// Has it say of networks what a host says that has only the accounts' default ones.
     #[must_use]
     pub fn with_default_networks_only(self) -> Simulated {
         Simulated { any_network: false, ..self }
+    }
+
+    /// Has it take kernels and RAM disks of a store; without one it has none.
+    #[must_use]
+    pub fn with_images(self, images: Store) -> Simulated {
+        Simulated { images: Some(images), ..self }
     }
 
     /// A host whose machines, volumes and snapshots are kept in `dir`. Starting and stopping take `delay`.
@@ -81,7 +90,7 @@ impl Simulated {
             events: 1,
         };
         let (dir, state) = (Some(dir), Mutex::new(state));
-        Ok(Simulated { dir, state, changed: Condvar::new(), delay, any_network: true })
+        Ok(Simulated { dir, state, changed: Condvar::new(), delay, any_network: true, images: None })
     }
 
     /// Ends a machine as its guest, or a mishap, would.
@@ -223,6 +232,12 @@ impl Host for Simulated {
         Ok(named.into_iter().map(template).collect())
     }
 
+    fn boot_files(&self) -> Result<Vec<BootFile>> {
+        let images = self.images.as_ref().map_or(Ok(Vec::new()), Store::list);
+        let images = images.map_err(|e| HostError::Failed(format!("the image store: {e}")))?;
+        Ok(super::boot_files(images))
+    }
+
     fn create_volume(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {
         let mut state = self.lock();
         if state.volumes.contains_key(id) {
@@ -325,6 +340,18 @@ impl Host for Simulated {
         if let Some(volume) = machine.volumes.iter().find(|volume| !state.volumes.contains_key(*volume)) {
             return Err(HostError::Missing(format!("volume {volume}")));
         }
+        // One that it was started with before it has still.
+        let has = |id: &String| {
+            before.is_some_and(|kept| {
+                [&kept.machine.kernel, &kept.machine.ramdisk].contains(&&Some(id.clone()))
+            })
+        };
+        let wanted: Vec<_> =
+            [&machine.kernel, &machine.ramdisk].into_iter().flatten().filter(|id| !has(id)).collect();
+        let files = if wanted.is_empty() { Vec::new() } else { self.boot_files()? };
+        if let Some(id) = wanted.into_iter().find(|id| !files.iter().any(|file| file.id == **id)) {
+            return Err(super::no_boot_file(id));
+        }
         let starts = before.map_or(0, |kept| kept.starts) + 1;
         let mut machine = machine.clone();
         without_taken(&mut machine, &public(&state.machines));
@@ -341,7 +368,8 @@ impl Host for Simulated {
         let missing = || HostError::Missing(format!("machine {}", machine.id));
         let kept =
             state.machines.get_mut(&machine.id).filter(|kept| kept.end.is_none()).ok_or_else(missing)?;
-        let told = Machine { volumes: kept.machine.volumes.clone(), ..machine };
+        let Machine { volumes, kernel, ramdisk, .. } = kept.machine.clone();
+        let told = Machine { volumes, kernel, ramdisk, ..machine };
         if kept.machine != told {
             kept.machine = told;
             let kept = kept.clone();

@@ -5,7 +5,9 @@ use jiff::{SignedDuration, Timestamp};
 use crate::fault::{Fault, Result};
 use crate::host::{Source, Template};
 use crate::id;
-use crate::model::{Image, ImageDevice, Instance, InstanceState, Name, Shape, Snapshot, Tags, Volume};
+use crate::model::{
+    Image, ImageDevice, ImageKind, Instance, InstanceState, Name, Shape, Snapshot, Tags, Volume,
+};
 
 use super::snapshots::{self, begun};
 use super::{DeviceAsk, Region, Work, now, recall, remember, tags};
@@ -42,6 +44,10 @@ pub struct Registration {
     pub root_device: Option<String>,
     /// Its disks.
     pub devices: Vec<DeviceAsk>,
+    /// The kernel that its instances boot by default.
+    pub kernel: Option<String>,
+    /// The RAM disk that goes with it.
+    pub ramdisk: Option<String>,
     /// Enhanced networking.
     pub ena_support: bool,
     /// Its tags.
@@ -96,6 +102,24 @@ fn device(work: &mut Work<'_>, account: &str, ask: &DeviceAsk, root: &str) -> Re
     })
 }
 
+/// There is no such image, or it is not for the account.
+pub(super) fn missing(id: &str) -> Fault {
+    Fault::new("InvalidAMIID.NotFound", format!("The image id '[{id}]' does not exist"))
+}
+
+/// Whether an image can be launched, or booted, by those who may.
+pub(super) fn check_available(image: &Image) -> Result<()> {
+    let id = &image.id;
+    let why = if image.pending || image.failed.is_some() {
+        format!("The image '{id}' is not available; wait until it is")
+    } else if image.disabled {
+        format!("The image '{id}' is disabled; its owner can enable it (EnableImage)")
+    } else {
+        return Ok(());
+    };
+    Err(Fault::new("InvalidAMIID.Unavailable", why))
+}
+
 fn check_name(name: &str) -> Result<()> {
     let known = |c: char| c.is_ascii_alphanumeric() || " ()[]./-'@_".contains(c);
     match (3..=128).contains(&name.len()) && name.chars().all(known) {
@@ -108,7 +132,8 @@ fn check_name(name: &str) -> Result<()> {
 }
 
 impl Region {
-    /// Registers every template of the host that is not an image yet. Returns the ids of the new ones.
+    /// Registers every template of the host that is not an image yet, and its kernels and RAM disks. Returns the ids of the
+    /// new ones.
     ///
     /// # Errors
     /// The host's, the store's.
@@ -126,6 +151,7 @@ impl Region {
             })?;
             new.extend(added.then_some(image));
         }
+        new.extend(self.adopt_boot_files()?);
         Ok(new)
     }
 
@@ -155,6 +181,9 @@ impl Region {
             name: template.name.clone(),
             description: format!("Imported as {}", template.name),
             created: now(),
+            kind: ImageKind::Machine,
+            kernel: None,
+            ramdisk: None,
             root_device: ROOT.into(),
             devices: vec![ImageDevice {
                 name: ROOT.into(),
@@ -239,7 +268,10 @@ impl Region {
                 name: new.name.clone(),
                 description: new.description.clone(),
                 created: now(),
-                root_device: instance.root_device.clone(),
+                kind: ImageKind::Machine,
+                kernel: instance.kernel,
+                ramdisk: instance.ramdisk,
+                root_device: instance.root_device,
                 devices,
                 public: false,
                 launch: Vec::new(),
@@ -258,7 +290,7 @@ impl Region {
     /// Makes an image of snapshots.
     ///
     /// # Errors
-    /// `InvalidAMIName.*`, `InvalidBlockDeviceMapping`, `InvalidSnapshot.*`.
+    /// `InvalidAMIName.*`, `InvalidAMIID.*` of a kernel or RAM disk, `InvalidBlockDeviceMapping`, `InvalidSnapshot.*`.
     pub fn register_image(&self, account: &str, new: &Registration) -> Result<String> {
         check_name(&new.name)?;
         tags::check(&new.tags)?;
@@ -279,12 +311,20 @@ impl Region {
                 return Err(mapping(&format!("No snapshot specified for the root device {root}")));
             }
             devices.sort_by_key(|device| device.name != root);
+            let mut checked = |kind, id: &Option<String>| {
+                id.as_ref().map(|id| self.bootable(work, account, kind, id)).transpose()
+            };
+            let kernel = checked(ImageKind::Kernel, &new.kernel)?;
+            let ramdisk = checked(ImageKind::Ramdisk, &new.ramdisk)?;
             work.put(&Image {
                 id: image.clone(),
                 account: account.into(),
                 name: new.name.clone(),
                 description: new.description.clone(),
                 created: now(),
+                kind: ImageKind::Machine,
+                kernel,
+                ramdisk,
                 root_device: root,
                 devices,
                 public: false,
@@ -305,7 +345,8 @@ impl Region {
     /// `pending` until they are complete.
     ///
     /// # Errors
-    /// `InvalidAMIName.*`, `InvalidAMIID.*`, `InvalidRequest`: a snapshot of it is not for the account.
+    /// `InvalidAMIName.*`, `InvalidAMIID.*`, `InvalidRequest`: a snapshot of it is not for the account, or this region does
+    /// not have its kernel or RAM disk.
     pub fn copy_image(&self, account: &str, from: &Region, ask: &ImageCopy) -> Result<String> {
         check_name(&ask.name)?;
         tags::check(&ask.tags)?;
@@ -348,6 +389,13 @@ impl Region {
                 tags: ask.tags.clone(),
                 ..of.clone()
             };
+            // Their ids say what they hold, so they are the same in all regions that have them.
+            for id in [&of.kernel, &of.ramdisk].into_iter().flatten() {
+                if work.get::<Image>(id)?.is_none() {
+                    let why = format!("The image '{}' boots '{id}', which this region does not have", of.id);
+                    return Err(Fault::new("InvalidRequest", why));
+                }
+            }
             if ask.copy_tags && of.account == account {
                 copy.tags = of.tags.iter().map(|(k, v)| (k.clone(), v.clone())).chain(copy.tags).collect();
             }
@@ -391,7 +439,14 @@ impl Region {
     pub fn deregister_image(&self, account: &str, id: &str) -> Result<()> {
         self.transact(|work| {
             let image = self.image(work, account, id)?;
-            work.delete::<Name>(&format!("image/{account}/{}", image.name));
+            let name = format!("image/{account}/{}", image.name);
+            // The host's images have theirs from there, and another may go by it here.
+            if work.get::<Name>(&name)?.is_some_and(|name| name.of == image.id) {
+                work.delete::<Name>(&name);
+            }
+            if image.kind != ImageKind::Machine {
+                self.forget_boot_file(work, &image)?;
+            }
             work.delete::<Image>(id);
             Ok(())
         })
@@ -399,9 +454,9 @@ impl Region {
 
     /// An image to be changed by its owner.
     fn image(&self, work: &mut Work<'_>, account: &str, id: &str) -> Result<Image> {
-        id::check(id, "ami", "InvalidAMIID")?;
-        let missing = || Fault::new("InvalidAMIID.NotFound", format!("The image id '[{id}]' does not exist"));
-        let image = work.get::<Image>(id)?.filter(|image| image.launchable(account)).ok_or_else(missing)?;
+        id::check(id, <Image as tags::Tagged>::PREFIX, "InvalidAMIID")?;
+        let image = work.get::<Image>(id)?.filter(|image| image.launchable(account));
+        let image = image.ok_or_else(|| missing(id))?;
         match image.account == account {
             true => Ok(image),
             false => Err(Fault::new("AuthFailure", format!("Not authorized for image:{id}"))),

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use crate::fault::{Fault, Result};
-use crate::model::{Image, Instance, InstanceState, KeyPair, MetadataOptions, Reason, Volume, VolumeState};
+use crate::model::{
+    Image, ImageKind, Instance, InstanceState, KeyPair, MetadataOptions, Reason, Volume, VolumeState,
+};
 
 use super::{Region, Work, now, tags};
 
@@ -16,6 +18,8 @@ pub enum Attribute {
     UserData(Option<Vec<u8>>),
     /// EBS-optimized, while it is stopped.
     EbsOptimized(bool),
+    /// The kernel it boots, or the RAM disk, while it is stopped; `None`: as its image says.
+    Boots(ImageKind, Option<String>),
     /// Whether it may be terminated by a call.
     TerminationProtection(bool),
     /// Whether it may be stopped by a call.
@@ -178,7 +182,8 @@ impl Region {
     /// Sets an attribute of an instance.
     ///
     /// # Errors
-    /// `IncorrectInstanceState` where it has to be stopped for that, `InvalidInstanceAttributeValue`, `InvalidInstanceID.*`.
+    /// `IncorrectInstanceState` where it has to be stopped for that, `InvalidInstanceAttributeValue`, `InvalidInstanceID.*`,
+    /// `InvalidAMIID.*`.
     pub fn modify_instance(&self, account: &str, id: &str, attribute: &Attribute) -> Result<()> {
         let changes = self.change(account, &[id.to_owned()], |work, instance| {
             if instance.state.is_over() {
@@ -187,7 +192,10 @@ impl Region {
             let stopped = instance.state == InstanceState::Stopped;
             let needs_stop = matches!(
                 attribute,
-                Attribute::InstanceType(_) | Attribute::UserData(_) | Attribute::EbsOptimized(_)
+                Attribute::InstanceType(_)
+                    | Attribute::UserData(_)
+                    | Attribute::EbsOptimized(_)
+                    | Attribute::Boots(..)
             );
             if needs_stop && !stopped {
                 let (id, state) = (&instance.id, instance.state.name());
@@ -218,6 +226,16 @@ impl Region {
                     instance.user_data.clone_from(data);
                 }
                 Attribute::EbsOptimized(on) => instance.ebs_optimized = *on,
+                Attribute::Boots(kind, id) => {
+                    let id = match id {
+                        Some(id) => Some(self.bootable(work, account, *kind, id)?),
+                        None => self.by_default(work, instance, *kind)?,
+                    };
+                    match kind {
+                        ImageKind::Ramdisk => instance.ramdisk = id,
+                        _ => instance.kernel = id,
+                    }
+                }
                 Attribute::TerminationProtection(on) => instance.termination_protection = *on,
                 Attribute::StopProtection(on) => instance.stop_protection = *on,
                 Attribute::ShutdownTerminates(on) => instance.shutdown_terminates = *on,

@@ -11,7 +11,7 @@ use crate::model::{
     KeyPair, MetadataOptions, Name, Shape, Snapshot, Subnet, Tags, Volume, VolumeState,
 };
 
-use super::{Region, Work, now, recall, remember, snapshots, tags};
+use super::{Region, Work, images, now, recall, remember, snapshots, tags};
 
 /// The most user data, in bytes.
 const MAX_USER_DATA: usize = 16 << 10;
@@ -29,6 +29,10 @@ pub struct Launch {
     pub min: u32,
     /// at most so many.
     pub max: u32,
+    /// The kernel's id; `None`: the image's.
+    pub kernel: Option<String>,
+    /// The RAM disk's id; `None`: the image's, where its kernel is, too.
+    pub ramdisk: Option<String>,
     /// The type's name.
     pub instance_type: String,
     /// The key pair's name.
@@ -145,6 +149,8 @@ impl Region {
     fn launch(&self, work: &mut Work<'_>, account: &str, launch: &Launch) -> Result<Vec<Instance>> {
         let image = self.launchable(work, account, &launch.image)?;
         check(self, launch)?;
+        let asked = (launch.kernel.as_deref(), launch.ramdisk.as_deref());
+        let (kernel, ramdisk) = self.choice(work, account, &image, asked)?;
         if let Some(name) = &launch.key_name
             && work.get::<KeyPair>(&format!("{account}/{name}"))?.is_none()
         {
@@ -226,6 +232,8 @@ impl Region {
                 launch_index: index,
                 client_token: launch.client_token.clone().unwrap_or_default(),
                 image: image.id.clone(),
+                kernel: kernel.clone(),
+                ramdisk: ramdisk.clone(),
                 instance_type: launch.instance_type.clone(),
                 key_name: launch.key_name.clone(),
                 zone: subnet.zone.clone(),
@@ -262,19 +270,10 @@ impl Region {
     /// The image, if the account may launch it.
     pub(super) fn launchable(&self, work: &mut Work<'_>, account: &str, image: &str) -> Result<Image> {
         id::check(image, "ami", "InvalidAMIID")?;
-        let missing =
-            || Fault::new("InvalidAMIID.NotFound", format!("The image id '[{image}]' does not exist"));
-        let image =
-            work.get::<Image>(image)?.filter(|image| image.launchable(account)).ok_or_else(missing)?;
-        if image.pending || image.failed.is_some() {
-            let why = format!("The image '{}' is not available; wait until it is", image.id);
-            return Err(Fault::new("InvalidAMIID.Unavailable", why));
-        }
-        if image.disabled {
-            let why = format!("The image '{}' is disabled; its owner can enable it (EnableImage)", image.id);
-            return Err(Fault::new("InvalidAMIID.Unavailable", why));
-        }
-        Ok(image)
+        let found = work.get::<Image>(image)?.filter(|image| image.launchable(account));
+        let found = found.ok_or_else(|| images::missing(image))?;
+        images::check_available(&found)?;
+        Ok(found)
     }
 
     /// The groups of an interface in a network: those named, or the default one.

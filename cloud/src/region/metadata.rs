@@ -56,6 +56,8 @@ pub(super) fn describe(
         instance_id: instance.id.clone(),
         instance_type: instance.instance_type.clone(),
         interface_id: primary.map(|interface| interface.id.clone()).unwrap_or_default(),
+        kernel_id: instance.kernel.clone().unwrap_or_default(),
+        ramdisk_id: instance.ramdisk.clone().unwrap_or_default(),
         life_cycle: "on-demand".into(),
         pending_time: instance.launched.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
         local_ipv4: primary.map(|interface| interface.ip),

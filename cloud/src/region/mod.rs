@@ -9,6 +9,7 @@
 //! |---|---|
 //! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
 //! | launch_templates.rs | requests to launch, kept |
+//! | kernels.rs | kernels and RAM disks: those of the host, and which of them instances boot |
 //! | images.rs, snapshots.rs, volumes.rs, attachments.rs, keys.rs | images; snapshots; volumes, and who has them; key pairs |
 //! | modify.rs | changes of volumes that are there, and what the host is told of any |
 //! | quota.rs, account.rs | what an account may have at most; what it has set for itself |
@@ -25,6 +26,7 @@ mod groups;
 mod images;
 mod instances;
 mod interfaces;
+mod kernels;
 mod keys;
 mod launch;
 mod launch_templates;

@@ -547,6 +547,8 @@ impl Region {
             uuid: instance.uuid.clone(),
             vcpus: kind.vcpus,
             memory_mib: kind.memory_mib,
+            kernel: instance.kernel.clone(),
+            ramdisk: instance.ramdisk.clone(),
             volumes: instance.devices.iter().map(|device| device.volume.clone()).collect(),
             interfaces,
             speed: self.speed_of(kind),

@@ -15,7 +15,7 @@ pub const MAX_TAGS: usize = 50;
 pub trait Tagged: Record {
     /// The type of resource, as EC2 calls it.
     const TYPE: &'static str;
-    /// What its ids begin with.
+    /// What its ids begin with; see [`check`](crate::id::check).
     const PREFIX: &'static str;
     /// The error's name without `.NotFound`.
     const ERROR: &'static str;
@@ -48,7 +48,7 @@ macro_rules! tagged {
 
 tagged! {
     Instance "instance" "i" "InvalidInstanceID",
-    Image "image" "ami" "InvalidAMIID",
+    Image "image" "ami|aki|ari" "InvalidAMIID",
     Volume "volume" "vol" "InvalidVolume",
     Snapshot "snapshot" "snap" "InvalidSnapshot",
     Interface "network-interface" "eni" "InvalidNetworkInterfaceID",
@@ -169,7 +169,7 @@ impl Region {
             for id in ids {
                 match id.split_once('-').map_or("", |(prefix, _)| prefix) {
                     "i" => one::<Instance>(work, account, id, change),
-                    "ami" => one::<Image>(work, account, id, change),
+                    "ami" | "aki" | "ari" => one::<Image>(work, account, id, change),
                     "vol" => one::<Volume>(work, account, id, change),
                     "snap" => one::<Snapshot>(work, account, id, change),
                     "eni" => one::<Interface>(work, account, id, change),

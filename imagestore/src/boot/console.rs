@@ -23,7 +23,7 @@ fn is_ttys0(word: &str) -> bool {
 }
 
 /// Splits at white space outside of double quotes, as the kernel does (lib/cmdline.c, `next_arg`).
-fn split(cmdline: &str) -> Vec<&str> {
+pub(super) fn split(cmdline: &str) -> Vec<&str> {
     let mut quoted = false;
     cmdline
         .split(move |c: char| {

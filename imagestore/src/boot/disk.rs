@@ -98,6 +98,20 @@ pub enum ReadError {
 /// # Errors
 /// Those of [`ReadError`]. A file system that cannot be opened is passed over.
 pub fn read(disk: &Arc<dyn Disk>) -> Result<BootFiles, ReadError> {
+    let (volumes, at, entry) = find(disk)?;
+    load(&volumes, at, entry)
+}
+
+/// Which entry `disk` boots by default. Of its files, nothing is read.
+///
+/// # Errors
+/// Those of [`read`].
+pub fn entry(disk: &Arc<dyn Disk>) -> Result<BootEntry, ReadError> {
+    find(disk).map(|(_, _, entry)| entry)
+}
+
+/// The file systems of `disk`, the number of the one whose configuration decides, and what that says.
+fn find(disk: &Arc<dyn Disk>) -> Result<(Vec<Volume>, usize, BootEntry), ReadError> {
     let mut volumes = Vec::new();
     let mut unread = None;
     for slice in partitions(disk)? {
@@ -110,9 +124,9 @@ pub fn read(disk: &Arc<dyn Disk>) -> Result<BootFiles, ReadError> {
             unread = unread.or(other(&slice)?);
         }
     }
-    for volume in &volumes {
+    for (at, volume) in volumes.iter().enumerate() {
         if let Some(entry) = volume.entry()? {
-            return load(&volumes, volume, entry);
+            return Ok((volumes, at, entry));
         }
     }
     Err(unread.map_or(ReadError::NoConfig(volumes.len()), ReadError::Unread))
@@ -136,14 +150,15 @@ fn other(slice: &Slice) -> io::Result<Option<&'static str>> {
     Ok(None)
 }
 
-fn load(volumes: &[Volume], found_on: &Volume, entry: BootEntry) -> Result<BootFiles, ReadError> {
+fn load(volumes: &[Volume], found_on: usize, entry: BootEntry) -> Result<BootFiles, ReadError> {
     let volume = match &entry.fs_uuid {
-        None => found_on,
-        Some(uuid) => volumes
-            .iter()
-            .find(|volume| volume.uuid.eq_ignore_ascii_case(uuid))
-            .ok_or_else(|| ReadError::NoFileSystem { uuid: uuid.clone() })?,
+        None => volumes.get(found_on),
+        Some(uuid) => volumes.iter().find(|volume| volume.uuid.eq_ignore_ascii_case(uuid)),
     };
+    let volume = volume.ok_or_else(|| {
+        let uuid = entry.fs_uuid.clone().unwrap_or_default();
+        ReadError::NoFileSystem { uuid }
+    })?;
     let kernel = volume.read(&entry.kernel, MAX_KERNEL)?;
     let mut initrd = Vec::new();
     for path in &entry.initrds {

@@ -8,12 +8,14 @@ pub mod console;
 pub mod disk;
 pub mod extlinux;
 mod fat;
+mod foreign;
 pub mod grub;
 mod root;
 mod script;
 
 pub use console::with_serial_console;
-pub use disk::{BootFiles, ReadError, read};
+pub use disk::{BootFiles, ReadError, entry, read};
+pub use foreign::cmdline as foreign_cmdline;
 pub use root::root;
 
 /// The largest configuration file that is read, in bytes. grub-mkconfig writes about 10 KiB with three kernels.

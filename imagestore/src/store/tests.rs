@@ -7,7 +7,7 @@ fn origin() -> Origin {
 }
 
 fn add(store: &Store, name: &str) -> Image {
-    let pending = store.begin(name).unwrap();
+    let pending = store.begin(Kind::Machine, name).unwrap();
     pending.disk().set_len(1 << 20).unwrap();
     pending.disk().write_all_at(name.as_bytes(), 512).unwrap();
     pending.commit(origin()).unwrap()
@@ -21,7 +21,7 @@ fn mode(path: &Path) -> u32 {
 fn a_template_is_kept_whole_and_nobody_can_write_it() {
     let room = tempfile::tempdir().unwrap();
     let image = add(&Store::open(room.path()).unwrap(), "debian");
-    assert!(is_id(&image.record.id), "{}", image.record.id);
+    assert_eq!(Kind::of_id(&image.record.id), Some(Kind::Machine), "{}", image.record.id);
     assert_eq!(image.record.virtual_size, 1 << 20);
     assert_eq!((mode(&image.disk()), mode(&image.directory)), (0o444, 0o555));
     assert_eq!(mode(&image.directory.join(RECORD)), 0o444);
@@ -55,16 +55,16 @@ fn images_go_by_id_by_name_and_by_the_only_prefix() {
 fn names_are_checked_and_unique() {
     let room = tempfile::tempdir().unwrap();
     let store = Store::open(room.path()).unwrap();
-    let racing = store.begin("debian").unwrap();
+    let racing = store.begin(Kind::Machine, "debian").unwrap();
     let image = add(&store, "debian");
-    match (store.begin("debian"), racing.commit(origin())) {
+    match (store.begin(Kind::Machine, "debian"), racing.commit(origin())) {
         (Err(StoreError::NameTaken { id, .. }), Err(StoreError::NameTaken { .. })) => {
             assert_eq!(id, image.record.id);
         }
         other => panic!("{other:?}"),
     }
     for name in ["", "ab", "ami-debian", "a/../\0b", "zeile\n2", &"x".repeat(129)] {
-        assert!(matches!(store.begin(name), Err(StoreError::BadName(_))), "{name:?}");
+        assert!(matches!(store.begin(Kind::Machine, name), Err(StoreError::BadName(_))), "{name:?}");
     }
     assert_eq!(store.names().unwrap().len(), 2, "the lock and one image");
 }
@@ -88,15 +88,15 @@ fn the_next_start_takes_away_what_a_crash_left_and_nothing_that_is_alive() {
     let room = tempfile::tempdir().unwrap();
     let store = Store::open(room.path()).unwrap();
     let image = add(&store, "debian");
-    let alive = store.begin("alive").unwrap();
-    let mut dead = store.begin("dead").unwrap();
+    let alive = store.begin(Kind::Machine, "alive").unwrap();
+    let mut dead = store.begin(Kind::Machine, "dead").unwrap();
     dead.committed = true; // As a killed process: nothing is deleted, and the lock goes with the file.
     drop(dead);
-    let gone = store.root.join(format!("{GONE}{}", new_id()));
+    let gone = store.root.join(format!("{GONE}{}", new_id(Kind::Machine)));
     fs::create_dir(&gone).unwrap();
-    fs::write(gone.join(DISK), b"half").unwrap();
+    fs::write(gone.join(Kind::Machine.file()), b"half").unwrap();
     fs::set_permissions(&gone, Permissions::from_mode(0o555)).unwrap();
-    fs::create_dir(store.root.join(format!("{NEW}{}", new_id()))).unwrap();
+    fs::create_dir(store.root.join(format!("{NEW}{}", new_id(Kind::Machine)))).unwrap();
     assert_eq!(store.names().unwrap().len(), 6);
 
     let store = Store::open(room.path()).unwrap();
@@ -111,7 +111,7 @@ fn the_next_start_takes_away_what_a_crash_left_and_nothing_that_is_alive() {
 fn a_broken_record_is_named() {
     let room = tempfile::tempdir().unwrap();
     let store = Store::open(room.path()).unwrap();
-    let directory = store.root.join(new_id());
+    let directory = store.root.join(new_id(Kind::Machine));
     fs::create_dir(&directory).unwrap();
     fs::write(directory.join(RECORD), b"{}").unwrap();
     match store.list() {

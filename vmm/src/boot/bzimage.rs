@@ -78,12 +78,12 @@ where
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::boot::tests::try_load;
 
     /// The smallest file that keeps the boot protocol: one setup sector, then `payload`.
-    fn bzimage(version: u16, xloadflags: u16, init_size: u32, payload: &[u8]) -> Vec<u8> {
+    pub fn bzimage(version: u16, xloadflags: u16, init_size: u32, payload: &[u8]) -> Vec<u8> {
         let mut image = vec![0u8; 1024];
         image[0x1f1] = 1; // setup_sects
         image[0x1fe..0x200].copy_from_slice(&0xaa55u16.to_le_bytes());

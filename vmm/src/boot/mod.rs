@@ -8,6 +8,7 @@
 mod bzimage;
 mod pvh;
 
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, ReadVolatile};
@@ -23,6 +24,8 @@ const ONE_MIB: u64 = 0x10_0000;
 /// Kinds of memory, the same in e820 (ACPI 6.5, table 15.4) and in PVH's map.
 const RAM: u32 = 1;
 const RESERVED: u32 = 2;
+/// The memory in which a kernel is tried, in MiB: pages that are not written to are not there.
+const SCRATCH_MIB: u64 = 2048;
 
 /// How vCPU 0 enters the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,6 +108,22 @@ where
     }
 }
 
+/// Whether a file is a kernel that [`load`] takes, tried in memory that no guest has.
+///
+/// # Errors
+/// Why it is none.
+pub fn check(kernel: &File) -> Result<(), LoadError> {
+    let config = serde_json::json!({
+        "id": "i-0123456789abcdef0", "uuid": "ec2e1916-9099-7caf-fd21-012345abcdef",
+        "cpus": 1, "memory_mib": SCRATCH_MIB, "kvm": 0, "boot": { "kernel": 0, "cmdline": "" },
+    });
+    let config = serde_json::from_value(config).map_err(io("kernel"))?;
+    let plan = Plan::new(config).map_err(io("kernel"))?;
+    let memory = crate::memory::allocate(&plan).map_err(io("kernel"))?;
+    let mut kernel = kernel.try_clone().map_err(io("kernel"))?;
+    load(&plan, &memory, &mut kernel, None::<&mut File>).map(drop)
+}
+
 fn has(head: &[u8], at: usize, magic: &[u8]) -> bool {
     head.get(at..).is_some_and(|rest| rest.starts_with(magic))
 }
@@ -172,7 +191,6 @@ mod tests {
     use super::*;
     use crate::config::{BootConfig, MachineConfig};
     use crate::memory::allocate;
-    use std::fs::File;
     use std::io::Write;
 
     fn plan(memory_mib: u64) -> Plan {
@@ -199,6 +217,16 @@ mod tests {
         let mut page = vec![0; 4096];
         memory.read_slice(&mut page, loaded.info).unwrap();
         Ok((loaded, page))
+    }
+
+    #[test]
+    fn a_file_is_a_kernel_where_it_can_be_loaded() {
+        let good = bzimage::tests::bzimage(0x20f, 1, 0x1000, &[0x90; 4096]);
+        check(&file(&good)).unwrap();
+        assert!(matches!(check(&file(&good[..1000])), Err(LoadError::NotAKernel(_))));
+        assert!(matches!(check(&file(&[0x41; 8192])), Err(LoadError::NotAKernel(_))));
+        let old = bzimage::tests::bzimage(0x20f, 0, 0x1000, &[0x90; 4096]);
+        assert!(matches!(check(&file(&old)), Err(LoadError::No64Bit)));
     }
 
     #[test]

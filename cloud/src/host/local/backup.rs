@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::{End, HostError, Result};
+use super::boot;
 use super::machine::{Dir, Kept, Phase};
 use super::volumes::{self, failed, files, has_extension};
 use super::{Shared, Slot, lock};
@@ -101,7 +102,8 @@ pub fn capture(shared: Arc<Shared>) -> Result<Box<dyn Captured>> {
         kept.end = kept.end.or(Some(End::HostDown));
         let to = moment.pinned.join(MACHINES).join(&kept.machine.id);
         fs::create_dir_all(&to).map_err(|e| failed(&to, e))?;
-        match moment.pin(&slot.dir.0, &to, "log") {
+        let pinned = ["log", boot::EXTENSION].iter().try_for_each(|kind| moment.pin(&slot.dir.0, &to, kind));
+        match pinned {
             // It is being forgotten.
             Err(_) if !slot.dir.0.exists() => continue,
             pinned => pinned?,
@@ -135,11 +137,14 @@ impl Captured for Moment {
         }
         self.copy_layers(target, dir)?;
         for kept in &self.machines {
-            let logs = Dir(self.pinned.join(MACHINES).join(&kept.machine.id));
+            let pinned = Dir(self.pinned.join(MACHINES).join(&kept.machine.id));
             let dir = format!("{dir}/{MACHINES}/{}", kept.machine.id);
             let text = serde_json::to_vec(kept).map_err(|e| BackupError::Records(e.to_string()))?;
             // What it says meanwhile may begin the file anew: it is read as it is.
-            target.bytes(&format!("{dir}/console.log"), &logs.console(u64::MAX)?)?;
+            target.bytes(&format!("{dir}/console.log"), &pinned.console(u64::MAX)?)?;
+            for file in files(&pinned.0)?.iter().filter(|file| has_extension(file, boot::EXTENSION)) {
+                target.file(file, &below(&dir, file), true)?;
+            }
             target.bytes(&format!("{dir}/machine.json"), &text)?;
         }
         Ok(())

@@ -4,7 +4,7 @@
 //!   machines/i-…/machine.json   what it is, its process, how it ended; written whole
 //!   machines/i-…/console.log    what the guests of all its runs wrote, as far as there is room
 //!   machines/i-…/report.json    how its process says it ended        machines/i-…/vmm.log   what its process complains of
-//!   machines/i-…/control.sock   the machine's control socket
+//!   machines/i-…/control.sock   the machine's control socket        machines/i-…/a?i-….raw  the kernel and RAM disk it was told to boot
 //! ```
 //! A process is recorded before it is told what to run, so that none runs that is not recorded; and marked as running
 //! after it answered, so that a start that was cut short is known as one.
@@ -18,19 +18,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
-use hutch_blockdev::{Format, open_layers};
-use hutch_imagestore::boot;
+use hutch_blockdev::Format;
 use hutch_netfw::guest::{self, Address, GuestNet, MTU, NetError, name_servers};
 use hutch_netfw::name::GroupId;
-use hutch_vmm::config::{BootConfig, DiskConfig, End as VmmEnd, MachineConfig, NetConfig, Rate, RunAs};
+use hutch_vmm::config::{DiskConfig, End as VmmEnd, MachineConfig, NetConfig, Rate, RunAs};
 use hutch_vmm::launch::{self, Inherit, LaunchError};
 use hutch_vmm::plan::Plan;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::super::{End, HostError, Interface, Machine, Public, Result, Status};
+use super::boot;
 use super::process::{Identity, Process, Waiting};
 use super::volumes::{Volumes, chain, failed, remove, serial, write};
 use crate::metadata::Metadata;
@@ -338,7 +336,7 @@ pub fn net_failed(error: &NetError) -> HostError {
     HostError::Failed(chain(error))
 }
 
-fn launch_failed(error: &LaunchError) -> HostError {
+pub fn launch_failed(error: &LaunchError) -> HostError {
     HostError::Failed(chain(error))
 }
 
@@ -362,7 +360,8 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
     };
     let disks = machine.volumes.iter().map(|id| open(id)).collect::<Result<Vec<_>>>()?;
     let mut inherit = Inherit::default();
-    let boot = boot_config(&machine, disks.first().map(|disk| disk.layers.as_slice()), &mut inherit)?;
+    boot::keep(&machine, dir, volumes)?;
+    let boot = boot::config(&machine, dir, disks.first().map(|disk| disk.layers.as_slice()), &mut inherit)?;
 
     let mut nets = Vec::new();
     let mut configs = Vec::new();
@@ -435,30 +434,10 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
         process.end(Duration::ZERO).map_err(|e| wrong(&e))?;
         return Err(e);
     }
-    Ok(Live { process: Arc::new(process), nets })
-}
-
-/// What the boot loader of the first disk would load now.
-fn boot_config(
-    machine: &Machine,
-    root: Option<&[(File, Format)]>,
-    inherit: &mut Inherit,
-) -> Result<BootConfig> {
-    let no = |why: String| HostError::Failed(format!("{} cannot boot: {why}", machine.id));
-    let layers = root.ok_or_else(|| no("it has no root volume".into()))?;
-    let clone = |(file, format): &(File, Format)| Ok((file.try_clone()?, *format));
-    let layers = layers.iter().map(clone).collect::<io::Result<_>>().map_err(|e| no(e.to_string()))?;
-    let disk = open_layers(layers, true).map_err(|e| no(chain(&e)))?;
-    let files = boot::read(&disk).map_err(|e| no(chain(&e)))?;
-    let mut cmdline = boot::with_serial_console(&files.entry.cmdline);
-    if let Some((_, key)) = machine.metadata.public_keys.first() {
-        // For images without cloud-init, whose own init looks for it here.
-        cmdline.push_str(" hutch.key=");
-        cmdline.push_str(&BASE64_STANDARD.encode(key));
+    if let Err(error) = boot::let_go(&machine, dir) {
+        tracing::warn!(instance = machine.id, %error, "a kernel or RAM disk that it had is kept on");
     }
-    let mut give = |bytes: &[u8]| inherit.bytes(bytes).map_err(|e| launch_failed(&e));
-    let initrd = (!files.initrd.is_empty()).then(|| give(&files.initrd)).transpose()?;
-    Ok(BootConfig { kernel: give(&files.kernel)?, initrd, cmdline })
+    Ok(Live { process: Arc::new(process), nets })
 }
 
 /// What the last process of a machine left running, if it did; its interfaces are served again.

@@ -4,6 +4,7 @@
 //!   volumes   what machines write to and what is kept of it: layers of qcow2 on templates, which our records name
 //!   process   a machine's process: recorded, found again by the next daemon, watched, ended
 //!   machine   a machine's directory and record; how a run of it is started, and adopted
+//!   boot      what a machine boots: kernels and RAM disks that were named, or what is on its root volume
 //!   disks     volumes that come and go while it runs
 //!   backup    what there is at one moment, and how it is copied; volumes held still
 //! ```
@@ -11,6 +12,7 @@
 //! process where the guest only reboots.
 
 mod backup;
+mod boot;
 mod disks;
 mod machine;
 mod process;
@@ -30,7 +32,9 @@ use hutch_vmm::config::Rate;
 
 use crate::backup::Captured;
 
-use super::{Content, End, Figures, Group, Host, HostError, Machine, Result, Source, Status, Template};
+use super::{
+    BootFile, Content, End, Figures, Group, Host, HostError, Machine, Result, Source, Status, Template,
+};
 use machine::{ANSWER, Dir, FLUSH, Kept, Live, Phase, end_of};
 use volumes::{Running, Volumes, failed};
 
@@ -333,6 +337,10 @@ impl Drop for Held<'_> {
 impl Host for Local {
     fn templates(&self) -> Result<Vec<Template>> {
         self.shared.volumes.templates()
+    }
+
+    fn boot_files(&self) -> Result<Vec<BootFile>> {
+        self.shared.volumes.images().map(super::boot_files)
     }
 
     fn create_volume(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {

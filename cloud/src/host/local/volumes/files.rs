@@ -54,7 +54,7 @@ pub fn remove(path: &Path) -> Result<()> {
 }
 
 /// Gives a file one more name, if it has not that one already.
-pub(super) fn link(from: &Path, to: &Path) -> Result<()> {
+pub fn link(from: &Path, to: &Path) -> Result<()> {
     match fs::hard_link(from, to) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::CrossesDevices => {

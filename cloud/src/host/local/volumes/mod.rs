@@ -26,14 +26,14 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use hutch_blockdev::store::lock;
 use hutch_blockdev::{DiskErrorKind, Format, SECTOR, open_layers, qcow2};
-use hutch_imagestore::store::{Image, Store, StoreError};
+use hutch_imagestore::store::{Image, Kind, Store, StoreError};
 use hutch_vmm::config::Rate;
 use serde::{Deserialize, Serialize};
 
 use super::super::{HostError, Result, Source, Template};
 use chains::{Chain, Chains};
-pub use files::{chain, failed, files, has_extension, remove, sync_dir, write};
-use files::{disk_failed, link, path, sweep};
+pub use files::{chain, failed, files, has_extension, link, remove, sync_dir, write};
+use files::{disk_failed, path, sweep};
 pub use snapshots::User;
 pub use tidy::Running;
 
@@ -203,13 +203,13 @@ impl Volumes {
     /// # Errors
     /// They cannot be read.
     pub fn templates(&self) -> Result<Vec<Template>> {
-        let images = self.images()?;
+        let images = self.images()?.into_iter().filter(|image| image.record.kind == Kind::Machine);
         let template = |record: hutch_imagestore::store::Record| Template {
             name: record.name,
             digest: record.source_sha256,
             size: record.virtual_size,
         };
-        Ok(images.into_iter().map(|image| template(image.record)).collect())
+        Ok(images.map(|image| template(image.record)).collect())
     }
 
     /// See [`Host::create_volume`](super::super::Host::create_volume). Takes the same time whatever the size.
@@ -273,10 +273,12 @@ impl Volumes {
     }
 
     fn template(&self, name: &str) -> Result<Image> {
-        self.templates.get(name).map_err(|e| match e {
-            StoreError::NotFound { .. } => HostError::Missing(format!("template {name}")),
-            e => HostError::Failed(chain(&e)),
-        })
+        let missing = || HostError::Missing(format!("template {name}"));
+        match self.templates.get(name) {
+            Ok(image) if image.record.kind == Kind::Machine => Ok(image),
+            Ok(_) | Err(StoreError::NotFound { .. }) => Err(missing()),
+            Err(e) => Err(HostError::Failed(chain(&e))),
+        }
     }
 
     /// Takes a volume off the books, and removes the layers that only it had.

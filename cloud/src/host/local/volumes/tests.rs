@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use hutch_blockdev::stack::{self, Stack};
 use hutch_blockdev::{Disk, open_layers};
-use hutch_imagestore::store::{Architecture, Format, Origin};
+use hutch_imagestore::store::{Architecture, Format, Kind, Origin};
 use hutch_vmm::config::Flow;
 
 use super::*;
@@ -19,7 +19,7 @@ fn home() -> tempfile::TempDir {
 /// A directory whose template begins with `text`.
 fn home_of(text: &str) -> tempfile::TempDir {
     let home = tempfile::tempdir().unwrap();
-    let pending = Store::open(home.path()).unwrap().begin("micro").unwrap();
+    let pending = Store::open(home.path()).unwrap().begin(Kind::Machine, "micro").unwrap();
     pending.disk().set_len(4 * MIB).unwrap();
     pending.disk().write_all_at(text.as_bytes(), 0).unwrap();
     let origin = Origin { format: Format::Raw, sha256: "0".repeat(64), architecture: Architecture::X86_64 };
