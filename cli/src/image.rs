@@ -36,7 +36,7 @@ enum Image_ {
         /// Which one.
         recipe: Recipe,
     },
-    /// Import a raw or qcow2 file as a template that nobody can write, or a kernel or a RAM disk to start instances with.
+    /// Import a file with a disk (raw, also gzip-, xz- or zstd-compressed; qcow2, VMDK, VHD, VHDX) as a template that nobody can write, or a kernel or a RAM disk to start instances with.
     Import {
         /// The file.
         file: PathBuf,
@@ -94,6 +94,15 @@ enum Recipe {
 enum FormatArg {
     Raw,
     Qcow2,
+    #[value(name = "raw.gz")]
+    RawGz,
+    #[value(name = "raw.xz")]
+    RawXz,
+    #[value(name = "raw.zst")]
+    RawZst,
+    Vmdk,
+    Vhd,
+    Vhdx,
 }
 
 /// The image's disk that `name` names: in the store by id or name, else a file.
@@ -144,11 +153,16 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             print_image(&import_boot_file(store, file, kind, &name, *keep)?, Output::Text)?;
         }
         Image_::Import { file, name, format, keep, .. } => {
-            let stem = file.file_stem().map(|s| s.to_string_lossy().into_owned());
-            let name = name.clone().or(stem).context("name the image (--name)")?;
+            let name = name.clone().or_else(|| stem(file)).context("name the image (--name)")?;
             let format = format.map(|format| match format {
                 FormatArg::Raw => Format::Raw,
                 FormatArg::Qcow2 => Format::Qcow2,
+                FormatArg::RawGz => Format::RawGz,
+                FormatArg::RawXz => Format::RawXz,
+                FormatArg::RawZst => Format::RawZst,
+                FormatArg::Vmdk => Format::Vmdk,
+                FormatArg::Vhd => Format::Vhd,
+                FormatArg::Vhdx => Format::Vhdx,
             });
             print_image(&import_file(store, file, &name, format, *keep)?, Output::Text)?;
         }
@@ -179,6 +193,15 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Image_::Inspect { image, output } => print_image(&store()?.get(image)?, *output)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A disk file's name without its extension; `disk.raw.gz` and `disk.img.xz` have two.
+fn stem(file: &Path) -> Option<String> {
+    let stem = Path::new(file.file_stem()?);
+    let packed = file.extension().is_some_and(|e| ["gz", "xz", "zst"].iter().any(|own| e == *own));
+    let two = packed && stem.extension().is_some_and(|e| ["raw", "img"].iter().any(|own| e == *own));
+    let stem = if two { stem.file_stem()? } else { stem.as_os_str() };
+    Some(stem.to_string_lossy().into_owned())
 }
 
 /// Runs a recipe, which says what it does; it prints the file it made.
@@ -350,6 +373,19 @@ pub fn size(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_is_called_as_its_file_without_what_says_its_format() {
+        for (file, name) in [
+            ("a/b.qcow2", "b"),
+            ("b.raw.gz", "b"),
+            ("b.img.xz", "b"),
+            ("b.zst", "b"),
+            ("debian-12.1.raw", "debian-12.1"),
+        ] {
+            assert_eq!(stem(Path::new(file)).as_deref(), Some(name));
+        }
+    }
 
     #[test]
     fn sizes_are_for_people() {

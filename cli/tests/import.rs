@@ -18,7 +18,17 @@ const CASES: &[(&str, &str, &str)] = &[
         "head -c 1000 /dev/zero >a.raw; import a.raw",
         "1000 bytes, which is no multiple of 512",
     ),
-    ("a compressed file", "echo | gzip >a.raw; import a.raw", "looks gzip-compressed; unpack it"),
+    (
+        "a compressed file that holds no disk",
+        "echo | gzip >a.raw; import a.raw",
+        "holds 1 bytes, which is no multiple of 512",
+    ),
+    (
+        "a compressed file that is damaged",
+        "head -c 1M /dev/zero | gzip | head -c 500 >a.gz; import a.gz",
+        "cannot be unpacked; it is damaged, or was cut off",
+    ),
+    ("an OVA", "echo >a; tar -cf a.ova a; import a.ova", "a tar archive, as an OVA is; unpack it"),
     ("version 9", "image; poke 7 '\\x09'; import a.qcow2", "qcow2 version 9"),
     ("an L1 table off its cluster", "image; poke 47 '\\x01'; import a.qcow2", "where none can be"),
     ("a header that is cut off", "image; truncate -s 60 a.qcow2; import a.qcow2", "ends within its header"),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   import (the caller's rights)                     worker (nobody, no-new-privs, rlimits)
-//!     stdin   the source, read only        ─────►      reads it as blockdev reads disks
+//!     stdin   the source, read only        ─────►      reads it as blockdev reads disks, or as `foreign` does
 //!     stdout  the store's pending disk     ─────►      writes what is not zeros
 //!     stderr  a pipe                       ◄─────      JSON lines: progress, then done or refused
 //! ```
@@ -10,36 +10,33 @@
 //! The worker is a program, so that nothing of the caller's memory is in it: its three descriptors are all it has.
 //! The checksum is of the source's bytes and taken by the caller, beside the worker: it cannot be lied to.
 
+mod worker;
+
 use std::fs::{self, File, FileType};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use hutch_blockdev::{DiskErrorKind, Format as DiskFormat, open_layers};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
-use nix::unistd::{Gid, Uid, geteuid, setgid, setgroups, setuid};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+
+pub use worker::worker;
 
 use crate::store::{Architecture, Format, Image, Kind, Origin, Store, StoreError};
 
 /// How much is read at once, in bytes.
 pub(crate) const CHUNK: usize = 1 << 20;
-/// What is looked at for zeros, in bytes: a file system's block.
-const BLOCK: usize = 4096;
-/// A block of zeros to compare with.
-const ZEROS: [u8; BLOCK] = [0; BLOCK];
-/// The user and group `nobody`.
-const NOBODY: u32 = 65534;
+/// How the footer of a VHD begins (and the file, where it is a dynamic one).
+const VHD: &[u8] = b"conectix";
 /// The most of a worker's report that is kept, in bytes.
 const MAX_REPORT: usize = 64 << 10;
 /// Beyond this no more of a worker's words are kept, in bytes; a line that began before is.
@@ -207,7 +204,7 @@ pub fn import(
     let len = source_len(source)?;
     let format = match request.format {
         Some(format) => format,
-        None => detect(source)?,
+        None => detect(source, len)?,
     };
     if format == Format::Raw && !len.is_multiple_of(512) {
         return Err(ImportError::Refused(format!(
@@ -244,30 +241,45 @@ pub fn import(
     pending.commit(origin).map_err(store_error(store))
 }
 
-/// The format by the source's first bytes. Formats that are neither raw nor qcow2 are told apart from raw.
-fn detect(source: &File) -> Result<Format, ImportError> {
-    const FOREIGN: [(&[u8], &str); 8] = [
-        (b"KDMV", "VMDK"),
-        (b"# Disk DescriptorFile", "VMDK"),
-        (b"vhdxfile", "VHDX"),
-        (b"conectix", "VHD"),
-        (b"QED\0", "QED"),
-        (b"\x1f\x8b", "gzip-compressed"),
-        (b"\xfd7zXZ\0", "xz-compressed"),
-        (b"\x28\xb5\x2f\xfd", "zstd-compressed"),
+/// The format by what the source begins with and ends with. Formats that are none of ours are told apart from raw.
+fn detect(source: &File, len: u64) -> Result<Format, ImportError> {
+    const OURS: [(&[u8], Format); 7] = [
+        (b"QFI\xfb", Format::Qcow2),
+        (b"KDMV", Format::Vmdk),
+        (b"vhdxfile", Format::Vhdx),
+        (VHD, Format::Vhd),
+        (b"\x1f\x8b", Format::RawGz),
+        (b"\xfd7zXZ\0", Format::RawXz),
+        (b"\x28\xb5\x2f\xfd", Format::RawZst),
     ];
-    let mut head = [0; 32];
-    let count = source.read_at(&mut head, 0).map_err(io_error("read the image"))?;
-    let head = head.get(..count).unwrap_or_default();
-    if head.starts_with(b"QFI\xfb") {
-        return Ok(Format::Qcow2);
+    /// What is not read, where it shows, and what to do.
+    const FOREIGN: [(usize, &[u8], &str); 4] = [
+        (
+            0,
+            b"# Disk Descriptor",
+            "the text of a VMDK disk in several files; convert that by `qemu-img convert -O qcow2`",
+        ),
+        (0, b"QED\0", "QED; convert it by `qemu-img convert -O qcow2`"),
+        (0, b"BZh", "bzip2-compressed; unpack it"),
+        (257, b"ustar", "a tar archive, as an OVA is; unpack it and import the disk in it"),
+    ];
+    let read = |at: u64| {
+        let mut bytes = vec![0; 512];
+        let count = source.read_at(&mut bytes, at).map_err(io_error("read the image"))?;
+        bytes.truncate(count);
+        Ok::<_, ImportError>(bytes)
+    };
+    let head = read(0)?;
+    if let Some((_, format)) = OURS.iter().find(|(magic, _)| head.starts_with(magic)) {
+        return Ok(*format);
     }
-    match FOREIGN.iter().find(|(magic, _)| head.starts_with(magic)) {
-        Some((_, name)) => Err(ImportError::Refused(format!(
-            "it looks {name}; unpack it or convert it by `qemu-img convert -O qcow2`, or say that its format is raw"
-        ))),
-        None => Ok(Format::Raw),
+    let is = |at: usize, magic| head.get(at..).is_some_and(|rest| rest.starts_with(magic));
+    if let Some((_, _, what)) = FOREIGN.iter().find(|(at, magic, _)| is(*at, magic)) {
+        return Err(ImportError::Refused(format!("it looks like {what}, or say that its format is raw")));
     }
+    // A fixed VHD is a raw disk with a footer.
+    let tail = read(len.saturating_sub(512))?;
+    Ok(if tail.starts_with(VHD) { Format::Vhd } else { Format::Raw })
 }
 
 /// Refuses what has no size, and may have no end.
@@ -426,116 +438,4 @@ fn verdict(status: ExitStatus, heard: Heard, limits: &Limits, store: &Path) -> R
         Some(Report::Failed(why)) => Err(io_error("write the disk")(io::Error::other(why))),
         _ => Err(ImportError::Worker { status, words: heard.words }),
     }
-}
-
-/// The worker's whole life: `task` is the last argument that [`import`] gave it. It gives up all rights before it
-/// looks at the image.
-pub fn worker(task: &str) -> ExitCode {
-    let report = work(task).unwrap_or_else(|report| report);
-    say(&report);
-    if matches!(report, Report::Done { .. }) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-fn say(report: &Report) {
-    // Whoever listened is gone when this fails, and then so is the reason to work; the next write to the disk's
-    // pending file harms nobody.
-    if let Ok(mut line) = serde_json::to_vec(report) {
-        line.push(b'\n');
-        let _ = io::stderr().write_all(&line);
-    }
-}
-
-fn failed(error: impl std::fmt::Display) -> Report {
-    Report::Failed(error.to_string())
-}
-
-fn unwritten(error: io::Error) -> Report {
-    if is_full(&error) { Report::Full } else { failed(error) }
-}
-
-fn work(task: &str) -> Result<Report, Report> {
-    let Task { format, limits } = serde_json::from_str(task).map_err(failed)?;
-    let own = |fd: io::Result<OwnedFd>| fd.map(File::from).map_err(failed);
-    let source = own(io::stdin().as_fd().try_clone_to_owned())?;
-    let target = own(io::stdout().as_fd().try_clone_to_owned())?;
-    confine(&limits).map_err(failed)?;
-
-    let format = match format {
-        Format::Raw => DiskFormat::Raw,
-        Format::Qcow2 => DiskFormat::Qcow2,
-    };
-    let refused = |error: hutch_blockdev::DiskError| {
-        let why = match std::error::Error::source(&error) {
-            Some(cause) => format!("{error}: {cause}"),
-            None => error.to_string(),
-        };
-        // The host's own errors have a number; a file that ends too soon is a bad image.
-        let host = error.source.as_ref().is_some_and(|cause| cause.raw_os_error().is_some());
-        if host && error.kind == DiskErrorKind::Io { Report::Unreadable(why) } else { Report::Refused(why) }
-    };
-    let disk = open_layers(vec![(source, format)], true).map_err(refused)?;
-    let total = disk.size();
-    if total == 0 {
-        return Err(Report::Refused("it is empty".to_owned()));
-    }
-    if total > limits.virtual_bytes {
-        return Err(Report::Limit(format!("{} bytes of disk: it has {total}", limits.virtual_bytes)));
-    }
-    target.set_len(total).map_err(unwritten)?;
-    let (mut buffer, mut at, mut data) = (vec![0; CHUNK], 0, 0_u64);
-    while at < total {
-        let count = usize::try_from(total - at).unwrap_or(CHUNK).min(CHUNK);
-        let chunk = buffer.get_mut(..count).ok_or_else(|| failed("chunk"))?;
-        disk.read_at(at, chunk).map_err(refused)?;
-        data += write_data(&target, at, chunk).map_err(unwritten)?;
-        if data > limits.data_bytes {
-            return Err(Report::Limit(format!("{} bytes of data", limits.data_bytes)));
-        }
-        at += count as u64;
-        if at.is_multiple_of(16 << 20) || at == total {
-            say(&Report::Progress { done: at, total });
-        }
-    }
-    target.sync_all().map_err(unwritten)?;
-    Ok(Report::Done { total })
-}
-
-/// Writes the blocks of `chunk` that are not zeros, neighbours at once; tells how many bytes that were.
-fn write_data(target: &File, at: u64, chunk: &[u8]) -> io::Result<u64> {
-    let (mut offset, mut written) = (at, 0);
-    for run in chunk.chunks(BLOCK).collect::<Vec<_>>().chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-        let len: usize = run.iter().map(|block| block.len()).sum();
-        if run.first().is_some_and(|block| !is_zero(block)) {
-            target.write_all_at(&run.concat(), offset)?;
-            written += len as u64;
-        }
-        offset += len as u64;
-    }
-    Ok(written)
-}
-
-fn is_zero(block: &[u8]) -> bool {
-    // One comparison of memory, which is as fast in a debug build.
-    ZEROS.get(..block.len()).is_some_and(|zeros| zeros == block)
-}
-
-/// Gives up every right that reading one file and writing another does not need.
-fn confine(limits: &Limits) -> nix::Result<()> {
-    let fixed = |resource, value| setrlimit(resource, value, value);
-    fixed(Resource::RLIMIT_AS, limits.memory_bytes)?;
-    // At the hard limit the kernel sends SIGKILL, which would not say why: one second before, SIGXCPU does.
-    setrlimit(Resource::RLIMIT_CPU, limits.cpu_seconds, limits.cpu_seconds.saturating_add(1))?;
-    fixed(Resource::RLIMIT_FSIZE, limits.virtual_bytes)?;
-    fixed(Resource::RLIMIT_CORE, 0)?;
-    // What is open stays open; nothing more can be.
-    fixed(Resource::RLIMIT_NOFILE, 0)?;
-    if geteuid().is_root() {
-        setgroups(&[])?;
-        setgid(Gid::from_raw(NOBODY))?;
-        setuid(Uid::from_raw(NOBODY))?;
-    }
-    fixed(Resource::RLIMIT_NPROC, 0)?;
-    nix::sys::prctl::set_no_new_privs()?;
-    // After the change of user, which clears it.
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
 }

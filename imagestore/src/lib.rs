@@ -1,7 +1,8 @@
 //! AMIs: templates, import, and reading the boot configuration off a guest disk.
 //!
 //! ```text
-//!   import         a raw or qcow2 file, read by a confined process, becomes a template
+//!   import         a file with a disk, read by a confined process, becomes a template
+//!   foreign        disks as other programs keep them
 //!   kernels        a kernel or a RAM disk of one's own, copied, digested and looked at
 //!   store          all of them, which nobody can write, each with its record
 //!   partition      GPT, MBR or none: where on the disk file systems are
@@ -17,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod boot;
+mod foreign;
 pub mod import;
 pub mod kernels;
 pub mod partition;

@@ -43,6 +43,21 @@ pub enum Format {
     Raw,
     /// QEMU's qcow2, version 2 or 3.
     Qcow2,
+    /// A raw disk, compressed by gzip.
+    #[serde(rename = "raw.gz")]
+    RawGz,
+    /// A raw disk, compressed by xz.
+    #[serde(rename = "raw.xz")]
+    RawXz,
+    /// A raw disk, compressed by zstd.
+    #[serde(rename = "raw.zst")]
+    RawZst,
+    /// VMware's, in one file.
+    Vmdk,
+    /// Microsoft's first, fixed or dynamic.
+    Vhd,
+    /// Microsoft's second.
+    Vhdx,
 }
 
 /// What an image is, spelt as EC2's image types are.

@@ -83,6 +83,111 @@ fn each_format_becomes_the_same_sparse_template() {
 }
 
 #[test]
+fn disks_of_others_become_the_same_template() {
+    let room = tempfile::tempdir().unwrap();
+    let source = raw(room.path());
+    let content = fs::read(&source).unwrap();
+    let tool = |words: &[&str]| {
+        let out = Command::new(words[0]).args(&words[1..]).arg(&source).output().expect(words[0]);
+        assert!(out.status.success());
+        out.stdout
+    };
+    let qemu = |words: &[&str]| {
+        let made = room.path().join("made");
+        qemu_img(&[&["convert", "-O"], words].concat(), &source, &made);
+        fs::read(made).unwrap()
+    };
+    let halves = content.split_at(content.len() / 2 / 4096 * 4096 + 100);
+    let parts = [halves.0, halves.1].map(|half| {
+        fs::write(room.path().join("half"), half).unwrap();
+        let half = room.path().join("half");
+        Command::new("gzip").arg("-c").arg(half).output().unwrap().stdout
+    });
+    let cases = [
+        (Format::RawGz, tool(&["gzip", "-c"])),
+        (Format::RawGz, parts.concat()),
+        (Format::RawXz, tool(&["xz", "-c"])),
+        (Format::RawXz, tool(&["xz", "-c", "--block-size=1MiB", "--check=sha256"])),
+        (Format::RawZst, tool(&["zstd", "-qc"])),
+        (Format::RawZst, tool(&["zstd", "-qc", "--long=27"])),
+        (Format::Vmdk, qemu(&["vmdk"])),
+        (Format::Vmdk, qemu(&["vmdk", "-o", "subformat=streamOptimized"])),
+        (Format::Vhd, qemu(&["vpc", "-o", "force_size=on"])),
+        (Format::Vhd, qemu(&["vpc", "-o", "force_size=on,subformat=fixed"])),
+        (Format::Vhdx, qemu(&["vhdx"])),
+        (Format::Vhdx, qemu(&["vhdx", "-o", "subformat=fixed,block_size=2M"])),
+    ];
+    for (index, (format, file)) in cases.into_iter().enumerate() {
+        let path = room.path().join("file");
+        fs::write(&path, &file).unwrap();
+        for said in [None, Some(format)] {
+            let state = room.path().join(format!("state{index}{}", said.is_some()));
+            let store = Store::open(&state).unwrap();
+            let worker = Command::new(env!("CARGO_BIN_EXE_hutch-import-worker"));
+            let image =
+                import(&store, &File::open(&path).unwrap(), &request(said), worker, &mut |done, total| {
+                    assert!(done <= total, "{format:?}: {done} of {total}");
+                });
+            let image = image.unwrap();
+            assert_eq!(image.record.source_format, format);
+            assert!(fs::read(image.disk()).unwrap() == content, "{format:?} {index}");
+            let meta = fs::metadata(image.disk()).unwrap();
+            assert!(meta.blocks() * 512 < 2 * MIB, "{format:?}: zeros are holes");
+        }
+        // Cut off, a stream is no disk.
+        if matches!(format, Format::RawGz | Format::RawXz | Format::RawZst) {
+            fs::write(&path, &file[..file.len() - 20]).unwrap();
+            let state = room.path().join("cut");
+            match run(&state, &path, &request(None)) {
+                Err(ImportError::Refused(why)) => {
+                    assert!(why.contains("cut off") || why.contains("cut short"), "{why}")
+                }
+                other => panic!("{format:?} {other:?}"),
+            }
+            assert_nothing_left(&state);
+        }
+    }
+}
+
+#[test]
+fn what_is_packed_has_the_limits_of_what_it_holds() {
+    let room = tempfile::tempdir().unwrap();
+    let path = room.path().join("bomb");
+    let state = room.path().join("state");
+    let pack = |tool: &str, size: &str| {
+        let made = Command::new("sh")
+            .arg("-c")
+            .arg(format!("head -c {size} /dev/zero | {tool} >\"$0\""))
+            .arg(&path)
+            .status();
+        assert!(made.unwrap().success());
+    };
+    for tool in ["gzip -1", "xz -0", "zstd -q"] {
+        pack(tool, "40M");
+        let small = Limits { virtual_bytes: 8 * MIB, ..Limits::default() };
+        let result = run(&state, &path, &Request { limits: small, ..request(None) });
+        assert!(matches!(result, Err(ImportError::Limit(_))), "{tool}: {result:?}");
+        assert_nothing_left(&state);
+        pack(tool, "1000");
+        match run(&state, &path, &request(None)) {
+            Err(ImportError::Refused(why)) => assert!(why.contains("1000 bytes"), "{why}"),
+            other => panic!("{tool}: {other:?}"),
+        }
+    }
+    // A dictionary or window that needs more memory than a worker is given.
+    pack("xz --lzma2=dict=1GiB", "1M");
+    assert!(run(&state, &path, &request(None)).is_err());
+    let qcow2 = room.path().join("a.qcow2");
+    qemu_img(&["convert", "-O", "qcow2"], &raw(room.path()), &qcow2);
+    assert!(Command::new("gzip").arg(&qcow2).status().unwrap().success());
+    match run(&state, &room.path().join("a.qcow2.gz"), &request(None)) {
+        Err(ImportError::Refused(why)) => assert!(why.contains("a qcow2 image that was compressed"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    assert_nothing_left(&state);
+}
+
+#[test]
 fn a_raw_disk_that_looks_like_another_format_is_raw_when_that_is_said() {
     let room = tempfile::tempdir().unwrap();
     let path = room.path().join("source");

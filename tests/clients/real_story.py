@@ -108,15 +108,12 @@ class Cloud:
             for file in ("vmlinuz", "initrd"):
                 if name == "micro":
                     (boot.parent / file).rename(work / file)
-        # One that is not the image's: it has a file more.
-        added = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input=b"own", cwd=self.own(work), check=True, capture_output=True)
-        (work / "own-initrd").write_bytes((work / "initrd").read_bytes() + added.stdout)
+        # One that is not the image's: it has a file more. Archives begin at multiples of 4.
+        (work / "own").write_text("own")
+        added = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input=b"own\n", cwd=work, check=True, capture_output=True)
+        initrd = (work / "initrd").read_bytes()
+        (work / "own-initrd").write_bytes(initrd + bytes(-len(initrd) % 4) + added.stdout)
         return work
-
-    def own(self, work):
-        (work / "more").mkdir()
-        (work / "more/own").write_text("own")
-        return work / "more"
 
     def hutch_image(self, *words):
         return host(self.programs / "hutch", "image", "--state", self.state, *words)
