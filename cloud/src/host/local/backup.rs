@@ -9,9 +9,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use super::super::{End, HostError, Result};
+use super::super::{End, Result};
 use super::boot;
 use super::machine::{Dir, Kept, Phase};
 use super::volumes::{self, failed, files, has_extension};
@@ -26,10 +25,6 @@ const MACHINES: &str = "machines";
 const IMAGES: &str = "images";
 /// Where layers are, below the host's directory.
 const LAYERS: &str = "layers";
-/// How long a volume may be neither free nor of a machine that runs: while one starts or ends.
-const UNSETTLED: Duration = Duration::from_secs(120);
-/// How often it is looked at then.
-const LOOK: Duration = Duration::from_millis(100);
 
 /// What the host has at one moment.
 struct Moment {
@@ -115,10 +110,13 @@ pub fn capture(shared: Arc<Shared>) -> Result<Box<dyn Captured>> {
 
 impl Drop for Moment {
     fn drop(&mut self) {
-        self.shared.volumes.release();
+        let all = self.shared.volumes.ids();
         if let Some(Err(error)) = self.pinned.parent().map(unpin) {
             tracing::warn!(%error, "what a backup pinned stays until the next start");
         }
+        self.shared.volumes.release();
+        // They were given new layers, which need not be many.
+        self.shared.volumes.settle(&all);
     }
 }
 
@@ -195,21 +193,23 @@ impl Moment {
             target.file(&layers.join(layer), &format!("{to}/{layer}"), true)?;
         }
         while let Some(first) = left.keys().next().cloned() {
-            let until = Instant::now() + UNSETTLED;
-            let mut copied = Vec::new();
-            // All volumes of a machine at one moment: they may belong together.
-            self.shared.hold(&[first], until, LOOK, |together| {
-                for (id, chain) in together.iter().filter_map(|id| left.get_key_value(id)) {
-                    for layer in chain.iter().take(2) {
-                        if done.insert(layer.clone()) {
-                            target.file(&layers.join(layer), &format!("{to}/{layer}"), false)?;
-                        }
-                    }
-                    copied.push(id.clone());
-                }
-                Ok::<_, BackupError>(())
+            // All volumes of a machine at one moment: they may belong together. From then on that is sealed, and who writes to
+            // it goes on while it is copied. One that was deleted since it was pinned is as it was.
+            let of_machine =
+                self.shared.users(std::slice::from_ref(&first)).into_iter().flat_map(|(_, volumes)| volumes);
+            let together: BTreeSet<String> = of_machine.chain([first]).collect();
+            let there = together.iter().filter(|id| self.shared.volumes.files(id).is_ok()).cloned();
+            let there: Vec<String> = there.collect();
+            self.shared.at_an_instant(&there, &|users| {
+                self.shared.volumes.cut(&there.iter().map(String::as_str).collect::<Vec<_>>(), users)
             })?;
-            left.retain(|id, _| !copied.contains(id));
+            for chain in together.iter().filter_map(|id| left.remove(id)) {
+                for layer in chain.iter().take(2) {
+                    if done.insert(layer.clone()) {
+                        target.file(&layers.join(layer), &format!("{to}/{layer}"), false)?;
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -221,48 +221,6 @@ fn below(dir: &str, path: &Path) -> String {
 }
 
 impl Shared {
-    /// Does `job` while nobody writes to the volumes `ids`, nor to the others of the machines that have them; all of these
-    /// are handed to it. A machine that runs is held with its disks flushed, one that is to start waits.
-    ///
-    /// # Errors
-    /// The job's; a machine cannot be held.
-    pub fn hold<E: From<HostError>>(
-        &self,
-        ids: &[String],
-        until: Instant,
-        look: Duration,
-        job: impl FnOnce(&[String]) -> std::result::Result<(), E>,
-    ) -> std::result::Result<(), E> {
-        loop {
-            let users = self.users(ids);
-            let of_users = users.iter().flat_map(|(_, volumes)| volumes);
-            let together: BTreeSet<String> = ids.iter().chain(of_users).cloned().collect();
-            let together: Vec<String> = together.into_iter().collect();
-            let taken = self.volumes.hold(together.iter().map(String::as_str));
-            // One may have begun or ended before all of them were ours.
-            let now = self.users(ids);
-            if !now.iter().map(|(_, volumes)| volumes).eq(users.iter().map(|(_, volumes)| volumes)) {
-                continue;
-            }
-            let held = users.iter().map(|(dir, _)| super::Held::new(dir).map_err(|e| e.to_string()));
-            let held = held.collect::<std::result::Result<Vec<_>, String>>();
-            let mut unused = ids.iter().filter(|id| !users.iter().any(|(_, volumes)| volumes.contains(id)));
-            let busy = unused.try_fold(false, |busy, id| Ok::<_, E>(busy || !self.volumes.is_free(id)?))?;
-            let why = match held {
-                Ok(_held) if !busy => return job(&together),
-                Ok(_) => "some process has it".into(),
-                Err(error) => error,
-            };
-            drop(taken);
-            if Instant::now() >= until {
-                let ids = ids.join(", ");
-                let why = format!("the volume {ids} cannot be held still: {why}");
-                return Err(HostError::Failed(why).into());
-            }
-            std::thread::sleep(look);
-        }
-    }
-
     /// The machines that run and have any of these volumes, each with all volumes that it has.
     pub(super) fn users(&self, ids: &[String]) -> Vec<(Dir, Vec<String>)> {
         let slots: Vec<_> = lock(&self.slots).values().cloned().collect();

@@ -48,31 +48,35 @@ impl Shared {
         }
     }
 
-    /// See [`Host::create_snapshots`](crate::host::Host::create_snapshots).
-    pub(super) fn snapshots(&self, snapshots: &[(&str, &str)]) -> Result<()> {
+    /// Does something with volumes that are held, and with the machines that have them; these are held too, with all that
+    /// their guests wrote in the volumes' files, where there are several.
+    pub(super) fn at_an_instant(
+        &self,
+        volumes: &[String],
+        job: &dyn Fn(&[User<'_>]) -> Result<()>,
+    ) -> Result<()> {
         let until = Instant::now() + FLUSH;
         loop {
-            let _held = self.volumes.hold(snapshots.iter().map(|(_, volume)| *volume));
-            let volumes: Vec<_> = snapshots.iter().map(|(_, volume)| (*volume).to_owned()).collect();
+            let held = self.volumes.hold(volumes.iter().map(String::as_str));
             let mut users = Vec::new();
-            for (dir, _) in self.users(&volumes) {
+            for (dir, _) in self.users(volumes) {
                 let having = volumes.iter().map(|volume| Ok((volume.clone(), has(&dir, volume)?)));
                 let having = having.collect::<Result<Vec<_>>>()?;
                 let having: Vec<_> = having.into_iter().filter(|(_, has)| *has).map(|(id, _)| id).collect();
                 users.push((dir, having));
             }
             // Between the cuts of several machines nobody may write.
-            let held = users.iter().filter(|_| users.len() > 1).map(|(dir, _)| Held::new(dir));
-            let held = held.collect::<std::result::Result<Vec<_>, _>>();
-            let _paused = held.map_err(|e| HostError::Failed(chain(&e)))?;
+            let paused = users.iter().filter(|_| users.len() > 1).map(|(dir, _)| Held::new(dir));
+            let paused = paused.collect::<std::result::Result<Vec<_>, _>>();
+            let paused = paused.map_err(|e| HostError::Failed(chain(&e)))?;
             let of: Vec<User<'_>> =
                 users.iter().map(|(dir, having)| (dir as &dyn Running, having.clone())).collect();
-            match self.volumes.create_snapshots(snapshots, &of) {
+            match job(&of) {
                 // A machine is ending, or lets one go.
                 Err(HostError::Busy(_)) if Instant::now() < until => {}
-                made => return made,
+                done => return done,
             }
-            drop(_held);
+            drop((paused, held));
             std::thread::sleep(TICK);
         }
     }

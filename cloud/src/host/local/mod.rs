@@ -373,7 +373,9 @@ impl Host for Local {
     }
 
     fn create_snapshots(&self, snapshots: &[(&str, &str)]) -> Result<()> {
-        self.shared.snapshots(snapshots)
+        let volumes: Vec<_> = snapshots.iter().map(|(_, volume)| (*volume).to_owned()).collect();
+        let shared = &self.shared;
+        shared.at_an_instant(&volumes, &|users| shared.volumes.create_snapshots(snapshots, users))
     }
 
     fn content(&self, source: &Source) -> Result<Content> {

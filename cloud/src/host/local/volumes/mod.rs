@@ -175,6 +175,11 @@ impl Volumes {
         Ok(true)
     }
 
+    /// All volumes.
+    pub fn ids(&self) -> Vec<String> {
+        self.chains().volumes.keys().cloned().collect()
+    }
+
     /// Where volumes are.
     pub fn directory(&self) -> &Path {
         &self.volumes

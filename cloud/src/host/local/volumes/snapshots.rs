@@ -66,8 +66,12 @@ impl Volumes {
         write_record(&path(&self.snapshots, id, "json")?, &kept)
     }
 
-    /// Gives volumes new top layers at one instant.
-    pub(super) fn cut(&self, volumes: &[&str], users: &[User<'_>]) -> Result<()> {
+    /// Gives volumes new top layers at one instant; what they were until then is sealed when this returns. Who calls it holds
+    /// them.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`] volume, [`HostError::NoRoom`]; [`HostError::Busy`]: some process has one.
+    pub fn cut(&self, volumes: &[&str], users: &[User<'_>]) -> Result<()> {
         let user = |volume: &str| {
             let user = users.iter().find(|(_, volumes)| volumes.iter().any(|have| have == volume));
             user.map(|(machine, _)| *machine)
