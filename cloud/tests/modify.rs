@@ -9,7 +9,7 @@ use common::{ACCOUNT, OTHER, World, in_directory, in_memory, settings, world_of}
 use hutch_cloud::fault::Fault;
 use hutch_cloud::host::{Host, Simulated, Source};
 use hutch_cloud::model::{Image, InstanceState, Progress, Snapshot, Tags, Volume, VolumeState};
-use hutch_cloud::region::{NewImage, NewSnapshots, NewVolume, VolumeChange};
+use hutch_cloud::region::{NewImage, NewSnapshots, NewVolume, VolumeChange, lifecycle};
 use hutch_cloud::store::Sqlite;
 use hutch_vmm::config::Rate;
 
@@ -246,4 +246,61 @@ fn snapshots_take_their_volumes_tags_and_an_images_are_of_one_instant() {
         let snapshot = world.region.get::<Snapshot>(&device.snapshot.unwrap()).unwrap().unwrap();
         assert_eq!(snapshot.together.len(), 3);
     }
+}
+
+#[test]
+fn a_policys_snapshots_are_taken_in_time_once_and_so_many_are_kept() {
+    let world = in_memory();
+    let _reconciler = world.reconcile();
+    let policies = lifecycle::read(
+        "[nightly]\ntags = { Backup = \"daily\" }\nevery = 24\nat = \"03:00\"\nkeep = 2\ncopy-tags = true\n\
+         [together]\ntags = { Backup = \"daily\" }\nof = \"instances\"\nevery = 24\nkeep = 1\nwithout-root = true",
+    )
+    .unwrap();
+    let tagged: Tags = [("Backup".to_owned(), "daily".to_owned())].into();
+    let (kept, other) = (make(&world, 1, "gp2"), make(&world, 1, "gp2"));
+    world.region.create_tags(ACCOUNT, std::slice::from_ref(&kept), &tagged).unwrap();
+    let (instance, mut data) = with_data(&world);
+    let root = data.remove(0);
+    world.region.create_tags(ACCOUNT, std::slice::from_ref(&instance), &tagged).unwrap();
+    let of = |volume: &str| {
+        let mut all: Vec<Snapshot> = world.region.all().unwrap();
+        all.retain(|snapshot| snapshot.volume == volume && !snapshot.deleting);
+        all.sort_by_key(|snapshot| snapshot.started);
+        all
+    };
+    let complete = |volume: &str| eventually("they are made", || of(volume).iter().all(|s| s.complete));
+    let day = |n: i64| jiff::Timestamp::now() + jiff::SignedDuration::from_hours(24 * n);
+    // Today's time was before they were there.
+    world.region.follow(&policies, jiff::Timestamp::now()).unwrap();
+    assert!(of(&kept).is_empty());
+    for n in 1..=4 {
+        for _ in 0..2 {
+            world.region.follow(&policies, day(n)).unwrap();
+            complete(&kept);
+            data.iter().for_each(|volume| complete(volume));
+        }
+    }
+    world.region.follow(&policies, day(4)).unwrap();
+    eventually("old ones are gone", || of(&kept).len() == 2);
+    let newest = of(&kept).pop().unwrap();
+    assert!(newest.started > day(4) - jiff::SignedDuration::from_hours(1));
+    assert_eq!(newest.tags["Backup"], "daily");
+    assert_eq!(newest.tags["aws:dlm:lifecycle-policy-id"], "nightly");
+    assert!(of(&other).is_empty() && of(&root).is_empty());
+    for volume in &data {
+        eventually("one is kept", || of(volume).len() == 1);
+        let one = of(volume).pop().unwrap();
+        assert_eq!((one.tags["instance-id"].as_str(), one.together.len()), (instance.as_str(), data.len()));
+    }
+    // One that is the owner's stays, and one that an image needs.
+    let own = world.region.create_snapshot(ACCOUNT, &kept, "", &Tags::new()).unwrap().id;
+    complete(&kept);
+    for n in 5..=6 {
+        world.region.follow(&policies, day(n)).unwrap();
+        complete(&kept);
+    }
+    world.region.follow(&policies, day(6)).unwrap();
+    eventually("old ones are gone", || of(&kept).len() == 3);
+    assert!(of(&kept).iter().any(|snapshot| snapshot.id == own));
 }

@@ -30,7 +30,7 @@ use hutch_cloud::addresses::Pool;
 use hutch_cloud::host::local::{Local, Means, Together};
 use hutch_cloud::host::{Host, Simulated};
 use hutch_cloud::limits::Limits;
-use hutch_cloud::region::{Reconciler, Region, Settings};
+use hutch_cloud::region::{Reconciler, Region, Settings, lifecycle};
 use hutch_cloud::store::{Sqlite, Store};
 use hutch_cloud::types::Table;
 use listenfd::ListenFd;
@@ -156,6 +156,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let types = own(state, "instance-types.toml", |text| Table::read(text).map_err(anyhow::Error::msg))?;
     let limits = own(state, "limits.toml", |text| Ok(Limits::read(text)?))?;
     let addresses = own(state, "addresses.toml", |text| Ok(Pool::read(text)?))?;
+    let policies = own(state, "lifecycle.toml", |text| lifecycle::read(text).map_err(anyhow::Error::msg))?;
     let mut regions = Regions::new();
     let mut reconcilers = Vec::new();
     let together = Arc::new(Together::default());
@@ -179,7 +180,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         reconcilers.push(Reconciler::start(region.clone())?);
     }
     let owner = Owner::new(state, keys.owner());
-    let service = Arc::new(Service::new(regions, keys, owner, args.rate));
+    let service = Arc::new(Service::new(regions, keys, owner, policies, args.rate));
     let attended = runtime.block_on(attend(args, handed, service.clone()));
     service.end();
     attended?;

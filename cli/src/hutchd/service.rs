@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use hutch_api::ec2::{self, Regions};
 use hutch_api::query::{Backend, Call, Credential, Fault, Node};
 use hutch_cloud::model::Instance;
+use hutch_cloud::region::lifecycle::Policies;
 
 use crate::keys::Keys;
 use crate::owner::{self, Owner};
@@ -46,6 +47,8 @@ pub struct Service {
     regions: Regions,
     keys: Keys,
     owner: Owner,
+    policies: Policies,
+    looking: Mutex<()>,
     rate: Rate,
     buckets: Mutex<Buckets>,
     counts: Mutex<BTreeMap<(String, String), (u64, f64)>>,
@@ -53,8 +56,17 @@ pub struct Service {
 
 impl Service {
     /// A service of these regions.
-    pub fn new(regions: Regions, keys: Keys, owner: Owner, rate: Rate) -> Service {
-        Service { regions, keys, owner, rate, buckets: Mutex::default(), counts: Mutex::default() }
+    pub fn new(regions: Regions, keys: Keys, owner: Owner, policies: Policies, rate: Rate) -> Service {
+        Service {
+            regions,
+            keys,
+            owner,
+            policies,
+            looking: Mutex::default(),
+            rate,
+            buckets: Mutex::default(),
+            counts: Mutex::default(),
+        }
     }
 
     /// Ends what goes on beside calls.
@@ -64,8 +76,12 @@ impl Service {
 
     /// What is done from time to time.
     pub fn look_after(&self) {
+        // One at a time: what is due is taken once.
+        let Ok(_one) = self.looking.try_lock() else { return };
         for (name, region) in &self.regions {
-            if let Err(error) = region.adopt_templates().and_then(|_| region.forget_tokens()) {
+            let done = region.adopt_templates().and_then(|_| region.forget_tokens());
+            let now = jiff::Timestamp::now();
+            if let Err(error) = done.and_then(|()| region.follow(&self.policies, now)) {
                 tracing::warn!(region = name, %error, "not looked after");
             }
         }
@@ -167,7 +183,7 @@ mod tests {
     fn a_strangers_names_fill_no_memory() {
         let key = "AKID:secret".parse().unwrap();
         let (keys, owner) = (Keys::open(None, Some(key)).unwrap(), Owner::new(None, "1"));
-        let service = Service::new(Regions::new(), keys, owner, "2:1".parse().unwrap());
+        let service = Service::new(Regions::new(), keys, owner, Policies::new(), "2:1".parse().unwrap());
         let admitted = (0..1000).filter(|n| service.admit("1", &format!("r{n}"), &format!("A{n}"))).count();
         assert!(admitted < 100, "{admitted} calls of one account, each of another name");
         assert!(service.admit("1", "r", "RunInstances"), "what is served has a bucket of its own");

@@ -31,6 +31,7 @@ mod kernels;
 mod keys;
 mod launch;
 mod launch_templates;
+pub mod lifecycle;
 pub mod metadata;
 mod modify;
 mod neighbours;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 use crate::fault::{Fault, Result};
 use crate::host::Source;
 use crate::id;
@@ -147,6 +149,17 @@ impl Region {
     /// nothing is left.
     pub fn create_snapshots(&self, account: &str, new: &NewSnapshots) -> Result<Vec<Snapshot>> {
         tags::check(&new.tags)?;
+        self.take_snapshots(account, new, &Tags::new(), now())
+    }
+
+    /// Likewise, with tags that only we give, begun at `now`.
+    pub(super) fn take_snapshots(
+        &self,
+        account: &str,
+        new: &NewSnapshots,
+        own: &Tags,
+        now: Timestamp,
+    ) -> Result<Vec<Snapshot>> {
         self.transact(|work| {
             let instance: Instance = tags::own(work, account, &new.instance)?;
             if !matches!(instance.state, InstanceState::Running | InstanceState::Stopped) {
@@ -169,7 +182,8 @@ impl Region {
                 tags.retain(|key, _| !key.starts_with("aws:"));
                 tags.extend(new.tags.clone());
                 tags::check(&tags)?;
-                taken.push(begun(&volume, &new.description, tags)?);
+                tags.extend(own.clone());
+                taken.push(Snapshot { started: now, ..begun(&volume, &new.description, tags)? });
             }
             if taken.is_empty() {
                 let why =
