@@ -29,6 +29,7 @@ use hutch_api::query::server::{Listener, serve};
 use hutch_cloud::addresses::Pool;
 use hutch_cloud::host::local::{Local, Means, Together};
 use hutch_cloud::host::{Host, Simulated};
+use hutch_cloud::keyring::Keyring;
 use hutch_cloud::limits::Limits;
 use hutch_cloud::region::{Reconciler, Region, Settings, lifecycle};
 use hutch_cloud::store::{Sqlite, Store};
@@ -66,6 +67,10 @@ struct Args {
     /// What runs the instances.
     #[arg(long, default_value = "local")]
     host: HostKind,
+    /// A program that wraps and unwraps the keys of encrypted volumes (`PROGRAM id`, `PROGRAM wrap|unwrap ID VOLUME`, base64 in and
+    /// out); else the key in STATE/keys does, which is made at the first start and is in no backup.
+    #[arg(long, value_name = "PROGRAM")]
+    key_command: Option<PathBuf>,
     /// Start instances again that ran when the host went down; else they are stopped then.
     #[arg(long)]
     resume: bool,
@@ -219,7 +224,7 @@ fn open(
     };
     let host: Arc<dyn Host> = match (args.host, dir) {
         (HostKind::Local, Some(dir)) => {
-            Arc::new(local(&args.state, &dir.join("host"), &settings.name, together, runtime)?)
+            Arc::new(local(args, &dir.join("host"), &settings.name, together, runtime)?)
         }
         (HostKind::Local, None) => bail!("real machines need a --state directory; or take --host simulated"),
         (HostKind::Simulated, Some(dir)) => {
@@ -235,12 +240,13 @@ fn open(
 
 /// This machine as a host.
 fn local(
-    state: &Path,
+    args: &Args,
     dir: &Path,
     region: &str,
     together: &Arc<Together>,
     runtime: &Handle,
 ) -> anyhow::Result<Local> {
+    let state = &args.state;
     if !nix::unistd::geteuid().is_root() {
         bail!("taps and the firewall need root: run hutchd as root, or take --host simulated");
     }
@@ -258,7 +264,15 @@ fn local(
         metadata: Box::new(Guests::open(state, runtime.clone())?),
     };
     let images = hutch_imagestore::store::Store::open(state)?;
-    Ok(Local::open(dir, images, means)?)
+    Ok(Local::open(dir, images, keyring(state, args)?, means)?)
+}
+
+/// What wraps the keys of volumes that are encrypted.
+fn keyring(state: &Path, args: &Args) -> anyhow::Result<Keyring> {
+    Ok(match &args.key_command {
+        Some(program) => Keyring::command(program)?,
+        None => Keyring::open(&state.join("keys"))?,
+    })
 }
 
 /// Makes a directory that only we look into: user data may hold secrets.
