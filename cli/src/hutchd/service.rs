@@ -65,7 +65,11 @@ impl Service {
     /// What is done from time to time.
     pub fn look_after(&self) {
         for (name, region) in &self.regions {
-            if let Err(error) = region.adopt_templates().and_then(|_| region.forget_tokens()) {
+            if let Err(error) = region
+                .adopt_templates()
+                .and_then(|_| region.forget_tokens())
+                .and_then(|()| region.forget_imports())
+            {
                 tracing::warn!(region = name, %error, "not looked after");
             }
         }
