@@ -24,6 +24,7 @@ fn regions() -> Regions {
         addresses: Pool::default(),
         owner: ACCOUNT.into(),
         resume: false,
+        import_dir: None,
     };
     let store = Arc::new(Sqlite::memory().expect("a store"));
     let region = Region::new(settings, store, Arc::new(Simulated::memory(Duration::ZERO)));

@@ -10,10 +10,12 @@ use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+mod imports;
 mod modification;
 mod network;
 mod volumes;
 
+pub use imports::{ImportDisk, ImportState, ImportTask};
 pub use modification::{Modification, Progress, Shape};
 pub use network::{Account, Gateway, RouteTable, Slots, Subnet, Target, Vpc, VpcParts};
 pub use volumes::{AttachmentState, Copied, Device, Snapshot, Volume, VolumeState};
@@ -45,7 +47,7 @@ record! {
     Instance "instance", Image "image", Volume "volume", Snapshot "snapshot", Interface "interface", Vpc "vpc",
     Subnet "subnet", Group "group", KeyPair "key", Address "address", Token "token", Name "name",
     LaunchTemplate "launch-template", LaunchTemplateVersion "launch-template-version", Elastic "elastic",
-    Account "account", Gateway "internet-gateway", RouteTable "route-table",
+    ImportTask "import", Account "account", Gateway "internet-gateway", RouteTable "route-table",
 }
 
 /// Where an instance is in its life.

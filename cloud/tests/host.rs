@@ -140,6 +140,35 @@ fn boot_files(host: &dyn Host, images: &Store, files: [&Path; 2]) {
     images.remove("other").unwrap();
 }
 
+/// Imports: a file's disk becomes a snapshot, once; nothing is left of a bad one, nor of one that is to stop.
+fn imports(host: &dyn Host) {
+    let room = tempfile::tempdir().unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        std::fs::write(room.path().join(name), bytes).unwrap();
+        std::fs::File::open(room.path().join(name)).unwrap()
+    };
+    let (good, bad) = (file("good", &[7; 4096]), file("bad", b"QFI\xfb and no more"));
+    let mut told = Vec::new();
+    for _ in 0..2 {
+        let mut go_on = |done, total| {
+            told.push((done, total));
+            true
+        };
+        assert_eq!(host.import_snapshot("snap-i", &good, None, &mut go_on).unwrap(), 4096);
+    }
+    assert_eq!(told.last(), Some(&(4096, 4096)));
+    assert_eq!(size(&host.content(&Source::Snapshot("snap-i".into())).unwrap()), 4096);
+    host.create_volume("vol-i", GIB, &Source::Snapshot("snap-i".into()), None).unwrap();
+    let refused = host.import_snapshot("snap-j", &bad, None, &mut |_, _| true);
+    assert!(matches!(&refused, Err(HostError::Failed(why)) if why.contains("refused")), "{refused:?}");
+    let stopped = host.import_snapshot("snap-j", &good, None, &mut |_, _| false);
+    assert!(matches!(stopped, Err(HostError::Busy(_))), "{stopped:?}");
+    let missing = host.content(&Source::Snapshot("snap-j".into()));
+    assert!(matches!(missing, Err(HostError::Missing(_))), "{missing:?}");
+    host.delete_volume("vol-i").unwrap();
+    host.delete_snapshot("snap-i").unwrap();
+}
+
 fn suite(open: Open<'_>, outlives: bool) {
     let host = open();
     let template = host.templates().unwrap().first().expect("a template").clone();
@@ -345,6 +374,18 @@ fn the_simulated_host_in_a_directory() {
     assert_eq!(open(dir.path()).machines().unwrap(), []);
 }
 
+/// The program is there when the workspace was built.
+#[test]
+fn the_simulated_host_imports_by_the_same_program() {
+    let target = std::env::current_exe().unwrap();
+    let importer = target.ancestors().nth(2).unwrap().join("hutch-import-worker");
+    if !importer.exists() {
+        eprintln!("skipped: {} is not built; tests/clients/run builds it", importer.display());
+        return;
+    }
+    imports(&Simulated::memory(Duration::ZERO).with_importer(importer));
+}
+
 /// Guests of the suite are told nothing.
 struct Silent;
 
@@ -360,8 +401,8 @@ impl Served for Kept {
     fn update(&self, _: &Metadata) {}
 }
 
-/// Real machines, as root, in a network namespace of their own: `HUTCH_STATE` holds the image store, `HUTCH_VMM` is the
-/// program, `HUTCH_MICRO` a directory with a kernel and an initrd. Run by `tests/clients/run real`.
+/// Real machines, as root, in a network namespace of their own: `HUTCH_STATE` holds the image store, `HUTCH_VMM` and
+/// `HUTCH_IMPORTER` are the programs, `HUTCH_MICRO` a directory with a kernel and an initrd. Run by `tests/clients/run real`.
 #[test]
 #[ignore = "it needs root, KVM that runs a stock kernel, and an image"]
 fn the_local_host() {
@@ -369,6 +410,7 @@ fn the_local_host() {
     let dir = tempfile::tempdir_in(&state).unwrap();
     let open = || {
         let means = Means {
+            importer: std::env::var_os("HUTCH_IMPORTER").expect("hutch-import-worker").into(),
             vmm: std::env::var_os("HUTCH_VMM").expect("hutch-vmm").into(),
             networks: dir.path().join("networks"),
             region: "home-1".into(),
@@ -387,6 +429,7 @@ fn the_local_host() {
     let micro = PathBuf::from(std::env::var_os("HUTCH_MICRO").expect("a kernel and an initrd"));
     let files = [&*micro.join("vmlinuz"), &*micro.join("initrd")];
     boot_files(&open(), &Store::open(&state).unwrap(), files);
+    imports(&open());
     let left = |name: &str| std::fs::read_dir(dir.path().join(name)).unwrap().count();
     assert_eq!([left("machines"), left("volumes"), left("snapshots")], [0; 3], "nothing is left");
     let tables = std::process::Command::new("nft").args(["list", "ruleset"]).output().unwrap();

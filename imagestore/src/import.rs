@@ -115,6 +115,9 @@ pub enum ImportError {
     /// It took more than was allowed.
     #[error("the import was ended: it needs more than {0}; check the image, or allow more")]
     Limit(String),
+    /// It was told to stop.
+    #[error("the import was stopped")]
+    Stopped,
     /// The worker could not be run, or broke.
     #[error("the import failed to {what}")]
     Io {
@@ -198,11 +201,39 @@ pub fn import(
     store: &Store,
     source: &File,
     request: &Request,
-    mut worker: Command,
+    worker: Command,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Image, ImportError> {
+    // Before there is anything of it.
+    let format = format_of(source, request.format)?;
+    let pending = store.begin(Kind::Machine, &request.name).map_err(store_error(store))?;
+    let to = Target { disk: pending.disk(), directory: store.directory() };
+    let (_, sha256) = convert(source, &to, format, &request.limits, worker, &mut |done, total| {
+        // Nothing is known yet.
+        if total > 0 {
+            progress(done, total);
+        }
+        true
+    })?;
+    let origin = Origin { format, sha256, architecture: request.architecture };
+    pending.commit(origin).map_err(store_error(store))
+}
+
+/// What becomes of an image.
+pub struct Target<'a> {
+    /// An empty file, which becomes the raw disk.
+    pub disk: &'a File,
+    /// Where that is, as a person is told.
+    pub directory: &'a Path,
+}
+
+/// The format of a source: what is said, or what it looks like.
+///
+/// # Errors
+/// [`ImportError::Refused`]: it is none that is read, or cannot be of the one that is said.
+pub fn format_of(source: &File, said: Option<Format>) -> Result<Format, ImportError> {
     let len = source_len(source)?;
-    let format = match request.format {
+    let format = match said {
         Some(format) => format,
         None => detect(source, len)?,
     };
@@ -212,33 +243,48 @@ pub fn import(
              `truncate -s %512` pads a copy of it"
         )));
     }
-    let pending = store.begin(Kind::Machine, &request.name).map_err(store_error(store))?;
+    Ok(format)
+}
+
+/// Makes a raw disk of `source`, in `to`; tells its size and the source's checksum. `progress` is told bytes done and in
+/// all, and says whether to go on; it is asked when nothing was done, too.
+///
+/// # Errors
+/// Those of [`ImportError`].
+pub fn convert(
+    source: &File,
+    to: &Target<'_>,
+    format: Format,
+    limits: &Limits,
+    mut worker: Command,
+    progress: &mut dyn FnMut(u64, u64) -> bool,
+) -> Result<(u64, String), ImportError> {
+    let len = source_len(source)?;
     let clone = |file: &File| file.try_clone().map_err(io_error("hand over the files"));
-    let task = serde_json::to_string(&Task { format, limits: request.limits })
+    let task = serde_json::to_string(&Task { format, limits: *limits })
         .map_err(|error| io_error("describe the task")(error.into()))?;
     worker
         .arg(task)
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::from(clone(source)?))
-        .stdout(Stdio::from(clone(pending.disk())?))
+        .stdout(Stdio::from(clone(to.disk)?))
         .stderr(Stdio::piped());
     let child = Running(worker.spawn().map_err(io_error("start its worker"))?);
     let stop = AtomicBool::new(false);
     let (total, sha256) = std::thread::scope(|scope| {
         let sum = scope.spawn(|| checksum(source, len, &stop));
-        let total = watch(child, pending.disk(), store, &request.limits, progress);
+        let total = watch(child, to, limits, progress);
         // Nobody waits for the checksum of what is not imported.
         stop.store(total.is_err(), Ordering::Relaxed);
         let sum = sum.join().unwrap_or_else(|_| Err(io::Error::other("the checksum's thread ended")));
         Ok::<_, ImportError>((total?, sum.map_err(io_error("read the image"))?))
     })?;
-    let len = pending.disk().metadata().map_err(io_error("look at the disk"))?.len();
-    if len != total || len == 0 || !len.is_multiple_of(512) || len > request.limits.virtual_bytes {
+    let len = to.disk.metadata().map_err(io_error("look at the disk"))?.len();
+    if len != total || len == 0 || !len.is_multiple_of(512) || len > limits.virtual_bytes {
         return Err(ImportError::Refused(format!("its disk has {len} bytes")));
     }
-    let origin = Origin { format, sha256, architecture: request.architecture };
-    pending.commit(origin).map_err(store_error(store))
+    Ok((total, sha256))
 }
 
 /// The format by what the source begins with and ends with. Formats that are none of ours are told apart from raw.
@@ -332,16 +378,18 @@ impl Drop for Running {
 /// this from ending with the limits.
 fn watch(
     mut child: Running,
-    disk: &File,
-    store: &Store,
+    to: &Target<'_>,
     limits: &Limits,
-    progress: &mut dyn FnMut(u64, u64),
+    progress: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<u64, ImportError> {
     let deadline = Instant::now() + Duration::from_secs(limits.wall_seconds);
     let mut pipe = child.0.stderr.take();
     let mut heard = Heard::default();
     let status = loop {
-        check(disk, limits, deadline)?;
+        check(to.disk, limits, deadline)?;
+        if !progress(heard.figures.0, heard.figures.1) {
+            return Err(ImportError::Stopped);
+        }
         let Some(open) = &mut pipe else {
             // It has closed its ear, which does not mean that it has ended.
             match child.0.try_wait().map_err(io_error("wait for its worker"))? {
@@ -355,12 +403,13 @@ fn watch(
             Ok(0) | Err(Errno::EINTR) => continue,
             result => result.map_err(|error| io_error("listen to its worker")(error.into()))?,
         };
-        if !heard.listen(open, progress)? {
+        if !heard.listen(open)? {
             pipe = None;
         }
     };
-    check(disk, limits, deadline)?;
-    verdict(status, heard, limits, store.directory())
+    check(to.disk, limits, deadline)?;
+    progress(heard.figures.0, heard.figures.1);
+    verdict(status, heard, limits, to.directory)
 }
 
 /// The limits that hold even if the worker keeps none.
@@ -383,24 +432,22 @@ struct Heard {
     text: Vec<u8>,
     /// The first lines that are no reports: a panic's, say.
     words: String,
+    /// Bytes done and in all.
+    figures: (u64, u64),
     /// How it says that it went.
     end: Option<Report>,
 }
 
 impl Heard {
     /// Takes in what the pipe holds; `false` at its end.
-    fn listen(
-        &mut self,
-        pipe: &mut impl Read,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<bool, ImportError> {
+    fn listen(&mut self, pipe: &mut impl Read) -> Result<bool, ImportError> {
         let mut buffer = [0; 4096];
         let count = pipe.read(&mut buffer).map_err(io_error("listen to its worker"))?;
         self.text.extend_from_slice(buffer.get(..count).unwrap_or_default());
         while let Some(newline) = self.text.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = self.text.drain(..=newline).collect();
             match serde_json::from_slice(&line) {
-                Ok(Report::Progress { done, total }) => progress(done, total),
+                Ok(Report::Progress { done, total }) => self.figures = (done, total),
                 Ok(report) => self.end = Some(report),
                 Err(_) if self.words.len() < MAX_WORDS => {
                     let words = String::from_utf8_lossy(&line);

@@ -39,7 +39,8 @@ IMAGES = """
 EnableImageDeprecation DisableImageDeprecation EnableImage DisableImage EnableImageBlockPublicAccess
 DisableImageBlockPublicAccess GetImageBlockPublicAccessState ListImagesInRecycleBin GetEbsEncryptionByDefault
 """.split()
-LISTS = {"must": (MUST, 65), "seen in traces": (SEEN, 15), "console": (CONSOLE, 9), "launch templates": (TEMPLATES, 8), "images": (IMAGES, 9)}
+IMPORTS = "ImportImage DescribeImportImageTasks ImportSnapshot DescribeImportSnapshotTasks CancelImportTask".split()
+LISTS = {"must": (MUST, 65), "seen in traces": (SEEN, 15), "console": (CONSOLE, 9), "launch templates": (TEMPLATES, 8), "images": (IMAGES, 9), "imports": (IMPORTS, 5)}
 
 # What hutch does not have yet. Whoever builds one takes it off this list: the test says so.
 TO_COME = {
@@ -63,6 +64,8 @@ ATTRIBUTES = {"DescribeVpcAttribute": "enableDnsSupport", "DescribeVolumeAttribu
               "DescribeImageAttribute": "description", "ResetImageAttribute": "launchPermission"}
 # What has to be said beside what the model requires.
 MORE = {
+    "ImportSnapshot": {"DiskContainer": {"Url": "file:///none"}}, "ImportImage": {"DiskContainers": [{"SnapshotId": f"snap-{HEX}"}]},
+    "CancelImportTask": {"ImportTaskId": f"import-snap-{HEX}"},
     "RunInstances": {"ImageId": f"ami-{HEX}"}, "CreateVolume": {"Size": 1}, "DetachVolume": {"InstanceId": f"i-{HEX}"},
     "DeleteSecurityGroup": {"GroupId": f"sg-{HEX}"}, "RegisterImage": {"RootDeviceName": "/dev/xvda"},
     "AuthorizeSecurityGroupIngress": {"GroupId": f"sg-{HEX}", "CidrIp": "10.0.0.0/8", "IpProtocol": "tcp", "FromPort": 1, "ToPort": 1},

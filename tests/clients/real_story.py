@@ -334,7 +334,8 @@ class Story(unittest.TestCase):
 
     def test_the_host_does_what_every_host_has_to(self):
         programs = self.cloud.programs
-        host("env", f"HUTCH_STATE={self.cloud.state}", f"HUTCH_VMM={programs / 'hutch-vmm'}", "unshare", "-n", "sh", "-c",
+        host("env", f"HUTCH_STATE={self.cloud.state}", f"HUTCH_VMM={programs / 'hutch-vmm'}",
+             f"HUTCH_IMPORTER={programs / 'hutch-import-worker'}", "unshare", "-n", "sh", "-c",
              f"export HUTCH_MICRO={self.work}; ip link set lo up; exec {os.environ['HUTCH_HOST_SUITE']} --ignored the_local_host", timeout=2 * ENOUGH)
         say("the suite of all hosts")
 
@@ -363,8 +364,9 @@ class Story(unittest.TestCase):
         # By itself the image has nothing to boot, and a kernel alone is told where its root is, and has no RAM disk.
         ec2.reset_instance_attribute(InstanceId=one, Attribute="ramdisk")
         ec2.start_instances(InstanceIds=[one])
-        self.prints(one, "Command line: root=/dev/vda console=ttyS0")
+        self.prints(one, "Kernel command line: root=/dev/vda hutch.cmd=")
         self.prints(one, "Unable to mount root fs")
+        ec2.stop_instances(InstanceIds=[one], Force=True)
         self.becomes(one, "stopped")
         ec2.reset_instance_attribute(InstanceId=one, Attribute="kernel")
         ec2.start_instances(InstanceIds=[one])

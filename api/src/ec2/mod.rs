@@ -1,7 +1,7 @@
 //! EC2's operations: a call's parameters become a verb of `cloud`, and what that gives becomes an answer.
 //!
 //! ```text
-//!   Call ─► OPERATIONS (by name) ─► instances, instance_attributes, launch_templates, images, snapshots, volumes, groups, keys, network, addresses, places, tags, account ─► Node
+//!   Call ─► OPERATIONS (by name) ─► instances, instance_attributes, launch_templates, images, imports, snapshots, volumes, groups, keys, network, addresses, places, tags, account ─► Node
 //!                                        └── filters: what the answer would say decides
 //! ```
 
@@ -10,6 +10,7 @@ mod addresses;
 mod filters;
 mod groups;
 mod images;
+mod imports;
 mod instance_attributes;
 mod instances;
 mod interfaces;
@@ -57,6 +58,7 @@ static OPERATIONS: &[&[(&str, Operation)]] = &[
     instance_attributes::OPERATIONS,
     launch_templates::OPERATIONS,
     images::OPERATIONS,
+    imports::OPERATIONS,
     snapshots::OPERATIONS,
     volumes::OPERATIONS,
     groups::OPERATIONS,

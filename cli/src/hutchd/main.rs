@@ -74,6 +74,9 @@ struct Args {
     /// Start instances again that ran when the host went down; else they are stopped then.
     #[arg(long)]
     resume: bool,
+    /// The directory below which disks may be imported by file:// URLs (ImportImage, ImportSnapshot), by every account.
+    #[arg(long, value_name = "DIR")]
+    import_dir: Option<PathBuf>,
     /// How long starting and stopping takes on the simulated host, in milliseconds.
     #[arg(long, default_value_t = 0)]
     delay: u64,
@@ -162,6 +165,11 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let limits = own(state, "limits.toml", |text| Ok(Limits::read(text)?))?;
     let addresses = own(state, "addresses.toml", |text| Ok(Pool::read(text)?))?;
     let policies = own(state, "lifecycle.toml", |text| lifecycle::read(text).map_err(anyhow::Error::msg))?;
+    let import_dir = args.import_dir.as_deref().map(|dir| {
+        let whole = dir.canonicalize().ok().filter(|dir| dir.is_dir());
+        whole.with_context(|| format!("--import-dir {}: there is no such directory", dir.display()))
+    });
+    let import_dir = import_dir.transpose()?;
     let mut regions = Regions::new();
     let mut reconcilers = Vec::new();
     let together = Arc::new(Together::default());
@@ -175,6 +183,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
             addresses: addresses.clone(),
             owner: keys.owner().into(),
             resume: args.resume,
+            import_dir: import_dir.clone(),
         };
         let region = open(settings, dir.as_deref(), args, &together, runtime.handle())
             .with_context(|| format!("the region {name}"))?;
@@ -229,13 +238,19 @@ fn open(
         (HostKind::Local, None) => bail!("real machines need a --state directory; or take --host simulated"),
         (HostKind::Simulated, Some(dir)) => {
             let images = hutch_imagestore::store::Store::open(&args.state)?;
-            Arc::new(Simulated::open(dir.join("host"), delay)?.with_images(images))
+            let host = Simulated::open(dir.join("host"), delay)?;
+            Arc::new(host.with_images(images).with_importer(importer()?))
         }
         (HostKind::Simulated, None) => Arc::new(Simulated::memory(delay)),
     };
     let region = Arc::new(Region::new(settings, store, host));
     region.adopt_templates()?;
     Ok(region)
+}
+
+/// The program that reads disks to be imported: beside this one.
+fn importer() -> anyhow::Result<PathBuf> {
+    Ok(std::env::current_exe()?.with_file_name("hutch-import-worker"))
 }
 
 /// This machine as a host.
@@ -258,6 +273,7 @@ fn local(
     own_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let means = Means {
         vmm: hutch_vmm::launch::program()?,
+        importer: importer()?,
         networks: hutch_netfw::guest::records_dir()?,
         region: region.into(),
         together: together.clone(),

@@ -40,6 +40,7 @@ fn region(dir: &Path, host: Arc<dyn Host>) -> Regions {
         addresses: Pool::default(),
         owner: "000000000001".into(),
         resume: false,
+        import_dir: None,
     };
     let store: Arc<dyn Store> = Arc::new(Sqlite::open(&dir.join("home-1/store.db")).unwrap());
     let region = Region::new(settings, store, host);
@@ -52,6 +53,7 @@ fn local(state: &Path) -> Arc<Local> {
     let networks = state.join("networks");
     let means = Means {
         vmm: "/nonexistent/hutch-vmm".into(),
+        importer: "/nonexistent/importer".into(),
         networks,
         region: "home-1".into(),
         together: Default::default(),

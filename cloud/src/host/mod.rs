@@ -9,11 +9,14 @@ pub mod local;
 mod simulated;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
-use hutch_imagestore::store::{Image, Kind};
+use hutch_imagestore::import::{self, ImportError, Limits, Target};
+use hutch_imagestore::store::{Format, Image, Kind};
 use hutch_vmm::config::Rate;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
@@ -290,6 +293,20 @@ pub trait Host: Send + Sync {
     /// [`HostError::NoRoom`]; it cannot be read. [`HostError::Key`]: also where it is encrypted, and no key is given.
     fn copy_snapshot(&self, id: &str, content: &Content, key: Option<&str>) -> Result<()>;
 
+    /// Keeps the disk that a file of any known format holds as a snapshot; tells the disk's size in bytes. A process without
+    /// rights reads it. `go_on` is told bytes done and in all, again and again, and says whether to go on.
+    ///
+    /// # Errors
+    /// [`HostError::NoRoom`]; [`HostError::Busy`]: it was not to go on; [`HostError::Failed`]: the file is bad, in words for
+    /// whoever it belongs to. There is no snapshot then.
+    fn import_snapshot(
+        &self,
+        id: &str,
+        file: &File,
+        format: Option<Format>,
+        go_on: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<u64>;
+
     /// Removes a snapshot, if it is there. Volumes made of it stay whole.
     ///
     /// # Errors
@@ -424,4 +441,30 @@ fn no_boot_file(id: &str) -> HostError {
         "{kind} {id}: it was removed from the images; import it again under its name (hutch image import --{kind}), or give \
          the instance another (ModifyInstanceAttribute)"
     ))
+}
+
+/// An error with its causes.
+fn told(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(cause) => format!("{error}: {}", told(cause)),
+        None => error.to_string(),
+    }
+}
+
+/// Makes a raw disk of an image file, in `to`, which is empty; tells its size.
+fn convert(
+    importer: &Path,
+    file: &File,
+    to: &Target<'_>,
+    format: Option<Format>,
+    go_on: &mut dyn FnMut(u64, u64) -> bool,
+) -> Result<u64> {
+    let made = import::format_of(file, format).and_then(|format| {
+        import::convert(file, to, format, &Limits::default(), Command::new(importer), go_on)
+    });
+    made.map(|(size, _)| size).map_err(|error| match &error {
+        ImportError::Full(_) => HostError::NoRoom(error.to_string()),
+        ImportError::Stopped => HostError::Busy(error.to_string()),
+        _ => HostError::Failed(told(&error)),
+    })
 }

@@ -4,12 +4,14 @@
 //! `snapshots/ID` say what is kept.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use hutch_imagestore::store::Store;
+use hutch_imagestore::import;
+use hutch_imagestore::store::{Format, Store};
 use hutch_netfw::VPC;
 use hutch_netfw::name::GroupId;
 use hutch_vmm::config::Rate;
@@ -69,13 +71,14 @@ pub struct Simulated {
     /// What other hosts of this kind know, too.
     machine: Option<Arc<OneMachine>>,
     images: Option<Store>,
+    importer: Option<PathBuf>,
 }
 
 impl Simulated {
     /// A host that is gone with the process.
     pub fn memory(delay: Duration) -> Simulated {
         let (state, changed) = Default::default();
-        Simulated { dir: None, state, changed, delay, machine: None, images: None }
+        Simulated { dir: None, state, changed, delay, machine: None, images: None, importer: None }
     }
 
     /// Has it say of networks what hosts say that are one machine.
@@ -88,6 +91,12 @@ impl Simulated {
     #[must_use]
     pub fn with_images(self, images: Store) -> Simulated {
         Simulated { images: Some(images), ..self }
+    }
+
+    /// Has it read disks that are imported by this program, a `hutch-import-worker`: of them it keeps the size.
+    #[must_use]
+    pub fn with_importer(self, importer: PathBuf) -> Simulated {
+        Simulated { importer: Some(importer), ..self }
     }
 
     /// A host whose machines, volumes and snapshots are kept in `dir`. Starting and stopping take `delay`.
@@ -103,7 +112,8 @@ impl Simulated {
             events: 1,
         };
         let (dir, state) = (Some(dir), Mutex::new(state));
-        Ok(Simulated { dir, state, changed: Condvar::new(), delay, machine: None, images: None })
+        let changed = Condvar::new();
+        Ok(Simulated { dir, state, changed, delay, machine: None, images: None, importer: None })
     }
 
     /// Ends a machine as its guest, or a mishap, would.
@@ -339,6 +349,28 @@ impl Host for Simulated {
         self.keep("snapshots", id, Some(bytes))?;
         self.lock().snapshots.insert(id.into(), *bytes);
         Ok(())
+    }
+
+    fn import_snapshot(
+        &self,
+        id: &str,
+        file: &File,
+        format: Option<Format>,
+        go_on: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<u64> {
+        if let Some(bytes) = self.lock().snapshots.get(id) {
+            return Ok(*bytes);
+        }
+        let missing = || HostError::Missing("program that reads disks".into());
+        let importer = self.importer.as_ref().ok_or_else(missing)?;
+        let failed = |e: std::io::Error| HostError::Failed(format!("cannot make a file for a while: {e}"));
+        let disk = rustix::fs::memfd_create("import", rustix::fs::MemfdFlags::CLOEXEC);
+        let disk = File::from(disk.map_err(|e| failed(e.into()))?);
+        let to = import::Target { disk: &disk, directory: std::path::Path::new("memory") };
+        let bytes = super::convert(importer, file, &to, format, go_on)?;
+        self.keep("snapshots", id, Some(&bytes))?;
+        self.lock().snapshots.insert(id.into(), bytes);
+        Ok(bytes)
     }
 
     fn delete_snapshot(&self, id: &str) -> Result<()> {

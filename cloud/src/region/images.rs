@@ -13,7 +13,7 @@ use super::snapshots::{self, begun};
 use super::{DeviceAsk, Encryption, Region, Work, now, recall, remember, tags};
 
 /// The root's device name of images made here.
-const ROOT: &str = "/dev/xvda";
+pub(super) const ROOT: &str = "/dev/xvda";
 const GIB: u64 = 1 << 30;
 
 /// What CreateImage asks for.

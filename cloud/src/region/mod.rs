@@ -9,6 +9,7 @@
 //! |---|---|
 //! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
 //! | launch_templates.rs | requests to launch, kept |
+//! | imports.rs | disks of other machines that become snapshots and images |
 //! | kernels.rs | kernels and RAM disks: those of the host, and which of them instances boot |
 //! | images.rs, snapshots.rs, volumes.rs, attachments.rs, keys.rs | images; snapshots; volumes, and who has them; key pairs |
 //! | encryption.rs | which volumes and snapshots are encrypted, and by which key |
@@ -27,6 +28,7 @@ mod encryption;
 mod firewall;
 mod groups;
 mod images;
+mod imports;
 mod instances;
 mod interfaces;
 mod kernels;
@@ -65,6 +67,7 @@ pub use addresses::{Allocation, Target, Which};
 pub use encryption::Encryption;
 pub use groups::RuleAsk;
 pub use images::{ImageCopy, NewImage, Registration};
+pub use imports::{DiskAsk, DiskFrom, NewImport};
 pub use instances::{Attribute, Change};
 pub use interfaces::{InterfaceAttribute, NewInterface};
 pub use keys::{Algorithm, NewKey};
@@ -95,6 +98,8 @@ pub struct Settings {
     pub owner: String,
     /// Start instances again that ran when the host went down.
     pub resume: bool,
+    /// The directory below which files may be imported by a URL: a whole path.
+    pub import_dir: Option<std::path::PathBuf>,
 }
 
 /// One region.
@@ -111,13 +116,15 @@ pub struct Region {
     turn: RwLock<()>,
     /// What the host has been told of security groups.
     firewall: firewall::Firewall,
+    /// The imports that are under way here.
+    imports: imports::Imports,
 }
 
 impl Region {
     /// A region on its store and its host.
     pub fn new(settings: Settings, store: Arc<dyn Store>, host: Arc<dyn Host>) -> Region {
-        let (hints, neighbours, turn, firewall) = Default::default();
-        Region { settings, store, host, hints, neighbours, turn, firewall }
+        let (hints, neighbours, turn, firewall, imports) = Default::default();
+        Region { settings, store, host, hints, neighbours, turn, firewall, imports }
     }
 
     /// The host of the region of this name.

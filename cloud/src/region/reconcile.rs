@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use crate::fault::{Fault, Result};
 use crate::host::{self, End, HostError, Machine};
 use crate::model::{
-    Group, Image, Instance, InstanceState, Interface, Reason, Record, Snapshot, Subnet, Volume, VolumeState,
+    Group, Image, ImportTask, Instance, InstanceState, Interface, Reason, Record, Snapshot, Subnet, Volume,
+    VolumeState,
 };
 use crate::store::StoreError;
 
@@ -102,6 +103,7 @@ impl Reconciler {
             more: Condvar::new(),
             stop: AtomicBool::new(false),
         });
+        shared.region.imports.end(false);
         let seen = shared.region.store.revision()?;
         shared.push_all()?;
         let mut reconciler = Reconciler { shared, threads: Vec::new() };
@@ -146,6 +148,7 @@ impl Reconciler {
 impl Drop for Reconciler {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.region.imports.end(true);
         self.shared.more.notify_all();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
@@ -187,6 +190,9 @@ impl Shared {
         }
         for image in self.region.all::<Image>()? {
             self.push(work::key::<Image>(&image.id));
+        }
+        for task in self.region.all::<ImportTask>()? {
+            self.push(work::key::<ImportTask>(&task.id));
         }
         Ok(())
     }
@@ -240,9 +246,10 @@ impl Shared {
         let mut members = false;
         for key in keys {
             match key.split_once('/') {
-                Some((Instance::KIND | Volume::KIND | Snapshot::KIND | Image::KIND, _)) => {
-                    self.push(key.to_owned())
-                }
+                Some((
+                    Instance::KIND | Volume::KIND | Snapshot::KIND | Image::KIND | ImportTask::KIND,
+                    _,
+                )) => self.push(key.to_owned()),
                 // Once for the host, however many machines it means.
                 Some((Group::KIND, _)) => self.push(FIREWALL.to_owned()),
                 Some((Interface::KIND, id)) => {
@@ -348,6 +355,7 @@ impl Region {
             Some((Volume::KIND, id)) => self.step_volume(id),
             Some((Snapshot::KIND, id)) => self.step_snapshot(id),
             Some((Image::KIND, id)) => self.step_image(id),
+            Some((ImportTask::KIND, id)) => self.step_import(id),
             _ if key == FIREWALL => self.tell_firewall().map(|()| None),
             _ => Ok(None),
         }

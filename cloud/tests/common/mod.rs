@@ -31,6 +31,7 @@ pub fn settings() -> Settings {
         addresses: Pool::default(),
         owner: ACCOUNT.into(),
         resume: false,
+        import_dir: None,
     }
 }
 

@@ -62,6 +62,8 @@ pub trait Served: Send {
 pub struct Means {
     /// The program `hutch-vmm`.
     pub vmm: PathBuf,
+    /// The program `hutch-import-worker`.
+    pub importer: PathBuf,
     /// Where networks are recorded, for this network namespace.
     pub networks: PathBuf,
     /// The region's name: other regions of this machine tell of security groups of their own.

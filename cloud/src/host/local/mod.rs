@@ -29,7 +29,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use hutch_imagestore::store::Store;
+use hutch_imagestore::store::{Format, Store};
 use hutch_vmm::config::Rate;
 
 use crate::backup::Captured;
@@ -389,6 +389,17 @@ impl Host for Local {
 
     fn copy_snapshot(&self, id: &str, content: &Content, key: Option<&str>) -> Result<()> {
         self.shared.volumes.copy_snapshot(id, content, key)
+    }
+
+    fn import_snapshot(
+        &self,
+        id: &str,
+        file: &fs::File,
+        format: Option<Format>,
+        go_on: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<u64> {
+        let importer = &self.shared.means.importer;
+        self.shared.volumes.import_snapshot(id, |to| super::convert(importer, file, to, format, go_on))
     }
 
     fn delete_snapshot(&self, id: &str) -> Result<()> {

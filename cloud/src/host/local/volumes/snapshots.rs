@@ -11,6 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use hutch_blockdev::{DiskErrorKind, Format, SECTOR, open_layers};
+use hutch_imagestore::import::Target;
 use serde::{Deserialize, Serialize};
 
 use super::super::super::{Content, HostError, Layer, Result, Source};
@@ -239,6 +240,33 @@ impl Volumes {
         drop(chains);
         self.keep(id, Kept { size, layers: names })?;
         Ok(true)
+    }
+
+    /// See [`Host::import_snapshot`](super::super::super::Host::import_snapshot). `fill` makes the raw disk.
+    ///
+    /// # Errors
+    /// Those of `fill`; [`HostError::NoRoom`].
+    pub fn import_snapshot(&self, id: &str, fill: impl FnOnce(&Target<'_>) -> Result<u64>) -> Result<u64> {
+        if path(&self.snapshots, id, "json")?.exists() {
+            // Whoever gave it the name may have been killed before the name was durable.
+            sync_dir(&self.snapshots)?;
+            return Ok(self.snapshot(id)?.size);
+        }
+        let name = format!("{id}.raw");
+        // Before it is there: what no chain has is removed.
+        self.chains().snapshots.insert(id.to_owned(), vec![name.clone()]);
+        let mut size = 0;
+        let made = write(&self.layers.join(&name), |disk| {
+            size = fill(&Target { disk, directory: &self.layers })?;
+            Ok(())
+        });
+        match made.and_then(|()| self.keep(id, Kept { size, layers: vec![name] })) {
+            Ok(()) => Ok(size),
+            Err(error) => {
+                self.delete_snapshot(id)?;
+                Err(error)
+            }
+        }
     }
 
     fn copy_layers(&self, id: &str, size: u64, layers: &[Layer], key: Option<&str>) -> Result<()> {
