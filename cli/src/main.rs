@@ -34,7 +34,7 @@ mod vmm;
 use std::process::ExitCode;
 
 use cloud::instances::{self, Verb};
-use cloud::{backup, events, firewall, reach, top};
+use cloud::{backup, events, firewall, reach, top, usage};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use nix::errno::Errno;
@@ -71,10 +71,12 @@ enum Command {
     Events(events::Args),
     /// Show what instances use: processor, memory, disks, network.
     Top(top::Args),
+    /// Show what room volumes and snapshots take, and what would be free without each.
+    Usage(usage::Args),
     /// Copy all that hutchd keeps, while machines run.
     ///
-    /// hutchd makes the backup, as the administrator: each guest is held, its disks flushed, while those are cloned (where the
-    /// file system can) or copied. It is whole when it has a manifest.json. Ctrl-C ends only this command.
+    /// hutchd makes the backup, as the administrator: each guest's volumes as they are at one instant, cloned (where the file
+    /// system can) or copied while it goes on. It is whole when it has a manifest.json. Ctrl-C ends only this command.
     Backup(backup::Backup),
     /// Make a state of a backup.
     ///
@@ -120,6 +122,7 @@ fn main() -> ExitCode {
         Command::Logs(args) => instances::logs(&args),
         Command::Events(args) => events::run(&args),
         Command::Top(args) => top::run(&args),
+        Command::Usage(args) => usage::run(&args),
         Command::Backup(args) => backup::backup(&args),
         Command::Restore(args) => backup::restore(&args),
         Command::Fw(command) => firewall::run(&command),

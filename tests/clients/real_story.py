@@ -438,6 +438,10 @@ class Story(unittest.TestCase):
             self.assertEqual(done(), "completed")
             say(f"snapshot {turn} after {acked}, in {time.monotonic() - began:.2f} s")
             taken.append((snapshot, acked))
+        usage = {row["id"]: row for row in json.loads(self.hutch("usage", "-o", "json"))}
+        say(f"usage: {usage}")
+        self.assertGreater(usage[data]["alone"], 0)
+        self.assertEqual([usage[snapshot]["alone"] for snapshot, _ in taken], [0] * 4, "the volume has all they have")
         # The first two go while the guest writes; what the others need of them stays.
         for snapshot, _ in taken[:2]:
             ec2.delete_snapshot(SnapshotId=snapshot)

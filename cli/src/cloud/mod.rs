@@ -18,6 +18,7 @@ pub mod images;
 pub mod instances;
 pub mod reach;
 pub mod top;
+pub mod usage;
 
 use anyhow::bail;
 use serde::Serialize;

@@ -128,7 +128,7 @@ impl Row {
 }
 
 /// Bytes as people read them.
-fn human(bytes: u64) -> String {
+pub fn human(bytes: u64) -> String {
     let mut value = bytes as f64;
     let mut units = ["B", "KiB", "MiB", "GiB", "TiB"].into_iter().peekable();
     while value >= 1024.0 && units.len() > 1 {

@@ -4,6 +4,7 @@
 //! ```text
 //!   CreateBackup Path=DIR ─► backupId       by the administrator's account; one at a time
 //!   DescribeBackup BackupId=… ─► state running | done | failed, bytes, what came of it
+//!   GetUsage ─► what room each volume and snapshot of the account takes
 //!   GetFigures ─► what each running instance of the account has used and moved since it started
 //! ```
 
@@ -16,12 +17,13 @@ use hutch_api::ec2::Regions;
 use hutch_api::node;
 use hutch_api::query::{Call, Fault, Node};
 use hutch_cloud::backup::{self, Manifest, Progress};
-use hutch_cloud::model::{Instance, InstanceState};
+use hutch_cloud::model::{Instance, InstanceState, Snapshot, Tags, Volume};
+use hutch_cloud::region::Region;
 
 /// The name of the service in a credential's scope.
 pub const SERVICE: &str = "hutch";
 /// What it does.
-pub const ACTIONS: [&str; 3] = ["CreateBackup", "DescribeBackup", "GetFigures"];
+pub const ACTIONS: [&str; 4] = ["CreateBackup", "DescribeBackup", "GetFigures", "GetUsage"];
 
 /// The backup that is made, or was last.
 struct Job {
@@ -61,6 +63,7 @@ impl Owner {
     pub fn serve(&self, regions: &Regions, call: &Call) -> Result<Node, Fault> {
         match call.action.as_str() {
             "GetFigures" => self.figures(regions, call),
+            "GetUsage" => usage(region(regions, call)?, &call.identity.account),
             "CreateBackup" | "DescribeBackup" if call.identity.account != self.account => {
                 let why =
                     "Backups are made by the administrator's access key, which is in keys.json of the state";
@@ -149,8 +152,7 @@ impl Owner {
     }
 
     fn figures(&self, regions: &Regions, call: &Call) -> Result<Node, Fault> {
-        let missing = || Fault::new("AuthFailure", format!("There is no region {}", call.region));
-        let region = regions.get(&call.region).ok_or_else(missing)?;
+        let region = region(regions, call)?;
         let mut items = Vec::new();
         for instance in region.all::<Instance>()? {
             if instance.account != call.identity.account || instance.state != InstanceState::Running {
@@ -184,4 +186,34 @@ impl Owner {
             tracing::warn!("a backup ended badly");
         }
     }
+}
+
+fn region<'a>(regions: &'a Regions, call: &Call) -> Result<&'a Region, Fault> {
+    let missing = || Fault::new("AuthFailure", format!("There is no region {}", call.region));
+    regions.get(&call.region).map(|region| &**region).ok_or_else(missing)
+}
+
+fn usage(region: &Region, account: &str) -> Result<Node, Fault> {
+    let Some(usage) = region.host().usage().map_err(Fault::internal)? else {
+        return Ok(node! { "roomSet": Node::List(Vec::new()) });
+    };
+    let mut items = Vec::new();
+    let mut tell = |id: &str, gib: u64, tags: &Tags| {
+        let Some(room) = usage.of.get(id) else { return };
+        items.push(node! {
+            "resourceId": id,
+            "name": tags.get("Name"),
+            "sizeGiB": gib,
+            "layers": room.layers as u64,
+            "aloneBytes": room.alone,
+            "sharedBytes": room.shared,
+        });
+    };
+    for volume in region.all::<Volume>()?.iter().filter(|volume| volume.account == account) {
+        tell(&volume.id, volume.gib, &volume.tags);
+    }
+    for snapshot in region.all::<Snapshot>()?.iter().filter(|snapshot| snapshot.account == account) {
+        tell(&snapshot.id, snapshot.gib, &snapshot.tags);
+    }
+    Ok(node! { "usedBytes": usage.used, "freeBytes": usage.free, "roomSet": Node::List(items) })
 }

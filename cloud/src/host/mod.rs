@@ -204,6 +204,28 @@ pub struct Figures {
     pub net_sent: u64,
 }
 
+/// The room of a host's disks, in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// What all layers take together.
+    pub used: u64,
+    /// What their file system has left.
+    pub free: u64,
+    /// What each volume and snapshot takes, by its id.
+    pub of: BTreeMap<String, Room>,
+}
+
+/// The room of a volume or a snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Room {
+    /// Layers that it is made of.
+    pub layers: usize,
+    /// Bytes of those that nobody else has: without it they are free.
+    pub alone: u64,
+    /// Bytes of those that others have too.
+    pub shared: u64,
+}
+
 /// Why a host did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
@@ -414,6 +436,14 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// It does not answer.
     fn figures(&self, _id: &str) -> Result<Option<Figures>> {
+        Ok(None)
+    }
+
+    /// What room volumes and snapshots take; `None` when they take none.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    fn usage(&self) -> Result<Option<Usage>> {
         Ok(None)
     }
 

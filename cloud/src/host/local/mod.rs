@@ -37,7 +37,7 @@ use crate::keyring::Keyring;
 
 use super::{
     BootFile, Content, End, Figures, Group, Host, HostError, Machine, Network, Result, Source, Status,
-    Template,
+    Template, Usage,
 };
 use machine::{ANSWER, Dir, FLUSH, Kept, Live, Phase, end_of};
 use volumes::{Running, Volumes, failed};
@@ -610,6 +610,10 @@ impl Host for Local {
         let [disk_read, disk_written, net_received, net_sent] =
             slot.dir.moved(TICK).map_err(|e| failed(&e))?;
         Ok(Some(Figures { cpu_us, memory_bytes, disk_read, disk_written, net_received, net_sent }))
+    }
+
+    fn usage(&self) -> Result<Option<Usage>> {
+        self.shared.volumes.usage().map(Some)
     }
 
     fn capture(&self) -> Result<Box<dyn Captured>> {

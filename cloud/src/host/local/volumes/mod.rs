@@ -19,10 +19,10 @@ mod migrate;
 mod snapshots;
 mod tidy;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -32,7 +32,7 @@ use hutch_imagestore::store::{Image, Kind, Store, StoreError};
 use hutch_vmm::config::Rate;
 use serde::{Deserialize, Serialize};
 
-use super::super::{HostError, Result, Source, Template};
+use super::super::{HostError, Result, Room, Source, Template, Usage};
 use crate::keyring::Keyring;
 use chains::{Chain, Chains};
 pub use files::{cannot_link, chain, failed, files, has_extension, remove, sync_dir, write};
@@ -202,6 +202,43 @@ impl Volumes {
     /// All volumes.
     pub fn ids(&self) -> Vec<String> {
         self.chains().volumes.keys().cloned().collect()
+    }
+
+    /// What room volumes and snapshots take.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn usage(&self) -> Result<Usage> {
+        let chains = self.chains();
+        let mut usage = Usage::default();
+        let mut layers = BTreeMap::new();
+        let all = || chains.volumes.iter().chain(&chains.snapshots);
+        for (_, chain) in all() {
+            for layer in chain {
+                layers.entry(layer).or_insert((0, 0)).1 += 1;
+            }
+        }
+        for (layer, (bytes, _)) in &mut layers {
+            let path = self.layers.join(layer);
+            match path.metadata() {
+                Ok(about) => *bytes = about.blocks() * 512,
+                // It is being made.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(failed(&path, e)),
+            }
+            usage.used += *bytes;
+        }
+        for (id, chain) in all() {
+            let mut room = Room { layers: chain.len(), ..Room::default() };
+            for (bytes, users) in chain.iter().filter_map(|layer| layers.get(layer)) {
+                let part = if *users == 1 { &mut room.alone } else { &mut room.shared };
+                *part += bytes;
+            }
+            usage.of.insert(id.clone(), room);
+        }
+        let about = rustix::fs::statvfs(&self.layers).map_err(|e| failed(&self.layers, e.into()))?;
+        usage.free = about.f_bavail.saturating_mul(about.f_frsize);
+        Ok(usage)
     }
 
     /// Where volumes are.

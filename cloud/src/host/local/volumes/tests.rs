@@ -209,6 +209,12 @@ fn a_snapshot_of_a_machine_that_goes_on_takes_no_room_but_what_changed() {
     volumes.create_snapshots(&[("snap-c", "vol-a")], &users(&machine)).unwrap();
     let more = room(&home) - had;
     assert!((MIB..3 * MIB).contains(&more), "{more} bytes for 1 MiB and one sector, and three empty layers");
+    let usage = volumes.usage().unwrap();
+    assert_eq!(usage.used, room(&home));
+    let [a, c, own] = ["snap-a", "snap-c", "vol-a"].map(|id| usage.of[id]);
+    assert_eq!((a.layers, c.layers, own.layers), (2, 4, 5));
+    // Others have all of what a snapshot has; the top layer is the volume's own.
+    assert!(a.alone == 0 && a.shared > 16 * MIB && (1..MIB).contains(&own.alone), "{usage:?}");
     for (snapshot, holds) in [("snap-a", "before"), ("snap-b", "after")] {
         assert_eq!(of_snapshot(&volumes, snapshot), holds);
     }
