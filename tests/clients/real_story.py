@@ -49,6 +49,8 @@ done 2>/dev/null) &
   read n <$d/size; [ "$n" = 6291456 ] || continue
   d=/dev/${d##*/}; n=$(dd if=$d bs=512 count=1 | tr -d '\0'); echo "kept: ${n:-none};"
   while n=$((n + 1)); do
+    # Elsewhere each time, so that the host has to find room.
+    dd if=/dev/zero of=$d bs=64k count=1 seek=$((n % 40000 + 1)) oflag=direct conv=notrunc
     (echo $n; cat /dev/zero) | dd of=$d bs=4096 count=1 iflag=fullblock oflag=direct conv=notrunc,fsync && echo "acked: $n;"
   done
 done 2>/dev/null) &
@@ -475,6 +477,46 @@ class Story(unittest.TestCase):
         for snapshot, _ in taken[2:]:
             ec2.delete_snapshot(SnapshotId=snapshot)
         self.eventually(lambda: layers() == ["total 0", ""], "all of it is given back")
+
+    def test_a_guest_waits_while_the_host_is_full(self):
+        # hutchd on a file system of its own, which is small.
+        first, cloud = self.cloud.state, self.cloud
+        cloud.end("TERM")
+        cloud.state = f"{first}.small"
+        host("mkdir", cloud.state)
+        host("mount", "-t", "tmpfs", "-o", "size=200m", "none", cloud.state)
+        try:
+            cloud.image()
+            cloud.start()
+            image = self.ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+            mapping = {"DeviceName": "/dev/sdf", "Ebs": {"DeleteOnTermination": True, "VolumeSize": 3}}
+            made = self.ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="t3.nano", BlockDeviceMappings=[mapping])
+            one = made["Instances"][0]["InstanceId"]
+            self.becomes(one, "running")
+            self.prints(one, "acked: 3;")
+            data = self.instance(one)["BlockDeviceMappings"][1]["Ebs"]["VolumeId"]
+            status = lambda: self.ec2.describe_volume_status(VolumeIds=[data])["VolumeStatuses"][0]
+            self.assertEqual((status()["VolumeStatus"]["Status"], status()["Events"]), ("ok", []))
+            host("sh", "-c", f"cat /dev/zero >{cloud.state}/full", check=False)
+            self.eventually(lambda: status()["VolumeStatus"]["Status"] == "impaired", "the volume waits")
+            self.assertEqual(status()["Events"][0]["EventType"], "io-performance:stalled")
+            self.assertEqual(self.instance(one)["State"]["Name"], "running")
+            acked = lambda: int(re.findall(r"acked: (\d+);", self.console(one))[-1])
+            stood = acked()
+            say(f"the host is full, and the guest waits after {stood}")
+            time.sleep(3)
+            self.assertEqual(acked(), stood)
+            host("rm", f"{cloud.state}/full")
+            self.eventually(lambda: acked() > stood + 3, "it goes on")
+            self.eventually(lambda: status()["VolumeStatus"]["Status"] == "ok", "the volume waits no more")
+            self.ec2.terminate_instances(InstanceIds=[one])
+            self.becomes(one, "terminated")
+        finally:
+            cloud.end("TERM")
+            host("umount", cloud.state, check=False)
+            host("rmdir", cloud.state, check=False)
+            cloud.state = first
+            cloud.start()
 
     def test_an_instance_lives_through_all_its_states(self):
         ec2, cloud = self.ec2, self.cloud

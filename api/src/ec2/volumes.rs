@@ -181,16 +181,25 @@ fn describe(c: &Context<'_>) -> Answer {
 
 fn status(c: &Context<'_>) -> Answer {
     let ids = c.ids("VolumeId");
+    let stalled = c.region.host().stalled();
     let told = own(c, &ids)?.into_iter().map(|v| {
-        let status = if v.state == VolumeState::Error { "impaired" } else { "ok" };
+        let waits = stalled.contains(&v.id);
+        let status = if v.state == VolumeState::Error || waits { "impaired" } else { "ok" };
         let details = Node::list(["io-enabled", "io-performance"], |name| {
-            node! { "name": name, "status": if name == "io-enabled" { "passed" } else { "not-applicable" } }
+            let performance = if waits { "stalled" } else { "not-applicable" };
+            node! { "name": name, "status": if name == "io-enabled" { "passed" } else { performance } }
         });
+        let event = node! {
+            "eventId": format!("evt-{}", v.id.trim_start_matches("vol-")),
+            "eventType": "io-performance:stalled",
+            "description": "The host's disk is full: the guest's writes wait, and go on when there is room",
+            "instanceId": v.instance.as_deref(),
+        };
         let node = node! {
             "volumeId": &v.id,
             "availabilityZone": &v.zone,
             "volumeStatus": node! { "status": status, "details": details },
-            "eventsSet": Node::List(vec![]),
+            "eventsSet": Node::List(waits.then_some(event).into_iter().collect()),
             "actionsSet": Node::List(vec![]),
         };
         (v.id, node)

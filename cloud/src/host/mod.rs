@@ -8,7 +8,7 @@
 pub mod local;
 mod simulated;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -437,6 +437,11 @@ pub trait Host: Send + Sync {
     /// It does not answer.
     fn figures(&self, _id: &str) -> Result<Option<Figures>> {
         Ok(None)
+    }
+
+    /// Volumes whose guests' writes wait because the host's disk is full, as seen within the last seconds.
+    fn stalled(&self) -> BTreeSet<String> {
+        BTreeSet::new()
     }
 
     /// What room volumes and snapshots take; `None` when they take none.

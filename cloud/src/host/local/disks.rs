@@ -3,6 +3,7 @@
 //! The machine's record names a volume before its process has it, and until its process has it no more: whoever comes after a
 //! crash finds in it each volume that may be open.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::machine::{ANSWER, Dir, FLUSH, Kept};
 use super::volumes::{Running, User, chain, serial};
-use super::{Held, Local, Shared, Slot, TICK, lock};
+use super::{Held, LOOK, Local, Shared, Slot, TICK, lock};
 use crate::host::{HostError, Result};
 
 impl Running for Dir {
@@ -147,6 +148,41 @@ impl Local {
         record(&slot, |volumes| volumes.retain(|have| have != volume))?;
         tracing::info!(instance = id, volume, "detached");
         Ok(true)
+    }
+}
+
+impl Slot {
+    /// Asks the machine, now and then, whether writes of its guest wait for room, and says so when that changes.
+    pub(super) fn look(&self) {
+        let volumes = {
+            let mut state = self.state();
+            let now = Instant::now();
+            if state.looked.is_some_and(|looked| now.duration_since(looked) < LOOK) {
+                return;
+            }
+            state.looked = Some(now);
+            match state.running() {
+                Some((kept, _)) => kept.machine.volumes.clone(),
+                None => return,
+            }
+        };
+        // One that does not answer is as it was: it may be that it waits itself.
+        let Ok(status) = self.dir.ask("status", TICK) else { return };
+        let disks = status.get("disks").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let waits = |volume: &&String| {
+            let serial = json!(serial(volume));
+            let of = disks.iter().find(|disk| disk.get("serial") == Some(&serial));
+            of.is_some_and(|disk| disk.get("no_space") == Some(&Value::Bool(true)))
+        };
+        let stalled: BTreeSet<String> = volumes.iter().filter(waits).cloned().collect();
+        let mut state = self.state();
+        for volume in stalled.difference(&state.stalled) {
+            tracing::error!(volume, "the host's disk is full: its guest's writes wait until there is room");
+        }
+        for volume in state.stalled.difference(&stalled) {
+            tracing::info!(volume, "there is room: its guest's writes go on");
+        }
+        state.stalled = stalled;
     }
 }
 

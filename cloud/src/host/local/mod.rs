@@ -20,7 +20,7 @@ mod process;
 mod together;
 mod volumes;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -47,6 +47,8 @@ pub use together::Together;
 
 /// How long a guest that was asked to reboot may take to end by itself; EC2 says a few minutes.
 const REBOOT: Duration = Duration::from_secs(120);
+/// How often a machine is asked whether its guest waits for room.
+const LOOK: Duration = Duration::from_secs(5);
 /// How often a watching thread looks whether it is to leave.
 const TICK: Duration = Duration::from_millis(500);
 /// What is kept of a console for its readers.
@@ -78,6 +80,7 @@ struct Slot {
     state: Mutex<State>,
 }
 
+#[derive(Default)]
 struct State {
     kept: Option<Kept>,
     live: Option<Live>,
@@ -85,6 +88,10 @@ struct State {
     stopping: bool,
     /// When a reboot that was asked for is done by force.
     reboot_by: Option<Instant>,
+    /// Volumes whose guest's writes wait for room on the host.
+    stalled: BTreeSet<String>,
+    /// When it was last asked for those.
+    looked: Option<Instant>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -93,7 +100,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Slot {
     fn new(dir: PathBuf) -> Slot {
-        let state = State { kept: None, live: None, stopping: false, reboot_by: None };
+        let state = State::default();
         Slot { dir: Dir(dir), work: Mutex::default(), state: Mutex::new(state) }
     }
 
@@ -229,7 +236,10 @@ impl Shared {
                         if late { process.end(Duration::ZERO).map(|()| true) } else { process.wait(TICK) };
                     match ended {
                         Ok(true) => {}
-                        Ok(false) => continue,
+                        Ok(false) => {
+                            slot.look();
+                            continue;
+                        }
                         Err(error) => {
                             tracing::warn!(machine = %slot.dir.0.display(), %error, "its process cannot be watched");
                             std::thread::sleep(TICK);
@@ -451,8 +461,7 @@ impl Host for Local {
         let mut kept = Kept::new(machine.clone());
         match machine::launch(&mut kept, &slot.dir, &shared.volumes, &shared.means) {
             Ok(live) => {
-                *slot.state() =
-                    State { kept: Some(kept), live: Some(live), stopping: false, reboot_by: None };
+                *slot.state() = State { kept: Some(kept), live: Some(live), ..State::default() };
                 drop(work);
                 shared.clone().watch(slot)
             }
@@ -610,6 +619,10 @@ impl Host for Local {
         let [disk_read, disk_written, net_received, net_sent] =
             slot.dir.moved(TICK).map_err(|e| failed(&e))?;
         Ok(Some(Figures { cpu_us, memory_bytes, disk_read, disk_written, net_received, net_sent }))
+    }
+
+    fn stalled(&self) -> BTreeSet<String> {
+        self.slots().into_iter().flat_map(|slot| slot.state().stalled.clone()).collect()
     }
 
     fn usage(&self) -> Result<Option<Usage>> {
