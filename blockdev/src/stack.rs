@@ -150,7 +150,7 @@ fn unsealed(state: &State) -> Result<()> {
 /// it than requests take that are under way.
 ///
 /// # Errors
-/// `Busy` while the last cut of one is not sealed; `Format`, `Key`, `Io` of a new layer. Nothing changed then.
+/// `Busy` while the last cut of one is not sealed, `Failed` where it is in doubt; `Format`, `Key`, `Io` of a new layer. Nothing changed then.
 pub fn cut(cuts: Vec<(&Stack, Arc<dyn Store>)>) -> Result<()> {
     // Two at once could wait for each other.
     static ONE: Mutex<()> = Mutex::new(());
@@ -159,6 +159,7 @@ pub fn cut(cuts: Vec<(&Stack, Arc<dyn Store>)>) -> Result<()> {
     for (stack, store) in &cuts {
         let state = stack.state();
         unsealed(&state)?;
+        state.top.usable()?;
         let key = state.key.as_ref();
         // Whoever made it may not know yet how large the disk has become.
         let top = Qcow2Disk::with_key(store.clone(), None, key, false)?;

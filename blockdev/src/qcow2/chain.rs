@@ -31,8 +31,8 @@ pub struct Sealed {
     payload: Payload,
     header: Header,
     l1: Vec<u64>,
-    /// Where the file ended when it was opened.
-    end: u64,
+    /// Where the file ended when it was last looked at: what is merged into it makes it longer, before any entry says so.
+    end: AtomicU64,
 }
 
 impl Sealed {
@@ -62,7 +62,7 @@ impl Sealed {
             && l1.len() >= tables
             && l1.iter().take(tables).all(|offset| *offset != 0);
         let end = store.size().map_err(|e| DiskError::io("find the image's size", e))?;
-        Ok(ours.then_some(Sealed { store, payload, header, l1, end }))
+        Ok(ours.then_some(Sealed { store, payload, header, l1, end: end.into() }))
     }
 
     /// Its size in bytes, as a guest would see it.
@@ -229,6 +229,15 @@ impl Chain {
 }
 
 impl Sealed {
+    fn end(&self) -> u64 {
+        self.end.load(Relaxed)
+    }
+
+    fn find_end(&self) -> u64 {
+        let end = self.store.size().unwrap_or(0);
+        self.end.fetch_max(end, Relaxed).max(end)
+    }
+
     /// What an entry of cluster `index` says.
     fn place(&self, depth: usize, index: u64, entry: u64) -> Place {
         let offset = entry & OFFSET;
@@ -239,7 +248,7 @@ impl Sealed {
         match offset {
             _ if entry & ZERO != 0 => Place::Zero,
             0 => Place::Bottom,
-            offset if offset >= self.end => Place::Wrong,
+            offset if offset >= self.end() && offset >= self.find_end() => Place::Wrong,
             offset if index * CLUSTER < self.size() => Place::Data(depth, offset),
             _ => Place::Bottom,
         }

@@ -5,8 +5,8 @@ use super::layout::{CLUSTER, CLUSTER_BITS};
 use super::{Mapping, Qcow2Disk};
 use crate::{Disk, DiskError, Result};
 
-/// How much is looked for at a time.
-const REACH: u64 = 1 << 30;
+/// How much is done before somebody may end it.
+const REACH: u64 = 16 << 20;
 
 /// What a layer says of a range by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

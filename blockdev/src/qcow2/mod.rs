@@ -159,6 +159,14 @@ impl Qcow2Disk {
         self.base.set(base, self.size())
     }
 
+    /// Whether no error left the disk in doubt.
+    ///
+    /// # Errors
+    /// `Failed`: one did.
+    pub(crate) fn usable(&self) -> Result<()> {
+        self.lock().alive()
+    }
+
     /// The layer as it is on the disk, to be looked through: what was not flushed is not in it. Nobody may write any more.
     ///
     /// # Errors

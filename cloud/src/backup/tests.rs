@@ -209,7 +209,8 @@ fn a_volume_that_goes_meanwhile_is_in_it() {
     captured.copy(&mut target, "host").unwrap();
     let (files, _) = target.seal().unwrap();
     let names: Vec<_> = files.keys().map(String::as_str).collect();
-    assert_eq!(names, ["host/layers/vol-a.1.qcow2", "host/volumes/vol-a.json"]);
+    assert_eq!((names.len(), names[1]), (2, "host/volumes/vol-a.json"));
+    assert!(names[0].starts_with("host/layers/vol-a."), "{names:?}");
 }
 
 #[test]
@@ -217,7 +218,8 @@ fn a_volume_that_somebody_has_is_waited_for() {
     let home = tempfile::tempdir().unwrap();
     let host = local(&home.path().join("state"));
     host.create_volume("vol-a", MIB, &Source::Empty, None).unwrap();
-    let top = home.path().join("state/home-1/host/layers/vol-a.1.qcow2");
+    let layers = fs::read_dir(home.path().join("state/home-1/host/layers")).unwrap();
+    let top = layers.map(|entry| entry.unwrap().path()).next().unwrap();
     let file = File::options().read(true).write(true).open(&top).unwrap();
     hutch_blockdev::store::lock(&file, false).unwrap();
     let begun = Instant::now();

@@ -13,6 +13,7 @@ use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hutch_imagestore::import::{self, ImportError, Limits, Target};
@@ -125,7 +126,7 @@ pub struct Layer {
 }
 
 /// What a template or a snapshot holds, as one host hands it to another.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Content {
     /// Layers, the top one first, whose bytes together never change, and the size of the disk in bytes.
     Layers {
@@ -133,6 +134,8 @@ pub enum Content {
         size: u64,
         /// The top one first.
         layers: Vec<Layer>,
+        /// Who keeps them as they are, where they could change.
+        reading: Option<Arc<local::Reading>>,
     },
     /// So many bytes of nothing: a simulated host's.
     Bytes(u64),

@@ -3,6 +3,7 @@
 //! Files are pinned by one more name each below `pinned/`, so that what is removed meanwhile can be copied all the same.
 //! What a crash leaves of that is removed when the host is opened.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::io;
@@ -10,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::super::{End, Result};
+use super::super::{End, HostError, Result};
 use super::boot;
 use super::machine::{Dir, Kept, Phase};
 use super::volumes::{self, failed, files, has_extension};
@@ -70,13 +71,12 @@ pub fn capture(shared: Arc<Shared>) -> Result<Box<dyn Captured>> {
     for dir in [&volumes, &snapshots, &layers, &keys] {
         fs::create_dir_all(dir).map_err(|e| failed(dir, e))?;
     }
-    // The records first: what they name is there, unless it is being removed.
-    moment.pin(own.directory(), &volumes, "json")?;
-    moment.pin(own.snapshots_directory(), &snapshots, "json")?;
-    moment.pin(own.keys_directory(), &keys, "json")?;
-    for kind in ["qcow2", "raw"] {
-        moment.pin(own.layers_directory(), &layers, kind)?;
-    }
+    own.at_rest(|| {
+        moment.pin(own.directory(), &volumes, "json")?;
+        moment.pin(own.snapshots_directory(), &snapshots, "json")?;
+        moment.pin(own.keys_directory(), &keys, "json")?;
+        ["qcow2", "raw"].iter().try_for_each(|kind| moment.pin(own.layers_directory(), &layers, kind))
+    })?;
     for image in own.images()? {
         let (id, from) = (image.record.id.clone(), image.disk());
         let from = from.parent().unwrap_or(Path::new("/"));
@@ -177,48 +177,90 @@ impl Moment {
         for key in files(&self.pinned.join(KEYS))? {
             target.file(&key, &below(&format!("{dir}/{KEYS}"), &key), true)?;
         }
-        let (mut named, mut left, mut done) = (BTreeSet::new(), BTreeMap::new(), BTreeSet::new());
+        let mut copy =
+            |name: &str, fixed: bool| target.file(&layers.join(name), &format!("{to}/{name}"), fixed);
+        let (mut records, mut named, mut left) = (Vec::new(), BTreeSet::new(), BTreeMap::new());
+        let read = |path: &Path| fs::read(path).map_err(|e| BackupError::from(failed(path, e)));
         for kind in ["snapshots", "volumes"] {
             for record in files(&self.pinned.join(kind))? {
                 let chain = volumes::layers_of(&record)?;
                 // One that was being removed when it was pinned is none.
                 if !chain.iter().all(|layer| layers.join(layer).exists()) {
+                    tracing::info!(record = %record.display(), "it is gone, and not in the backup");
                     continue;
                 }
-                target.file(&record, &below(&format!("{dir}/{kind}"), &record), false)?;
+                let (name, text) = (below(&format!("{dir}/{kind}"), &record), read(&record)?);
                 if kind == "volumes" {
                     let id = record.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-                    left.insert(id, chain.clone());
+                    left.insert(id, (name, text, chain));
+                } else {
+                    records.push((name, text));
+                    named.extend(chain);
                 }
-                named.extend(chain);
             }
         }
-        // The first is written, and the second where its machine has not heard of a cut.
-        let written: BTreeSet<String> =
-            left.values().flat_map(|chain| chain.iter().take(2)).cloned().collect();
-        for layer in named.difference(&written) {
-            target.file(&layers.join(layer), &format!("{to}/{layer}"), true)?;
-        }
+        let mut done = BTreeSet::new();
         while let Some(first) = left.keys().next().cloned() {
             // All volumes of a machine at one moment: they may belong together. From then on that is sealed, and who writes to
             // it goes on while it is copied. One that was deleted since it was pinned is as it was.
             let of_machine =
                 self.shared.users(std::slice::from_ref(&first)).into_iter().flat_map(|(_, volumes)| volumes);
-            let together: BTreeSet<String> = of_machine.chain([first]).collect();
-            let there = together.iter().filter(|id| self.shared.volumes.files(id).is_ok()).cloned();
-            let there: Vec<String> = there.collect();
-            self.shared.at_an_instant(&there, &|users| {
-                self.shared.volumes.cut(&there.iter().map(String::as_str).collect::<Vec<_>>(), users)
-            })?;
-            for chain in together.iter().filter_map(|id| left.remove(id)) {
-                for layer in chain.iter().take(2) {
+            let together: BTreeSet<String> =
+                of_machine.filter(|id| left.contains_key(id)).chain([first]).collect();
+            let now = self.cut(&together)?;
+            for id in together {
+                let Some((name, was, chain)) = left.remove(&id) else { continue };
+                // The first is written where it is restored; the second may be of an older cut.
+                let (text, chain, written) = match now.get(&id) {
+                    Some((text, chain)) => (text.clone(), chain.clone(), 1),
+                    None => (was, chain, 2),
+                };
+                for layer in chain.iter().take(written) {
                     if done.insert(layer.clone()) {
-                        target.file(&layers.join(layer), &format!("{to}/{layer}"), false)?;
+                        copy(layer, false)?;
                     }
                 }
+                named.extend(chain);
+                records.push((name, text));
             }
         }
-        Ok(())
+        for layer in named.difference(&done) {
+            copy(layer, true)?;
+        }
+        records.iter().try_for_each(|(name, text)| target.bytes(name, text))
+    }
+
+    /// Gives volumes new top layers, at one moment; returns the records and the layers of what they were until then, which are
+    /// pinned. Those that are gone have none.
+    fn cut(&self, volumes: &BTreeSet<String>) -> Result<BTreeMap<String, (Vec<u8>, Vec<String>)>> {
+        let own = &self.shared.volumes;
+        let there: Vec<String> = volumes.iter().filter(|id| own.files(id).is_ok()).cloned().collect();
+        let were = RefCell::new(BTreeMap::new());
+        let cut = self.shared.at_an_instant(&there, &|users| {
+            own.cut(&there.iter().map(String::as_str).collect::<Vec<_>>(), users)?;
+            for id in &there {
+                let (text, chain) = own.before_cut(id)?;
+                for layer in &chain {
+                    let (from, link) =
+                        (own.layers_directory().join(layer), self.pinned.join(LAYERS).join(layer));
+                    match fs::hard_link(&from, &link) {
+                        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed(&link, e)),
+                        _ => {}
+                    }
+                }
+                were.borrow_mut().insert(id.clone(), (text, chain));
+            }
+            Ok(())
+        });
+        match cut {
+            // One was deleted at this moment: then each by itself.
+            Err(HostError::Missing(_)) if there.len() > 1 => {
+                let each = there.iter().map(|id| self.cut(&BTreeSet::from([id.clone()])));
+                Ok(each.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+            }
+            Err(HostError::Missing(_)) => Ok(BTreeMap::new()),
+            cut => cut.map(|()| were.into_inner()),
+        }
     }
 }
 

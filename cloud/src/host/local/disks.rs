@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hutch_blockdev::Layer;
 use hutch_vmm::launch::{self, LaunchError};
@@ -17,6 +17,9 @@ use super::volumes::{Running, User, chain, serial};
 use super::{Held, LOOK, Local, Shared, Slot, TICK, lock};
 use crate::host::{HostError, Result};
 
+/// How long making a layer durable may take: all that its guest wrote and has not flushed.
+const SEAL: Duration = Duration::from_secs(1800);
+
 impl Running for Dir {
     fn cut(&self, cuts: &[(String, String, File)]) -> Result<()> {
         let asked = launch::cut_disks(&self.0.join("control.sock"), cuts, ANSWER);
@@ -25,7 +28,7 @@ impl Running for Dir {
 
     fn seal(&self, volume: &str) -> Result<()> {
         let request = json!({ "command": "seal-disk", "serial": serial(volume) });
-        let asked = self.ask_all(&request, FLUSH).map(drop);
+        let asked = self.ask_all(&request, SEAL).map(drop);
         asked.map_err(|e| HostError::Failed(format!("{}: {}", self.0.display(), chain(&e))))
     }
 

@@ -44,6 +44,7 @@ use volumes::{Running, Volumes, failed};
 
 pub use machine::{Means, MetadataService, Served};
 pub use together::Together;
+pub use volumes::Reading;
 
 /// How long a guest that was asked to reboot may take to end by itself; EC2 says a few minutes.
 const REBOOT: Duration = Duration::from_secs(120);
@@ -358,6 +359,8 @@ impl Host for Local {
     }
 
     fn delete_volume(&self, id: &str) -> Result<()> {
+        // A snapshot that is being taken of it comes first.
+        let _held = self.shared.volumes.hold([id]);
         for slot in self.slots() {
             let state = slot.state();
             if let Some(kept) = state.kept.as_ref().filter(|kept| kept.runs())

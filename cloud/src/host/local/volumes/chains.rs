@@ -18,6 +18,8 @@ pub(super) struct Chains {
     pub(super) snapshots: BTreeMap<String, Chain>,
     /// Volumes whose machine may still write to the second layer.
     pub(super) cut: BTreeSet<String>,
+    /// Layers that somebody reads outside of volumes and snapshots: none of them changes or goes.
+    pub(super) read: BTreeMap<u64, Chain>,
 }
 
 /// Two layers that can become one: the upper and the lower one.
@@ -25,7 +27,7 @@ pub(super) type Pair = (String, String);
 
 impl Chains {
     pub(super) fn all(&self) -> impl Iterator<Item = &Chain> {
-        self.volumes.values().chain(self.snapshots.values())
+        self.volumes.values().chain(self.snapshots.values()).chain(self.read.values())
     }
 
     /// Which of these layers no chain has.
@@ -36,7 +38,8 @@ impl Chains {
 
     /// Layers that somebody reads from on the top, with how many different ones lie on each of the others.
     fn needed(&self) -> (BTreeSet<&String>, BTreeMap<&String, BTreeSet<&String>>) {
-        let heads = self.snapshots.values().filter_map(|chain| chain.first()).collect();
+        let heads = self.snapshots.values().filter_map(|chain| chain.first());
+        let heads = heads.chain(self.read.values().flatten()).collect();
         let mut above = BTreeMap::<_, BTreeSet<_>>::new();
         for pair in self.all().flat_map(|chain| chain.windows(2)) {
             if let [upper, lower] = pair {
@@ -94,14 +97,14 @@ pub(super) fn is_volume(layer: &str) -> bool {
     layer.ends_with(".qcow2")
 }
 
-/// The name of the layer after those of a volume's chain.
-pub(super) fn next(volume: &str, chain: &Chain) -> String {
-    let number = |layer: &String| -> Option<u64> {
-        layer.strip_prefix(volume)?.strip_prefix('.')?.strip_suffix(".qcow2")?.parse().ok()
-    };
-    let last = chain.iter().filter_map(number).max().unwrap_or(0);
-    format!("{volume}.{}.qcow2", last + 1)
+/// A name for a new layer of a volume or a copied snapshot. No other was, is or will be called so: layers outlive the
+/// chains that they were made for, here and in other regions.
+pub(super) fn new_name(owner: &str) -> String {
+    format!("{owner}.{:016x}.qcow2", uuid::Uuid::new_v4().as_u64_pair().1)
 }
+
+/// The most layers of a chain. A machine opens no more than [`MAX_LAYERS`](hutch_blockdev::layers::MAX_LAYERS).
+pub(super) const MOST: usize = hutch_blockdev::layers::MAX_LAYERS - 4;
 
 #[cfg(test)]
 mod tests {
@@ -112,7 +115,7 @@ mod tests {
             let own = |layers: &[&str]| layers.iter().map(|l| l.to_string()).collect();
             all.iter().map(|(id, layers)| (id.to_string(), own(layers))).collect()
         };
-        Chains { volumes: of(volumes), snapshots: of(snapshots), cut: BTreeSet::new() }
+        Chains { volumes: of(volumes), snapshots: of(snapshots), ..Chains::default() }
     }
 
     fn pair(upper: &str, lower: &str) -> Pair {
@@ -141,6 +144,9 @@ mod tests {
         assert_eq!(cut.pairs(), [pair("v.2.qcow2", "v.1.qcow2"), pair("v.3.qcow2", "v.2.qcow2")]);
         cut.cut.insert("v".into());
         assert_eq!((cut.pairs(), cut.fold("v")), (vec![pair("v.2.qcow2", "v.1.qcow2")], None));
+        // What is being copied stays as it is.
+        cut.read.insert(1, vec!["v.2.qcow2".into(), "v.1.qcow2".into()]);
+        assert_eq!(cut.pairs(), []);
         let gone = ["v.9.qcow2".to_owned(), base.to_owned()];
         assert_eq!(cut.unused(&gone), [&gone[0]]);
     }
@@ -150,10 +156,7 @@ mod tests {
         let chain: Chain = ["a", "b", "c"].map(String::from).to_vec();
         assert_eq!(merged(&chain, &pair("b", "c"), "c"), Some(vec!["a".into(), "c".into()]));
         assert_eq!(merged(&chain, &pair("a", "c"), "c"), None);
-        assert_eq!(
-            next("v", &vec!["v.2.qcow2".into(), "v.10.qcow2".into(), "w.99.qcow2".into()]),
-            "v.11.qcow2"
-        );
-        assert_eq!(next("v", &vec!["v.flat7.qcow2".into(), "ami.raw".into()]), "v.1.qcow2");
+        let names: BTreeSet<String> = (0..100).map(|_| new_name("vol-1")).collect();
+        assert!(names.len() == 100 && names.iter().all(|name| is_volume(name) && name.starts_with("vol-1.")));
     }
 }

@@ -20,6 +20,12 @@ fn owner(layer: &str) -> &str {
     layer.split_once('.').map_or(layer, |(owner, _)| owner)
 }
 
+/// Whose keys are needed: of the layers there are, and of those that volumes will be given.
+fn owners(chains: &Chains) -> BTreeSet<&str> {
+    let of_layers = chains.all().flatten().map(|layer| owner(layer));
+    of_layers.chain(chains.volumes.keys().chain(chains.snapshots.keys()).map(String::as_str)).collect()
+}
+
 fn key_failed(owner: &str, error: &KeyError) -> HostError {
     HostError::Key(format!("{owner}: {error}"))
 }
@@ -113,7 +119,7 @@ impl Volumes {
         chains: &Chains,
         of: impl IntoIterator<Item = &'a String>,
     ) -> Result<()> {
-        let used: BTreeSet<&str> = chains.all().flatten().map(|layer| owner(layer)).collect();
+        let used = owners(chains);
         let unused: BTreeSet<&str> =
             of.into_iter().map(|layer| owner(layer)).filter(|owner| !used.contains(owner)).collect();
         unused.into_iter().try_for_each(|owner| remove(&self.key_path(owner)?))
@@ -121,7 +127,7 @@ impl Volumes {
 
     /// Removes what a crash left.
     pub(super) fn sweep_keys(&self, chains: &Chains) -> Result<()> {
-        let used: BTreeSet<&str> = chains.all().flatten().map(|layer| owner(layer)).collect();
+        let used = owners(chains);
         sweep(&self.keys, |path| {
             path.file_stem().and_then(|stem| stem.to_str()).is_none_or(|owner| !used.contains(owner))
         })

@@ -24,7 +24,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use hutch_blockdev::store::lock;
 use hutch_blockdev::{DiskErrorKind, Format, Key, Layer, SECTOR, open_layers};
@@ -37,7 +37,7 @@ use crate::keyring::Keyring;
 use chains::{Chain, Chains};
 pub use files::{cannot_link, chain, failed, files, has_extension, remove, sync_dir, write};
 use files::{disk_failed, link, path, sweep};
-pub use snapshots::User;
+pub use snapshots::{Reading, User};
 pub use tidy::Running;
 
 /// What is kept of a volume.
@@ -93,7 +93,7 @@ pub struct Volumes {
     keyring: Keyring,
     templates: Store,
     /// Held while it is decided which layers there are: who opens or links some, and who removes some.
-    chains: Mutex<Chains>,
+    chains: Arc<Mutex<Chains>>,
     busy: Mutex<BTreeSet<String>>,
     free: Condvar,
     /// Volumes whose machine has been told since this process began what they are.
@@ -132,7 +132,7 @@ impl Volumes {
             keys: dir.join("keys"),
             keyring,
             templates,
-            chains: Mutex::default(),
+            chains: Arc::default(),
             busy: Mutex::default(),
             free: Condvar::new(),
             told: Mutex::default(),
@@ -173,6 +173,10 @@ impl Volumes {
     pub fn hold<'a>(&self, ids: impl IntoIterator<Item = &'a str>) -> Hold<'_> {
         let ids: BTreeSet<String> = ids.into_iter().map(str::to_owned).collect();
         let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        if !busy.is_disjoint(&ids) {
+            // Layers can be merged another time.
+            self.tidying.put_off();
+        }
         let free = self.free.wait_while(busy, |busy| !busy.is_disjoint(&ids));
         free.unwrap_or_else(PoisonError::into_inner).extend(ids.iter().cloned());
         Hold { all: self, ids }
@@ -197,6 +201,23 @@ impl Volumes {
             }
         }
         Ok(true)
+    }
+
+    /// Does `job` while no record of a layer comes, goes or changes, nor a layer goes.
+    pub fn at_rest<T>(&self, job: impl FnOnce() -> T) -> T {
+        let _chains = self.chains();
+        job()
+    }
+
+    /// The record of a volume as it was before its top layer, which is new, and the layers it names.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`].
+    pub fn before_cut(&self, id: &str) -> Result<(Vec<u8>, Vec<String>)> {
+        let record = self.record(id)?;
+        let layers = record.layers.get(1..).unwrap_or_default().to_vec();
+        let text = serde_json::to_vec(&Record { layers: layers.clone(), ..record });
+        Ok((text.map_err(|e| HostError::Failed(e.to_string()))?, layers))
     }
 
     /// All volumes.
@@ -305,7 +326,7 @@ impl Volumes {
         let (least, layers) = {
             let mut chains = self.chains();
             let (least, below) = self.below(&chains, source)?;
-            let top = chains::next(id, &below);
+            let top = chains::new_name(id);
             let layers: Chain = [top].into_iter().chain(below).collect();
             // From now on nobody takes them away.
             chains.volumes.insert(id.to_owned(), layers.clone());
@@ -447,6 +468,9 @@ impl Volumes {
 
     fn put(&self, id: &str, record: &Record) -> Result<()> {
         let path = path(&self.volumes, id, "json")?;
+        if !self.chains().volumes.contains_key(id) {
+            return Err(HostError::Missing(format!("volume {id}")));
+        }
         write_record(&path, record)?;
         let mut chains = self.chains();
         match record.cut {

@@ -8,14 +8,15 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hutch_blockdev::{DiskErrorKind, Format, SECTOR, open_layers};
 use hutch_imagestore::import::Target;
 use serde::{Deserialize, Serialize};
 
 use super::super::super::{Content, HostError, Layer, Result, Source};
-use super::chains::{self, Chain};
+use super::chains::{self, Chain, Chains, MOST};
 use super::files::{copy, disk_failed, failed, link, path, remove, sync_dir, write};
 use super::{Place, Record, Running, Volumes, open_sealed, read_record, template_layer, write_record};
 
@@ -26,6 +27,34 @@ pub(super) struct Kept {
     pub(super) size: u64,
     /// Its layers, the top one first.
     pub(super) layers: Chain,
+}
+
+/// Layers that are read: until this is dropped none of them changes or goes.
+#[derive(Debug)]
+pub struct Reading {
+    chains: Arc<Mutex<Chains>>,
+    layers: PathBuf,
+    number: u64,
+}
+
+impl Reading {
+    fn new(volumes: &Volumes, chains: &mut Chains, names: Chain) -> Reading {
+        let number = chains.read.last_key_value().map_or(0, |(last, _)| last + 1);
+        chains.read.insert(number, names);
+        Reading { chains: volumes.chains.clone(), layers: volumes.layers.clone(), number }
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        let mut chains = self.chains.lock().unwrap_or_else(PoisonError::into_inner);
+        let had = chains.read.remove(&self.number).unwrap_or_default();
+        for layer in chains.unused(&had) {
+            if let Err(error) = remove(&self.layers.join(layer)) {
+                tracing::warn!(layer, %error, "it stays until the next start");
+            }
+        }
+    }
 }
 
 /// A machine that runs, and the volumes of it that are meant.
@@ -81,14 +110,21 @@ impl Volumes {
         for volume in volumes {
             // What an earlier one left.
             self.end_cut(volume, user(volume))?;
-            records.push(self.record(volume)?);
+            let record = self.record(volume)?;
+            if record.layers.len() >= MOST {
+                let why = format!(
+                    "the volume {volume} has {MOST} layers, which are being made fewer; try again later"
+                );
+                return Err(HostError::Failed(why));
+            }
+            records.push(record);
         }
         let mut cut = Vec::new();
         for (volume, record) in volumes.iter().zip(records) {
             if record.growing.is_some() && user(volume).is_none() {
                 self.grow(volume, &record)?;
             }
-            let top = chains::next(volume, &record.layers);
+            let top = chains::new_name(volume);
             // A machine that has grown it already makes the new layer as large.
             let size = record.growing.filter(|_| user(volume).is_some()).unwrap_or(record.size);
             self.create_layer(&top, size)?;
@@ -166,10 +202,15 @@ impl Volumes {
                 Ok(Content::Layers {
                     size,
                     layers: vec![Layer { name: layer, path, format: Format::Raw, key: None }],
+                    reading: None,
                 })
             }
             Source::Snapshot(id) => {
-                let (size, names) = self.below(&self.chains(), source)?;
+                let (size, names, reading) = {
+                    let mut chains = self.chains();
+                    let (size, names) = self.below(&chains, source)?;
+                    (size, names.clone(), Reading::new(self, &mut chains, names))
+                };
                 let layer = |name: &String| {
                     let (path, key) = (self.layers.join(name), self.wrapped(name)?);
                     Ok(Layer { name: name.clone(), path, format: super::format_of(name), key })
@@ -178,7 +219,7 @@ impl Volumes {
                     true => Err(HostError::Failed(format!("the snapshot {id} has no layers"))),
                     false => {
                         let layers = names.iter().map(layer).collect::<Result<_>>()?;
-                        Ok(Content::Layers { size, layers })
+                        Ok(Content::Layers { size, layers, reading: Some(Arc::new(reading)) })
                     }
                 }
             }
@@ -193,7 +234,7 @@ impl Volumes {
     /// [`HostError::NoRoom`]; it cannot be read. There is no snapshot then.
     pub fn copy_snapshot(&self, id: &str, content: &Content, key: Option<&str>) -> Result<()> {
         let record = path(&self.snapshots, id, "json")?;
-        let Content::Layers { size, layers } = content else {
+        let Content::Layers { size, layers, .. } = content else {
             return Err(HostError::Failed("a simulated snapshot has no bytes to copy".into()));
         };
         if record.exists() {
@@ -276,7 +317,7 @@ impl Volumes {
         };
         let places = layers.iter().map(place).collect::<Result<Vec<_>>>()?;
         let disk = open_layers(open_sealed(&places)?, true).map_err(|e| disk_failed(id, &e))?;
-        let name = if key.is_some() { chains::next(id, &Chain::new()) } else { format!("{id}.raw") };
+        let name = if key.is_some() { chains::new_name(id) } else { format!("{id}.raw") };
         // Before it is there: what no chain has is removed.
         self.chains().snapshots.insert(id.to_owned(), vec![name.clone()]);
         self.new_key(id, key)?;

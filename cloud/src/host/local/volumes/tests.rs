@@ -107,6 +107,7 @@ impl Running for Fake {
         volume: &str,
         layers: &[hutch_blockdev::Layer],
     ) -> std::result::Result<(), hutch_vmm::launch::LaunchError> {
+        self.answers().map_err(|e| hutch_vmm::launch::LaunchError::Refused(e.to_string()))?;
         let layers = layers.iter().map(|layer| layer.try_clone().unwrap()).collect();
         self.stack(volume).rebase(layers).unwrap();
         Ok(())
@@ -243,7 +244,7 @@ fn a_cut_that_was_broken_off_is_carried_on() {
             // The record is written; then hutchd is killed, before or after the machine heard of it.
             let record = volumes.record("vol-a").unwrap();
             volumes.create_layer("vol-a.2.qcow2", record.size).unwrap();
-            let layers = vec!["vol-a.2.qcow2".to_owned(), "vol-a.1.qcow2".to_owned()];
+            let layers = ["vol-a.2.qcow2".to_owned()].into_iter().chain(record.layers.clone()).collect();
             volumes.put("vol-a", &Record { layers, cut: true, ..record }).unwrap();
             if heard {
                 let path = home.path().join("layers/vol-a.2.qcow2");
@@ -359,10 +360,97 @@ fn a_chain_that_is_long_is_made_short_while_its_machine_runs() {
     let mut sector = [0; 512];
     stack.read_at(15 * MIB + SECTOR, &mut sector).unwrap();
     assert_eq!(sector, [48; 512]);
-    (0..50).for_each(|n| volumes.delete_snapshot(&format!("snap-{n}")).unwrap());
+    // What it was flattened to becomes its top when it stops; what it is given then is nobody's.
+    drop((stack, machine));
+    volumes.settle(&["vol-a".into()]);
+    tidy(&volumes, None);
+    for n in 50..52 {
+        put(&*disk(&volumes, "vol-a"), text(n).as_bytes());
+        volumes.create_snapshots(&[(&format!("snap-{n}"), "vol-a")], &[]).unwrap();
+    }
+    for n in 0..52 {
+        assert_eq!(of_snapshot(&volumes, &format!("snap-{n}")), text(n));
+    }
+    (0..52).for_each(|n| volumes.delete_snapshot(&format!("snap-{n}")).unwrap());
+    volumes.settle(&["vol-a".into()]);
+    tidy(&volumes, None);
+    assert!(volumes.record("vol-a").unwrap().layers.len() <= 2);
+    assert_eq!(start_of(&*disk(&volumes, "vol-a")), text(51));
+}
+
+/// A chain that grows faster than it is made short is not made longer than a machine can open.
+#[test]
+fn a_volume_has_no_more_layers_than_can_be_opened() {
+    let home = home();
+    let volumes = open(&home);
+    volumes.create("vol-a", MIB, &Source::Empty, None).unwrap();
+    let mut taken = 0;
+    let refused = loop {
+        match volumes.create_snapshots(&[(&format!("snap-{taken}"), "vol-a")], &[]) {
+            Ok(()) => taken += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!((50..64).contains(&taken) && refused.to_string().contains("layers"), "{taken}: {refused}");
+    put(&*disk(&volumes, "vol-a"), b"it is opened");
+    tidy(&volumes, None);
+    volumes.create_snapshots(&[("snap-last", "vol-a")], &[]).unwrap();
+    assert_eq!(of_snapshot(&volumes, "snap-last"), "it is opened");
+}
+
+/// Layers that a machine could not be told of are on record until it was.
+#[test]
+fn a_machine_that_does_not_take_new_layers_keeps_the_old_ones() {
+    let home = home();
+    let volumes = open(&home);
+    volumes.create("vol-a", 64 * MIB, &Source::Empty, None).unwrap();
+    let machine = Fake::start(&volumes, &["vol-a"]);
+    let stack = machine.stack("vol-a");
+    let users = [(&machine as &dyn Running, vec!["vol-a".to_owned()])];
+    // The upper one is larger, so that the lower is pulled into it, behind the end that the machine knows of.
+    for (n, much) in [(0, 20), (1, 30), (2, 1)] {
+        stack.write_at(n * 20 * MIB, &vec![n as u8 + 1; much << 20]).unwrap();
+        volumes.create_snapshots(&[(&format!("snap-{n}"), "vol-a")], &users).unwrap();
+    }
+    let holds = || {
+        let mut byte = [0; 512];
+        for (at, is) in [(0, 1), (19 * MIB, 1), (30 * MIB, 2), (40 * MIB, 3), (49 * MIB, 2)] {
+            stack.read_at(at, &mut byte).unwrap();
+            assert_eq!(byte, [is; 512], "at {at}");
+        }
+    };
+    let was = volumes.record("vol-a").unwrap();
+    *machine.dead.lock().unwrap() = true;
+    volumes.delete_snapshot("snap-0").unwrap();
     tidy(&volumes, Some(&machine));
-    assert!(volumes.record("vol-a").unwrap().layers.len() <= 3);
-    assert_eq!(start_of(&*stack), text(49));
+    assert_eq!(volumes.record("vol-a").unwrap(), was, "it reads them still");
+    holds();
+    *machine.dead.lock().unwrap() = false;
+    volumes.tidying.wake();
+    tidy(&volumes, Some(&machine));
+    assert_eq!(volumes.record("vol-a").unwrap().layers.len(), was.layers.len() - 1);
+    holds();
+}
+
+#[test]
+fn what_is_being_copied_stays_as_it_is() {
+    let home = home();
+    let volumes = open(&home);
+    volumes.create("vol-a", 4 * MIB, &Source::Empty, None).unwrap();
+    for text in ["first", "second"] {
+        put(&*disk(&volumes, "vol-a"), text.as_bytes());
+        volumes.create_snapshots(&[(&format!("snap-{text}"), "vol-a")], &[]).unwrap();
+    }
+    let content = volumes.content(&Source::Snapshot("snap-first".into())).unwrap();
+    volumes.delete_snapshot("snap-first").unwrap();
+    tidy(&volumes, None);
+    volumes.copy_snapshot("snap-copy", &content, None).unwrap();
+    drop(content);
+    tidy(&volumes, None);
+    assert_eq!(of_snapshot(&volumes, "snap-copy"), "first");
+    volumes.delete_snapshot("snap-copy").unwrap();
+    tidy(&volumes, None);
+    assert_eq!(volumes.record("vol-a").unwrap().layers.len(), 2, "nobody reads it any more");
 }
 
 #[test]
@@ -391,9 +479,10 @@ fn what_earlier_versions_kept_is_taken_over() {
     volumes.create("vol-a", 8 * MIB, &Source::Template("micro".into()), None).unwrap();
     let a = disk(&volumes, "vol-a");
     a.write_at(SECTOR, &[3; 512]).unwrap();
+    let top = volumes.record("vol-a").unwrap().layers.remove(0);
     drop((a, volumes));
     let (layers, old) = (home.path().join("layers"), home.path().join("volumes"));
-    fs::rename(layers.join("vol-a.1.qcow2"), old.join("vol-a.qcow2")).unwrap();
+    fs::rename(layers.join(&top), old.join("vol-a.qcow2")).unwrap();
     let base = files(&layers).unwrap().remove(0);
     fs::rename(&base, old.join("vol-a.base")).unwrap();
     fs::write(home.path().join("snapshots/snap-a.raw"), [b"kept\0".as_slice(), &[0; 507]].concat()).unwrap();
@@ -455,7 +544,7 @@ fn a_crash_at_any_step_leaves_a_volume_or_none() {
         let volumes = open(&home);
         assert_eq!(
             (names(&home, "volumes"), names(&home, "layers")),
-            (vec!["vol-kept.json".into()], vec!["vol-kept.1.qcow2".into()]),
+            (vec!["vol-kept.json".into()], vec![volumes.record("vol-kept").unwrap().layers.remove(0)]),
             "{left:?}"
         );
         volumes.create("vol-a", 0, &source, None).unwrap();
@@ -499,7 +588,9 @@ fn a_copy_of_a_snapshot_is_whole_without_it() {
         key: None,
     };
     assert!(
-        volumes.copy_snapshot("snap-c", &Content::Layers { size: MIB, layers: vec![layer] }, None).is_err()
+        volumes
+            .copy_snapshot("snap-c", &Content::Layers { size: MIB, layers: vec![layer], reading: None }, None)
+            .is_err()
     );
     assert_eq!(names(&home, "snapshots"), ["snap-b.json"], "nothing is left of it");
 }

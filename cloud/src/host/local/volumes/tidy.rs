@@ -12,7 +12,7 @@ use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Key, Layer, Qcow2Disk, open
 use hutch_vmm::launch::LaunchError;
 
 use super::super::super::{HostError, Result};
-use super::chains::{Chain, Pair, merged};
+use super::chains::{Chain, Pair, merged, new_name};
 use super::files::{disk_failed, failed};
 use super::snapshots::Kept;
 use super::{Record, Volumes, open_sealed, path, write_record};
@@ -78,6 +78,15 @@ impl Tidying {
     pub(super) fn want(&self, volumes: impl IntoIterator<Item = String>) {
         self.state().folds.extend(volumes);
         self.wake();
+    }
+
+    /// Has what is being written of a layer cut off; it is begun anew later.
+    pub(super) fn put_off(&self) {
+        let mut state = self.state();
+        if state.at_work {
+            state.due = true;
+            self.stop.store(true, Ordering::Release);
+        }
     }
 
     /// Waits for work; `false` when there will be none.
@@ -228,6 +237,7 @@ impl Volumes {
             done.insert(volume);
         }
         let mut chains = self.chains();
+        // Whoever began to read one of them meanwhile reads the same bytes in either.
         for (id, chain) in chains.snapshots.clone() {
             if let Some(layers) = merged(&chain, pair, &one) {
                 let kept = Kept { layers: layers.clone(), ..self.snapshot(&id)? };
@@ -238,19 +248,18 @@ impl Volumes {
         self.remove_unused(&chains, &vec![pair.0.clone(), pair.1.clone()])
     }
 
-    /// Records other layers of the same bytes; a machine that has the volume is given them.
+    /// Records other layers of the same bytes, once a machine that has the volume reads these: as long as it may read the
+    /// old ones, they are on record.
     fn replace(&self, volume: &str, record: Record, running: Option<&dyn Running>) -> Result<()> {
-        self.put(volume, &record)?;
-        let below = record.layers.get(1..).unwrap_or_default().to_vec();
-        if let Some(machine) = running.filter(|_| !record.cut) {
-            // Until it has them, or is started anew, it keeps those that it has, though they have no names any more.
-            let layers = open_sealed(&self.places(&below)?)?;
-            if let Err(error) = machine.rebase(volume, &layers) {
-                let error = super::chain(&error);
-                tracing::info!(volume, error, "its machine keeps the old layers until it ends");
-            }
+        if record.cut {
+            return Err(HostError::Busy(format!("a snapshot of {volume} is under way")));
         }
-        Ok(())
+        let below = record.layers.get(1..).unwrap_or_default().to_vec();
+        if let Some(machine) = running {
+            let layers = open_sealed(&self.places(&below)?)?;
+            machine.rebase(volume, &layers).map_err(|e| HostError::Failed(super::chain(&e)))?;
+        }
+        self.put(volume, &record)
     }
 
     /// Whether another region has a layer too.
@@ -328,9 +337,10 @@ impl Volumes {
             let chain = chains.volumes.get(volume).cloned().unwrap_or_default();
             (chain.get(1..).unwrap_or_default().to_vec(), chains.cut.contains(volume))
         };
-        let Some(head) = below.first().filter(|_| !cut && below.len() >= LONG) else { return Ok(()) };
-        let number = head.trim_end_matches(".qcow2").rsplit('.').next().unwrap_or_default();
-        let name = format!("{volume}.flat{number}.qcow2");
+        if cut || below.len() < LONG {
+            return Ok(());
+        }
+        let name = new_name(volume);
         let files = {
             let _chains = self.chains();
             open_sealed(&self.places(&below)?)?

@@ -96,6 +96,7 @@ fn a_plain_snapshot_is_encrypted_by_a_copy_and_beneath_an_encrypted_volume() {
     volumes.copy_snapshot("snap-c", &encrypted, Some(&key)).unwrap();
     volumes.delete_snapshot("snap-b").unwrap();
     volumes.create("vol-c", 0, &Source::Snapshot("snap-c".into()), Some(&key)).unwrap();
+    drop((content, encrypted));
     // The plain ones go: what the encrypted volume lies on is written anew with its key.
     volumes.delete("vol-a").unwrap();
     volumes.delete_snapshot("snap-a").unwrap();
@@ -117,7 +118,7 @@ fn without_its_key_a_volume_is_not_opened_and_not_changed() {
     }
     assert!(matches!(volumes.create("vol-x", MIB, &Source::Empty, Some("none")), Err(HostError::Key(_))));
     assert!(matches!(volumes.files("vol-x"), Err(HostError::Missing(_))));
-    let layer = home.path().join("layers/vol-a.1.qcow2");
+    let layer = home.path().join("layers").join(&volumes.record("vol-a").unwrap().layers[0]);
     let before = fs::read(&layer).unwrap();
     let refused = |volumes: &Volumes, text: &str| {
         let opened = volumes
@@ -149,4 +150,31 @@ fn without_its_key_a_volume_is_not_opened_and_not_changed() {
     bytes[104..112].fill(0);
     fs::write(&layer, bytes).unwrap();
     refused(&open(&home), "not encrypted");
+}
+
+/// A volume that became one with a layer of another that is gone keeps its key, and what it writes from then on is encrypted.
+#[test]
+fn a_volume_stays_encrypted_whatever_it_becomes_one_with() {
+    let home = home();
+    let volumes = open(&home);
+    let key = volumes.wrapping_keys().remove(0);
+    volumes.create("vol-a", 8 * MIB, &Source::Empty, Some(&key)).unwrap();
+    disk(&volumes, "vol-a").write_at(MIB, &vec![1; 2 << 20]).unwrap();
+    volumes.create_snapshots(&[("snap-a", "vol-a")], &[]).unwrap();
+    volumes.create("vol-b", 8 * MIB, &Source::Snapshot("snap-a".into()), Some(&key)).unwrap();
+    put(&*disk(&volumes, "vol-b"), b"first");
+    volumes.delete("vol-a").unwrap();
+    volumes.delete_snapshot("snap-a").unwrap();
+    volumes.settle(&["vol-b".into()]);
+    tidy(&volumes, None);
+    assert_eq!(volumes.record("vol-b").unwrap().layers.len(), 1);
+    volumes.create_snapshots(&[("snap-b", "vol-b")], &[]).unwrap();
+    let secret = b"nobody reads this";
+    put(&*disk(&volumes, "vol-b"), secret);
+    let volumes = open(&home);
+    assert_eq!(start_of(&*disk(&volumes, "vol-b")).as_bytes(), secret);
+    for path in files(&home.path().join("layers")).unwrap() {
+        let bytes = fs::read(&path).unwrap();
+        assert!(!bytes.windows(secret.len()).any(|part| part == secret), "{}", path.display());
+    }
 }
