@@ -257,7 +257,7 @@ class Story(unittest.TestCase):
         say(f"backup: {told}")
         self.assertEqual((told["instances"], told["volumes"]), (1, 2))
         self.assertEqual(cloud.machines(), machines, "it runs on")
-        self.assertEqual(host("ls", f"{cloud.state}/{REGION}/host").split(), ["layers", "machines", "snapshots", "volumes"])
+        self.assertEqual(host("ls", f"{cloud.state}/{REGION}/host").split(), ["keys", "layers", "machines", "snapshots", "volumes"])
         ec2.reboot_instances(InstanceIds=[one])
         self.prints(one, "boots: 2 disks: 2 READY")
         ec2.terminate_instances(InstanceIds=[one])

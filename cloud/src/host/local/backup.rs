@@ -29,6 +29,9 @@ const LAYERS: &str = "layers";
 /// Where their keys are, wrapped; what wraps them is not of the host.
 const KEYS: &str = "keys";
 
+/// The record of a volume, and the layers that it names.
+type Were = (Vec<u8>, Vec<String>);
+
 /// What the host has at one moment.
 struct Moment {
     shared: Arc<Shared>,
@@ -232,7 +235,7 @@ impl Moment {
 
     /// Gives volumes new top layers, at one moment; returns the records and the layers of what they were until then, which are
     /// pinned. Those that are gone have none.
-    fn cut(&self, volumes: &BTreeSet<String>) -> Result<BTreeMap<String, (Vec<u8>, Vec<String>)>> {
+    fn cut(&self, volumes: &BTreeSet<String>) -> Result<BTreeMap<String, Were>> {
         let own = &self.shared.volumes;
         let there: Vec<String> = volumes.iter().filter(|id| own.files(id).is_ok()).cloned().collect();
         let were = RefCell::new(BTreeMap::new());
