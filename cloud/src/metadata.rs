@@ -25,6 +25,26 @@ impl Default for Options {
     }
 }
 
+/// A network interface, as an instance's metadata describe it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the names are those of the metadata categories in EC2's user guide")]
+pub struct Card {
+    pub device_number: u32,
+    pub interface_id: String,
+    pub mac: String,
+    pub local_hostname: String,
+    /// The primary address first.
+    pub local_ipv4s: Vec<Ipv4Addr>,
+    pub public_ipv4: Option<Ipv4Addr>,
+    pub public_hostname: String,
+    /// Ids and names.
+    pub security_groups: Vec<(String, String)>,
+    pub subnet_id: String,
+    pub subnet_cidr: String,
+    pub vpc_id: String,
+    pub vpc_cidr: String,
+}
+
 /// An instance as its metadata describe it. Empty texts are left out.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names are those of the metadata categories in EC2's user guide")]
@@ -68,6 +88,9 @@ pub struct Metadata {
     /// Told only where InstanceMetadataTags is enabled.
     pub tags: BTreeMap<String, String>,
     pub user_data: Option<Vec<u8>>,
+    /// Its interfaces, the first one first; none is told of instances of earlier versions, which have that one only.
+    #[serde(default)]
+    pub cards: Vec<Card>,
     pub vpc_id: String,
     pub vpc_cidr: String,
 }

@@ -280,6 +280,13 @@ pub struct ImageDevice {
     pub encrypted: bool,
 }
 
+impl Interface {
+    /// All its private addresses, the primary one first.
+    pub fn ips(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
+        std::iter::once(self.ip).chain(self.more.iter().copied())
+    }
+}
+
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Interface {
@@ -299,6 +306,9 @@ pub struct Interface {
     pub mac: String,
     /// Its primary address.
     pub ip: Ipv4Addr,
+    /// Its secondary ones.
+    #[serde(default)]
+    pub more: Vec<Ipv4Addr>,
     /// Its security groups.
     pub groups: Vec<String>,
     /// Packets must be its own.

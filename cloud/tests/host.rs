@@ -50,6 +50,7 @@ fn machine(id: &str, run: u64, volumes: &[&str]) -> Machine {
             id: "eni-12345678".into(),
             mac: "02:00:00:00:00:01".into(),
             ip: [172, 31, 0, 4].into(),
+            more: Vec::new(),
             subnet: None,
             network: Network::alone(),
             public: None,

@@ -9,7 +9,9 @@ use std::time::Duration;
 use common::{ACCOUNT, OTHER, in_memory, settings, world_of};
 use hutch_cloud::host::Simulated;
 use hutch_cloud::model::{Gateway, Group, InstanceState, Interface, RouteTable, Subnet, Tags, Vpc};
-use hutch_cloud::region::{InterfaceAttribute, Launch, NewInterface, NewSubnet, Region};
+use hutch_cloud::region::{
+    InterfaceAsk, InterfaceAttribute, Launch, NewInterface, NewSubnet, Region, Secondary,
+};
 use hutch_cloud::store::{Sqlite, Store, Transaction};
 
 fn vpc(region: &Region, account: &str, cidr: &str) -> Vpc {
@@ -132,4 +134,141 @@ fn a_network_from_before_routes_were_records_gets_those_it_told() {
     assert_eq!(region.run_instances(ACCOUNT, &world.launch(1)).unwrap_err().code, "VPCIdNotSpecified");
     region.create_default_vpc(ACCOUNT).unwrap();
     assert_eq!(region.run_instances(ACCOUNT, &world.launch(1)).unwrap()[0].vpc, id);
+}
+
+fn fails<T: std::fmt::Debug>(result: Result<T, hutch_cloud::fault::Fault>) -> String {
+    result.unwrap_err().code.into_owned()
+}
+
+#[test]
+fn an_instance_begins_with_several_interfaces() {
+    let world = in_memory();
+    let region = &world.region;
+    let _reconciler = world.reconcile();
+    let own = vpc(region, ACCOUNT, "10.0.0.0/16");
+    let (front, back) = (subnet(region, &own, "10.0.1.0/24"), subnet(region, &own, "10.0.2.0/28"));
+    let made_before = interface(region, &back, None).unwrap();
+    let ask = |index, subnet: &Subnet| InterfaceAsk {
+        index,
+        subnet: Some(subnet.id.clone()),
+        more: Secondary { count: 2, ..Secondary::default() },
+        ..InterfaceAsk::default()
+    };
+    let before =
+        InterfaceAsk { index: 1, interface: Some(made_before.id.clone()), ..InterfaceAsk::default() };
+    let launch = |count, others: Vec<InterfaceAsk>| Launch {
+        subnet: Some(front.id.clone()),
+        others,
+        ..world.launch(count)
+    };
+    let made = region.run_instances(ACCOUNT, &launch(1, vec![ask(3, &back), before.clone()])).unwrap();
+    let id = made[0].id.clone();
+    world.wait(&id, InstanceState::Running);
+    let told = world.host.told(&id).unwrap();
+    let has: Vec<_> = told.interfaces.iter().map(|e| (e.subnet.unwrap(), e.more.len())).collect();
+    assert_eq!(has, [(front.cidr, 0), (back.cidr, 0), (back.cidr, 2)], "in the order of their numbers");
+    let cards: Vec<_> = told.metadata.cards.iter().map(|c| (c.device_number, c.local_ipv4s.len())).collect();
+    assert_eq!(cards, [(0, 1), (1, 1), (3, 3)]);
+    assert_eq!(told.metadata.mac, told.interfaces[0].mac);
+
+    let count = |region: &Region| region.all::<Interface>().unwrap().len();
+    let was = count(region);
+    let other = subnet(region, &vpc(region, ACCOUNT, "10.1.0.0/16"), "10.1.0.0/24");
+    let same = |ask: &InterfaceAsk| Launch {
+        interface: Some(made_before.id.clone()),
+        ..launch(1, vec![ask.clone()])
+    };
+    let free = interface(region, &back, None).unwrap();
+    let named = InterfaceAsk { index: 1, interface: Some(free.id.clone()), ..InterfaceAsk::default() };
+    for (code, launch) in [
+        ("InvalidNetworkInterface.InUse", launch(1, vec![before.clone()])),
+        ("InvalidNetworkInterface.InUse", same(&before)),
+        ("InvalidParameterCombination", launch(1, vec![ask(1, &back), ask(1, &back)])),
+        ("InvalidParameterCombination", launch(1, vec![ask(0, &back)])),
+        ("InvalidParameterCombination", launch(1, vec![ask(1, &other)])),
+        ("InvalidParameterCombination", launch(2, vec![named])),
+        ("InvalidParameterCombination", Launch { public_ip: Some(true), ..launch(1, vec![ask(1, &back)]) }),
+        ("AttachmentLimitExceeded", launch(1, (1..9).map(|n| ask(n, &front)).collect())),
+    ] {
+        assert_eq!(fails(region.run_instances(ACCOUNT, &launch)), code);
+    }
+    assert_eq!(count(region), was + 1, "nothing is left of what was refused");
+    // The subnet has room for two more that have three addresses: fewer than were asked for will do.
+    let some = Launch { min: 1, ..launch(5, vec![ask(1, &back)]) };
+    let made = region.run_instances(ACCOUNT, &some).unwrap();
+    assert_eq!((made.len(), count(region)), (2, was + 5));
+    for instance in made {
+        region.terminate_instances(ACCOUNT, std::slice::from_ref(&instance.id)).unwrap();
+        world.wait(&instance.id, InstanceState::Terminated);
+    }
+    region.terminate_instances(ACCOUNT, std::slice::from_ref(&id)).unwrap();
+    world.wait(&id, InstanceState::Terminated);
+    // All addresses are given back, but those of interfaces that stay.
+    assert_eq!(count(region), 2);
+    assert_eq!(region.all::<hutch_cloud::model::Address>().unwrap().len(), 2);
+}
+
+#[test]
+fn secondary_addresses_come_and_go_while_an_instance_runs() {
+    let world = in_memory();
+    let region = &world.region;
+    let reconciler = world.reconcile();
+    let own = vpc(region, ACCOUNT, "10.0.0.0/16");
+    let inside = subnet(region, &own, "10.0.1.0/24");
+    let made: Vec<_> = (0..2)
+        .map(|_| {
+            let launch = Launch { subnet: Some(inside.id.clone()), ..world.launch(1) };
+            let id = region.run_instances(ACCOUNT, &launch).unwrap()[0].id.clone();
+            let instance = world.wait(&id, InstanceState::Running);
+            (id, instance.interfaces[0].clone())
+        })
+        .collect();
+    let ip = |last| Ipv4Addr::new(10, 0, 1, last);
+    let told = |n: usize| {
+        assert!(reconciler.quiet(Duration::from_secs(20)));
+        let machine = world.host.told(&made[n].0).unwrap();
+        assert_eq!(machine.metadata.cards[0].local_ipv4s[1..], machine.interfaces[0].more);
+        machine.interfaces[0].more.clone()
+    };
+    let assign = |n: usize, ask: &Secondary| region.assign_addresses(ACCOUNT, &made[n].1, ask);
+    let named = |ips: &[Ipv4Addr]| Secondary { ips: ips.to_vec(), ..Secondary::default() };
+    assert_eq!(assign(0, &named(&[ip(50), ip(51)])).unwrap(), [ip(50), ip(51)]);
+    assert_eq!(assign(0, &named(&[ip(50)])).unwrap(), [ip(50)], "once more is no more");
+    assert_eq!(told(0), [ip(50), ip(51)]);
+    assert_eq!(assign(1, &Secondary { count: 2, ..Secondary::default() }).unwrap().len(), 2);
+    assert_eq!(told(1).len(), 2);
+    let first = region.get::<Interface>(&made[0].1).unwrap().unwrap().ip;
+    for (code, ask) in [
+        ("InvalidParameterValue", named(&[ip(50)])),
+        ("InvalidParameterValue", named(&[ip(60), ip(60)])),
+        ("InvalidParameterValue", named(&[ip(60), ip(2)])),
+        ("InvalidParameterValue", named(&[Ipv4Addr::new(10, 0, 2, 60)])),
+        ("InvalidParameterValue", Secondary { reassign: true, ..named(&[first]) }),
+        ("PrivateIpAddressLimitExceeded", Secondary { count: 28, ..Secondary::default() }),
+    ] {
+        assert_eq!(fails(assign(1, &ask)), code, "{ask:?}");
+    }
+    assert_eq!(told(1).len(), 2, "nothing of it is done");
+    assert_eq!(interface(region, &inside, Some(ip(60))).unwrap().ip, ip(60));
+    // It is moved.
+    assign(1, &Secondary { reassign: true, ..named(&[ip(50)]) }).unwrap();
+    assert_eq!(told(0), [ip(51)]);
+    assert!(told(1).contains(&ip(50)));
+    let unassign = |n: usize, ips: &[Ipv4Addr]| region.unassign_addresses(ACCOUNT, &made[n].1, ips);
+    for ips in [vec![ip(50)], vec![ip(51), ip(52)], vec![first]] {
+        assert_eq!(fails(unassign(0, &ips)), "InvalidParameterValue", "{ips:?}");
+    }
+    unassign(0, &[ip(51)]).unwrap();
+    assert_eq!(told(0), [] as [Ipv4Addr; 0]);
+    assert_eq!(interface(region, &inside, Some(ip(51))).unwrap().ip, ip(51), "it is free");
+    let others = region.assign_addresses(OTHER, &made[0].1, &named(&[ip(70)]));
+    assert_eq!(fails(others), "InvalidNetworkInterfaceID.NotFound");
+    let id = made[1].0.clone();
+    region.terminate_instances(ACCOUNT, std::slice::from_ref(&id)).unwrap();
+    world.wait(&id, InstanceState::Terminated);
+    assert_eq!(
+        interface(region, &inside, Some(ip(50))).unwrap().ip,
+        ip(50),
+        "and so are those of who is gone"
+    );
 }

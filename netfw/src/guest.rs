@@ -9,6 +9,7 @@
 
 pub(crate) mod apart;
 pub(crate) mod elastic;
+mod place;
 
 use std::fs::{self, File};
 use std::io;
@@ -111,10 +112,10 @@ pub enum NetError {
         /// What has some of them.
         with: String,
     },
-    /// The public address is another guest's still.
-    #[error("{ip} leads to the guest {by}; disassociate it there first")]
+    /// The public address, or one more private one, is another guest's still.
+    #[error("{ip} leads to the guest {by}; disassociate or unassign it there first")]
     Led {
-        /// The public address.
+        /// The address.
         ip: Ipv4Addr,
         /// Where it leads.
         by: Ipv4Addr,
@@ -173,6 +174,8 @@ pub fn tap_of(ip: Ipv4Addr) -> Result<TapName, NameError> {
 pub struct Address {
     /// Its IPv4 address, of its subnet.
     pub ip: Ipv4Addr,
+    /// More of them, that its lease does not tell: the guest takes them by itself.
+    pub more: Vec<Ipv4Addr>,
     /// Its hardware address.
     pub mac: MacAddr,
     /// Its subnet; the first address is the gateway's.
@@ -220,7 +223,7 @@ impl GuestNet {
         let [a, b, c, d] = ip.octets();
         let mac = MacAddr::new([0x02, 0x68, a, b, c, d]).ok_or(NetError::Full)?;
         let (network, groups) = (Network::alone(), vec![GroupId::alone()]);
-        let address = Address { ip, mac, subnet: SUBNET, network, groups };
+        let address = Address { ip, more: Vec::new(), mac, subnet: SUBNET, network, groups };
         GuestNet::begin(state, kept, &address, queues, mtu, dns)
     }
 
@@ -238,13 +241,14 @@ impl GuestNet {
     ) -> Result<GuestNet, NetError> {
         let kept = Kept::open(state)?;
         let Address { ip, mac, subnet, .. } = *address;
-        if !subnet.contains(&ip) {
+        if let Some(ip) = address.more.iter().copied().chain([ip]).find(|ip| !subnet.contains(ip)) {
             let what = "the guest's address".into();
             return Err(NftError::OutOfRange { what, ip, range: subnet }.into());
         }
         let own = mac.to_string();
+        let taken = |record: &Record| record.has(ip) || address.more.iter().any(|ip| record.has(*ip));
         // The tap is named by the address: what follows would overwrite the other's record.
-        if kept.records.iter().any(|record| record.ip == ip || record.mac == own) {
+        if kept.records.iter().any(|record| taken(record) || record.mac == own) {
             return Err(NetError::Taken { ip, mac });
         }
         apart::check(&kept.records, &address.network)?;
@@ -265,6 +269,7 @@ impl GuestNet {
         // Until all of it is served, an error must not take the network from a machine that runs.
         net.undone = false;
         net.take_up(&mut kept, public);
+        net.route_more(&mut kept)?;
         kept.put()?;
         net.serve(mtu, dns)?;
         net.undone = true;
@@ -274,24 +279,6 @@ impl GuestNet {
     /// Ends what is served here and leaves the rest as it is, to be adopted.
     pub fn leave(mut self) {
         self.undone = false;
-    }
-
-    /// Has it be in these security groups, and no others, and in this network. What groups say is told by
-    /// [`crate::set_groups`].
-    ///
-    /// # Errors
-    /// [`NetError::State`] or [`NetError::Firewall`]; the rules are then as they were, or are mended by the next call.
-    pub fn place(&mut self, groups: &[GroupId], network: &Network) -> Result<(), NetError> {
-        if (&*self.guest.groups, &self.guest.network) == (groups, network) {
-            return Ok(());
-        }
-        let mut kept = Kept::open(&self.state)?;
-        let own =
-            kept.records.iter_mut().find(|record| record.ip == self.ip).ok_or(NetError::Gone(self.ip))?;
-        (own.groups, own.network) = (groups.to_vec(), network.clone());
-        kept.put()?;
-        (self.guest.groups, self.guest.network) = (groups.to_vec(), network.clone());
-        Ok(())
     }
 
     /// A guest of which nothing is up or served.
@@ -322,6 +309,7 @@ impl GuestNet {
         dns: Vec<Ipv4Addr>,
     ) -> Result<GuestNet, NetError> {
         let Address { ip, mac, subnet, .. } = *address;
+        let more = address.more.clone();
         let tap = tap_of(ip).map_err(|_| NetError::Full)?;
         let ip6 = tap::has_ipv6().then(|| ra::address(PREFIX6, mac));
         let (groups, network) = (address.groups.clone(), address.network.clone());
@@ -329,6 +317,7 @@ impl GuestNet {
             tap: tap.clone(),
             mac,
             ip4: ip,
+            more: more.clone(),
             ip6,
             gateway: gateway(subnet),
             network: network.clone(),
@@ -341,6 +330,7 @@ impl GuestNet {
             tap: tap.to_string(),
             mac: mac.to_string(),
             ip,
+            more,
             ip6,
             subnet,
             network,
@@ -377,6 +367,7 @@ impl GuestNet {
             ends.push(Ends { host: GATEWAY6.into(), guest: Some(ip6.into()) });
         }
         tap::configure(&tap, mtu, &ends)?;
+        self.route_more(kept)?;
         if forwards {
             kept::forward()?;
         }

@@ -43,6 +43,8 @@ pub(crate) struct Record {
     pub mac: String,
     pub ip: Ipv4Addr,
     #[serde(default)]
+    pub more: Vec<Ipv4Addr>,
+    #[serde(default)]
     pub ip6: Option<Ipv6Addr>,
     #[serde(default = "first_subnet")]
     pub subnet: Ipv4Net,
@@ -62,11 +64,17 @@ impl Record {
             tap: self.tap.parse().ok()?,
             mac: self.mac.parse().ok()?,
             ip4: self.ip,
+            more: self.more.clone(),
             ip6: self.ip6,
             gateway: gateway(self.subnet),
             network: self.network.clone(),
             groups: self.groups.clone(),
         })
+    }
+
+    /// Whether it has the address.
+    pub fn has(&self, ip: Ipv4Addr) -> bool {
+        self.ip == ip || self.more.contains(&ip)
     }
 
     fn alive(&self) -> bool {
@@ -201,7 +209,9 @@ impl Kept {
             elastic::forget(&record);
             // Who gets its address next is another guest: what was let through to this one is nothing to that. Where the kernel
             // does not tell its connections, they end by their time.
-            let _ = flows::forget(record.ip);
+            for ip in std::iter::once(&record.ip).chain(&record.more) {
+                let _ = flows::forget(*ip);
+            }
             if self.records.iter().any(|other| other.tap == record.tap) {
                 // Its place has been taken already.
                 continue;

@@ -82,8 +82,10 @@ pub struct Guest {
     pub tap: TapName,
     /// Its hardware address.
     pub mac: MacAddr,
-    /// Its one IPv4 address (a /32).
+    /// Its IPv4 address (a /32).
     pub ip4: Ipv4Addr,
+    /// More of them, by which it may be spoken to and speak.
+    pub more: Vec<Ipv4Addr>,
     /// Its one global IPv6 address (a /128), if it has any; link-local neighbour discovery works without.
     pub ip6: Option<Ipv6Addr>,
     /// The host's address on its tap.
@@ -92,6 +94,13 @@ pub struct Guest {
     pub network: Network,
     /// Its security groups: it sends and is sent what one of them lets through. Of none that is not known.
     pub groups: Vec<GroupId>,
+}
+
+impl Guest {
+    /// All its IPv4 addresses.
+    pub fn ips(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
+        std::iter::once(self.ip4).chain(self.more.iter().copied())
+    }
 }
 
 /// All that the firewall of one network namespace says.
@@ -165,11 +174,13 @@ impl Ruleset {
     /// [`NftError::OutOfRange`], [`NftError::BadIpv6`], or [`NftError::Twice`] if something of it is taken.
     pub fn add(&mut self, guest: Guest) -> Result<(), NftError> {
         let range = guest.network.cidr;
-        check_range(&format!("address of {}", guest.tap), guest.ip4, range)?;
+        for ip in guest.ips() {
+            check_range(&format!("address of {}", guest.tap), ip, range)?;
+        }
         check_range(&format!("gateway of {}", guest.tap), guest.gateway, range)?;
-        if guest.ip4 == guest.gateway {
+        if guest.ips().any(|ip| ip == guest.gateway) {
             let what = format!("the gateway's, asked for {}:", guest.tap);
-            return Err(NftError::OutOfRange { what, ip: guest.ip4, range });
+            return Err(NftError::OutOfRange { what, ip: guest.gateway, range });
         }
         if let Some(ip) = guest.ip6
             && (ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || ip.is_unicast_link_local())
@@ -179,7 +190,7 @@ impl Ruleset {
         let same = |g: &&Guest| {
             g.tap == guest.tap
                 || g.mac == guest.mac
-                || g.ip4 == guest.ip4
+                || g.ips().any(|ip| guest.ips().any(|own| own == ip))
                 || (g.ip6.is_some() && g.ip6 == guest.ip6)
         };
         if let Some(other) = self.guests.iter().find(same) {

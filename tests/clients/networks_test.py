@@ -176,3 +176,62 @@ class Networks(Case):
         instance = ec2.run_instances(**run)["Instances"][0]["InstanceId"]
         self.wait("instance_running", instance)
         ec2.terminate_instances(InstanceIds=[instance])
+
+    def test_interfaces_and_addresses_beside_the_first(self):
+        ec2 = self.ec2
+        vpc = ec2.create_vpc(CidrBlock="10.5.0.0/16")["Vpc"]["VpcId"]
+        subnet = ec2.create_subnet(VpcId=vpc, CidrBlock="10.5.1.0/24")["Subnet"]["SubnetId"]
+        cards = [
+            {"DeviceIndex": 0, "SubnetId": subnet, "PrivateIpAddresses": [
+                {"Primary": False, "PrivateIpAddress": "10.5.1.21"}, {"Primary": True, "PrivateIpAddress": "10.5.1.20"}]},
+            {"DeviceIndex": 1, "SubnetId": subnet, "SecondaryPrivateIpAddressCount": 2, "Description": "second",
+             "DeleteOnTermination": True},
+        ]
+        instance = self.run_one(NetworkInterfaces=cards)
+        self.wait("instance_running", instance)
+        first, second = sorted(self.instance(instance)["NetworkInterfaces"], key=lambda e: e["Attachment"]["DeviceIndex"])
+        ips = lambda e: [(ip["PrivateIpAddress"], ip["Primary"]) for ip in e["PrivateIpAddresses"]]
+        self.assertEqual(ips(first), [("10.5.1.20", True), ("10.5.1.21", False)])
+        self.assertEqual((len(ips(second)), second["Description"], second["Attachment"]["DeviceIndex"]), (3, "second", 1))
+        self.assertEqual(self.instance(instance)["PrivateIpAddress"], "10.5.1.20")
+
+        a, b = first["NetworkInterfaceId"], second["NetworkInterfaceId"]
+        told = ec2.assign_private_ip_addresses(NetworkInterfaceId=a, PrivateIpAddresses=["10.5.1.30"])
+        self.assertEqual((told["NetworkInterfaceId"], told["AssignedPrivateIpAddresses"]),
+                         (a, [{"PrivateIpAddress": "10.5.1.30"}]))
+        told = ec2.assign_private_ip_addresses(NetworkInterfaceId=a, SecondaryPrivateIpAddressCount=2)
+        self.assertEqual(len(told["AssignedPrivateIpAddresses"]), 2)
+        found = ec2.describe_network_interfaces(Filters=[{"Name": "addresses.private-ip-address", "Values": ["10.5.1.30"]}])
+        self.assertEqual([e["NetworkInterfaceId"] for e in found["NetworkInterfaces"]], [a])
+        both = dict(PrivateIpAddresses=["10.5.1.30"], SecondaryPrivateIpAddressCount=1)
+        for code, call, more in [
+            ("InvalidParameterValue", ec2.assign_private_ip_addresses, dict(PrivateIpAddresses=["10.5.1.30"])),
+            ("InvalidParameterValue", ec2.assign_private_ip_addresses, dict(PrivateIpAddresses=["10.5.2.30"])),
+            ("InvalidParameterValue", ec2.assign_private_ip_addresses, dict(PrivateIpAddresses=["ten"])),
+            ("InvalidParameterCombination", ec2.assign_private_ip_addresses, both),
+            ("MissingParameter", ec2.assign_private_ip_addresses, {}),
+            ("InvalidParameterValue", ec2.assign_private_ip_addresses, dict(SecondaryPrivateIpAddressCount=0)),
+            ("PrivateIpAddressLimitExceeded", ec2.assign_private_ip_addresses, dict(SecondaryPrivateIpAddressCount=30)),
+            ("UnsupportedOperation", ec2.assign_private_ip_addresses, dict(Ipv4PrefixCount=1)),
+            ("InvalidParameterValue", ec2.unassign_private_ip_addresses, dict(PrivateIpAddresses=["10.5.1.30"])),
+            ("MissingParameter", ec2.unassign_private_ip_addresses, {}),
+        ]:
+            self.fails(code, call, NetworkInterfaceId=b, **more)
+        ec2.assign_private_ip_addresses(NetworkInterfaceId=b, PrivateIpAddresses=["10.5.1.30"], AllowReassignment=True)
+        self.fails("InvalidParameterValue", ec2.unassign_private_ip_addresses, NetworkInterfaceId=a, PrivateIpAddresses=["10.5.1.30"])
+        ec2.unassign_private_ip_addresses(NetworkInterfaceId=b, PrivateIpAddresses=["10.5.1.30"])
+
+        spare = dict(SubnetId=subnet, PrivateIpAddress="10.5.1.40", PrivateIpAddresses=[{"PrivateIpAddress": "10.5.1.41"}])
+        made = ec2.create_network_interface(**spare)["NetworkInterface"]
+        self.assertEqual(ips(made), [("10.5.1.40", True), ("10.5.1.41", False)])
+        ip = ec2.allocate_address()["AllocationId"]
+        self.fails("UnsupportedOperation", ec2.associate_address, AllocationId=ip, NetworkInterfaceId=a, PrivateIpAddress="10.5.1.21")
+        self.fails("InvalidParameterCombination", self.run_one, NetworkInterfaces=[cards[0], dict(cards[1], DeviceIndex=0)])
+        with_public = dict(cards[1], AssociatePublicIpAddress=True)
+        self.fails("InvalidParameterCombination", self.run_one, NetworkInterfaces=[cards[0], with_public])
+        ec2.release_address(AllocationId=ip)
+        ec2.terminate_instances(InstanceIds=[instance])
+        self.wait("instance_terminated", instance)
+        ec2.delete_network_interface(NetworkInterfaceId=made["NetworkInterfaceId"])
+        ec2.delete_subnet(SubnetId=subnet)
+        ec2.delete_vpc(VpcId=vpc)

@@ -255,11 +255,7 @@ fn run(asked: &Context<'_>) -> Answer {
     if let Some(options) = p.sub("MetadataOptions") {
         set_metadata(options, &mut metadata)?;
     }
-    let interfaces = p.list("NetworkInterface");
-    if interfaces.len() > 1 {
-        return Err(Fault::new("UnsupportedOperation", "hutch has one network interface an instance yet"));
-    }
-    let interface = interfaces.first().copied();
+    let (interface, others) = super::interfaces::cards(p)?;
     let here = |name: &str| interface.and_then(|i| i.str(name)).map(str::to_owned);
     if interface.is_some()
         && (p.sub("SecurityGroupId").is_some()
@@ -270,17 +266,10 @@ fn run(asked: &Context<'_>) -> Answer {
         return Err(Fault::combination(why));
     }
     let made_before = here("NetworkInterfaceId");
-    let more = ["SubnetId", "PrivateIpAddress", "Description", "SecurityGroupId", "AssociatePublicIpAddress"];
-    if made_before.is_some() && interface.is_some_and(|i| more.iter().any(|name| i.sub(name).is_some())) {
-        let why = "A network interface that was made before has its subnet, address, groups and description already";
-        return Err(Fault::combination(why));
-    }
-    if interface.is_some_and(|i| !matches!(i.int("DeviceIndex"), Ok(None | Some(0)))) {
-        return Err(Fault::combination("The first network interface has the device index 0"));
-    }
-    let ip = owned("PrivateIpAddress").or_else(|| here("PrivateIpAddress"));
+    let ip = owned("PrivateIpAddress");
     let private_ip =
         ip.map(|ip| ip.parse().map_err(|_| Fault::value("privateIpAddress", &ip, "It is no IPv4 address.")));
+    let (own_ip, more) = interface.map_or_else(|| Ok(Default::default()), super::interfaces::addresses)?;
     let launch = Launch {
         image: p.required("ImageId")?.into(),
         kernel: owned("KernelId"),
@@ -298,7 +287,9 @@ fn run(asked: &Context<'_>) -> Answer {
         interface: made_before,
         subnet: owned("SubnetId").or_else(|| here("SubnetId")),
         zone: owned("Placement.AvailabilityZone"),
-        private_ip: private_ip.transpose()?,
+        private_ip: private_ip.transpose()?.or(own_ip),
+        more,
+        others,
         public_ip: interface.map(|i| i.boolean("AssociatePublicIpAddress")).transpose()?.flatten(),
         interface_description: here("Description").unwrap_or_default(),
         keep_interface: interface

@@ -238,7 +238,7 @@ fn of_instance(c: &Context<'_>) -> Answer {
     for (index, id) in i.interfaces.iter().enumerate() {
         let Some(e) = c.region.get::<Interface>(id)? else { continue };
         interfaces.push(node! {
-            "deviceIndex": index,
+            "deviceIndex": e.attachment.as_ref().map_or(index, |a| a.device_index as usize),
             "description": &e.description,
             "deleteOnTermination": e.attachment.as_ref().is_none_or(|a| a.delete_on_termination),
             "groupSet": Node::list(&e.groups, |group| Node::Text(group.clone())),

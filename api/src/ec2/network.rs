@@ -25,10 +25,15 @@ pub(super) fn association(c: &Context<'_>, e: &Interface) -> Option<Node> {
 }
 
 fn addresses(c: &Context<'_>, e: &Interface) -> Node {
-    let name = private_name(c.region, e.ip);
-    Node::List(vec![node! {
-        "privateIpAddress": e.ip, "privateDnsName": name, "primary": true, "association": association(c, e),
-    }])
+    let one = |ip| {
+        node! {
+            "privateIpAddress": ip,
+            "privateDnsName": private_name(c.region, ip),
+            "primary": ip == e.ip,
+            "association": association(c, e).filter(|_| ip == e.ip),
+        }
+    };
+    Node::List(e.ips().map(one).collect())
 }
 
 /// An interface, as its instance tells it.

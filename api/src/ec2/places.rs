@@ -1,6 +1,7 @@
 //! Where things can run, and on what: regions, zones, instance types; what an account may.
 
 use hutch_cloud::region::metadata::zone_id;
+use hutch_cloud::region::{MAX_ADDRESSES, MAX_INTERFACES};
 use hutch_cloud::types::{InstanceType, Span};
 
 use super::{Answer, Context, Operation};
@@ -129,14 +130,14 @@ fn told(name: &str, kind: &InstanceType) -> Node {
             "networkCards": Node::List(vec![node! {
                 "networkCardIndex": 0u32,
                 "networkPerformance": performance(kind.network_mbit),
-                "maximumNetworkInterfaces": 1u32,
+                "maximumNetworkInterfaces": MAX_INTERFACES,
                 "baselineBandwidthInGbps": kind.network_mbit.map(|span| thousandths(span.baseline)),
                 "peakBandwidthInGbps": kind.network_mbit.map(|span| thousandths(span.burst)),
             }]),
-            "maximumNetworkInterfaces": 1u32,
+            "maximumNetworkInterfaces": MAX_INTERFACES,
             "maximumNetworkCards": 1u32,
             "defaultNetworkCardIndex": 0u32,
-            "ipv4AddressesPerInterface": 1u32,
+            "ipv4AddressesPerInterface": MAX_ADDRESSES,
             "ipv6AddressesPerInterface": 0u32,
             "ipv6Supported": false,
             "enaSupport": "unsupported",

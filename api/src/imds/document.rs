@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
-use hutch_cloud::metadata::{Metadata, Options};
+use hutch_cloud::metadata::{Card, Metadata, Options};
 use serde_json::json;
 
 /// All that the service says, ready to be looked up.
@@ -67,9 +67,10 @@ impl From<&Metadata> for Document {
             }
         };
         let ip = |ip: Option<Ipv4Addr>| ip.map(|ip| ip.to_string()).unwrap_or_default();
+        type Groups = [(String, String)];
         let lines = |texts: Vec<&str>| texts.join("\n");
-        let group_names = lines(m.security_groups.iter().map(|(_, name)| name.as_str()).collect());
-        let group_ids = lines(m.security_groups.iter().map(|(id, _)| id.as_str()).collect());
+        let names = |groups: &Groups| lines(groups.iter().map(|(_, name)| name.as_str()).collect());
+        let ids = |groups: &Groups| lines(groups.iter().map(|(id, _)| id.as_str()).collect());
         for (name, text) in [
             ("ami-id", m.ami_id.as_str()),
             ("ami-launch-index", &m.ami_launch_index.to_string()),
@@ -91,7 +92,7 @@ impl From<&Metadata> for Document {
             ("public-ipv4", &ip(m.public_ipv4)),
             ("ramdisk-id", &m.ramdisk_id),
             ("reservation-id", &m.reservation_id),
-            ("security-groups", &group_names),
+            ("security-groups", &names(&m.security_groups)),
             ("services/domain", "amazonaws.com"),
             ("services/partition", "aws"),
         ] {
@@ -100,28 +101,32 @@ impl From<&Metadata> for Document {
         for (name, device) in &m.block_device_mapping {
             leaf(&format!("meta-data/block-device-mapping/{name}"), device);
         }
-        for (name, text) in [
-            ("device-number", "0"),
-            ("interface-id", &m.interface_id),
-            ("local-hostname", &m.hostname),
-            ("local-ipv4s", &ip(m.local_ipv4)),
-            ("mac", &m.mac),
-            ("owner-id", &m.account_id),
-            ("public-hostname", &m.public_hostname),
-            ("public-ipv4s", &ip(m.public_ipv4)),
-            ("security-group-ids", &group_ids),
-            ("security-groups", &group_names),
-            ("subnet-id", &m.subnet_id),
-            ("subnet-ipv4-cidr-block", &m.subnet_cidr),
-            ("vpc-id", &m.vpc_id),
-            ("vpc-ipv4-cidr-block", &m.vpc_cidr),
-            ("vpc-ipv4-cidr-blocks", &m.vpc_cidr),
-        ] {
-            leaf(&format!("meta-data/network/interfaces/macs/{}/{name}", m.mac), text);
-        }
-        if let Some(public) = m.public_ipv4 {
-            let associations = format!("meta-data/network/interfaces/macs/{}/ipv4-associations", m.mac);
-            leaf(&format!("{associations}/{public}"), &ip(m.local_ipv4));
+        let only = [the_one(m)];
+        for card in if m.cards.is_empty() { &only[..] } else { &m.cards[..] } {
+            let at = format!("meta-data/network/interfaces/macs/{}", card.mac);
+            let ips: Vec<String> = card.local_ipv4s.iter().map(ToString::to_string).collect();
+            for (name, text) in [
+                ("device-number", card.device_number.to_string().as_str()),
+                ("interface-id", &card.interface_id),
+                ("local-hostname", &card.local_hostname),
+                ("local-ipv4s", &ips.join("\n")),
+                ("mac", &card.mac),
+                ("owner-id", &m.account_id),
+                ("public-hostname", &card.public_hostname),
+                ("public-ipv4s", &ip(card.public_ipv4)),
+                ("security-group-ids", &ids(&card.security_groups)),
+                ("security-groups", &names(&card.security_groups)),
+                ("subnet-id", &card.subnet_id),
+                ("subnet-ipv4-cidr-block", &card.subnet_cidr),
+                ("vpc-id", &card.vpc_id),
+                ("vpc-ipv4-cidr-block", &card.vpc_cidr),
+                ("vpc-ipv4-cidr-blocks", &card.vpc_cidr),
+            ] {
+                leaf(&format!("{at}/{name}"), text);
+            }
+            if let Some(public) = card.public_ipv4 {
+                leaf(&format!("{at}/ipv4-associations/{public}"), &ip(card.local_ipv4s.first().copied()));
+            }
         }
         for (key, value) in &m.tags {
             leaf(&format!("meta-data/tags/instance/{key}"), value);
@@ -129,13 +134,31 @@ impl From<&Metadata> for Document {
         for (index, (_, key)) in m.public_keys.iter().enumerate() {
             leaf(&format!("meta-data/public-keys/{index}/openssh-key"), key.trim());
         }
-        let names = m.public_keys.iter().enumerate().map(|(index, (name, _))| format!("{index}={name}"));
-        leaf("meta-data/public-keys/", &names.collect::<Vec<_>>().join("\n"));
+        let keys = m.public_keys.iter().enumerate().map(|(index, (name, _))| format!("{index}={name}"));
+        leaf("meta-data/public-keys/", &keys.collect::<Vec<_>>().join("\n"));
         leaf("dynamic/instance-identity/document", &identity(m));
         if let Some(data) = &m.user_data {
             leaves.insert("user-data".into(), data.clone());
         }
         Document { options: m.options, instance_id: m.instance_id.clone(), leaves }
+    }
+}
+
+/// The one interface of an instance that tells of none.
+fn the_one(m: &Metadata) -> Card {
+    Card {
+        device_number: 0,
+        interface_id: m.interface_id.clone(),
+        mac: m.mac.clone(),
+        local_hostname: m.hostname.clone(),
+        local_ipv4s: m.local_ipv4.into_iter().collect(),
+        public_ipv4: m.public_ipv4,
+        public_hostname: m.public_hostname.clone(),
+        security_groups: m.security_groups.clone(),
+        subnet_id: m.subnet_id.clone(),
+        subnet_cidr: m.subnet_cidr.clone(),
+        vpc_id: m.vpc_id.clone(),
+        vpc_cidr: m.vpc_cidr.clone(),
     }
 }
 

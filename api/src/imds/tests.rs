@@ -1,3 +1,4 @@
+use hutch_cloud::metadata::Card;
 use proptest::prelude::*;
 
 use super::*;
@@ -113,6 +114,28 @@ fn a_public_address_is_told_where_there_is_one() {
     assert_eq!(guest.get(&format!("{card}/public-ipv4s")).unwrap(), "198.19.0.1");
     assert_eq!(guest.get(&format!("{card}/ipv4-associations/")).unwrap(), "198.19.0.1");
     assert_eq!(guest.get(&format!("{card}/ipv4-associations/198.19.0.1")).unwrap(), "172.31.0.4");
+}
+
+#[test]
+fn each_interface_is_told_with_all_its_addresses() {
+    let card = |n: u8, ips: &[u8]| Card {
+        device_number: n.into(),
+        mac: format!("02:00:00:00:00:0{n}"),
+        local_ipv4s: ips.iter().map(|last| [10, 0, 1, *last].into()).collect(),
+        subnet_cidr: "10.0.1.0/24".into(),
+        security_groups: vec![("sg-1".into(), "web".into())],
+        ..Card::default()
+    };
+    let guest = Guest::new(&Metadata { cards: vec![card(1, &[4, 5]), card(2, &[9])], ..metadata() });
+    walk(&guest, "/latest/meta-data/", &mut Vec::new());
+    let macs = "/latest/meta-data/network/interfaces/macs/";
+    assert_eq!(guest.get(macs).unwrap(), "02:00:00:00:00:01/\n02:00:00:00:00:02/");
+    let of = |n, name: &str| guest.get(&format!("{macs}02:00:00:00:00:0{n}/{name}")).unwrap();
+    assert_eq!(of(1, "local-ipv4s"), "10.0.1.4\n10.0.1.5");
+    assert_eq!(
+        [of(2, "local-ipv4s"), of(2, "device-number"), of(2, "security-groups")],
+        ["10.0.1.9", "2", "web"]
+    );
 }
 
 #[test]

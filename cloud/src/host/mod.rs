@@ -78,6 +78,9 @@ pub struct Interface {
     pub mac: String,
     /// Its primary address.
     pub ip: Ipv4Addr,
+    /// Its secondary ones.
+    #[serde(default)]
+    pub more: Vec<Ipv4Addr>,
     /// Its subnet, whose first address is its router's; machines of earlier versions have the one that their metadata tell.
     #[serde(default)]
     pub subnet: Option<Ipv4Net>,
@@ -360,19 +363,20 @@ pub trait Host: Send + Sync {
     fn firewall(&self, groups: &[Group]) -> Result<()>;
 
     /// Has the machine run, if this run of it has not been started before. Returns when its first processor runs; its
-    /// firewall and its metadata were there before. A public address that leads to another machine still is left out. Its
-    /// kernel and its RAM disk it keeps, whatever becomes of them meanwhile, until it is started with others or forgotten.
+    /// firewall and its metadata were there before. A public or secondary address that leads to another machine still is left
+    /// out. Its kernel and its RAM disk it keeps, whatever becomes of them meanwhile, until it is started with others or
+    /// forgotten.
     ///
     /// # Errors
     /// [`HostError::Missing`] volume, kernel or RAM disk, [`HostError::NoRoom`], [`HostError::Key`]; nothing of the run is left
     /// then.
     fn start(&self, machine: &Machine) -> Result<()>;
 
-    /// Tells a machine that runs what has changed of its metadata, its firewall, its speed and its public addresses; its volumes come
+    /// Tells a machine that runs what has changed of its metadata, its firewall, its network, its speed and its addresses; its volumes come
     /// and go by [`attach`](Host::attach) and [`detach`](Host::detach).
     ///
     /// # Errors
-    /// [`HostError::Missing`]: it does not run. [`HostError::Busy`]: a public address leads to another machine that runs,
+    /// [`HostError::Missing`]: it does not run. [`HostError::Busy`]: a public or secondary address leads to another machine that runs,
     /// which has to be told first that it does not; the rest is done.
     fn update(&self, machine: &Machine) -> Result<()>;
 

@@ -135,6 +135,12 @@ impl Region {
             let mut interface = self.target(work, account, target)?;
             if target.private_ip.is_some_and(|ip| ip != interface.ip) {
                 let ip = target.private_ip.unwrap_or(interface.ip);
+                if interface.more.contains(&ip) {
+                    let why = format!(
+                        "On hutch a public address leads to the primary address of an interface, not to {ip}"
+                    );
+                    return Err(Fault::new("UnsupportedOperation", why));
+                }
                 let why = format!("It is no address of the interface {}.", interface.id);
                 return Err(Fault::value("privateIpAddress", &ip.to_string(), &why));
             }

@@ -24,8 +24,8 @@ pub(super) struct Firewall {
 struct Inner {
     /// The rules of each group as they were told last.
     told: BTreeMap<String, BTreeMap<String, Rule>>,
-    /// The address and the groups of each interface.
-    interfaces: HashMap<String, (Ipv4Addr, Vec<String>)>,
+    /// The addresses and the groups of each interface.
+    interfaces: HashMap<String, (Vec<Ipv4Addr>, Vec<String>)>,
 }
 
 /// A rule as the host is told it.
@@ -76,14 +76,14 @@ impl Region {
     /// Takes note of all interfaces there are.
     pub(super) fn members(&self, interfaces: &[Interface]) {
         let mut firewall = self.firewall.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let of = |one: &Interface| (one.id.clone(), (one.ip, one.groups.clone()));
+        let of = |one: &Interface| (one.id.clone(), (one.ips().collect(), one.groups.clone()));
         firewall.interfaces = interfaces.iter().map(of).collect();
     }
 
     /// Takes note of an interface as it is now; whether that means other members of groups.
     pub(super) fn member(&self, id: &str, interface: Option<&Interface>) -> bool {
         let mut firewall = self.firewall.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = interface.map(|interface| (interface.ip, interface.groups.clone()));
+        let now = interface.map(|interface| (interface.ips().collect(), interface.groups.clone()));
         let before = match now.clone() {
             Some(now) => firewall.interfaces.insert(id.to_owned(), now),
             None => firewall.interfaces.remove(id),
@@ -105,10 +105,10 @@ impl Region {
                 _ => None,
             });
         let mut members: BTreeMap<String, BTreeSet<IpAddr>> = peers.map(|id| (id, BTreeSet::new())).collect();
-        for (ip, groups) in firewall.interfaces.values() {
+        for (ips, groups) in firewall.interfaces.values() {
             for id in groups {
                 if let Some(members) = members.get_mut(id) {
-                    members.insert((*ip).into());
+                    members.extend(ips.iter().copied().map(IpAddr::from));
                 }
             }
         }

@@ -6,10 +6,10 @@ use crate::fault::{Fault, Result};
 use crate::id;
 use crate::model::{Attachment, Instance, InstanceState, Interface, Subnet, Tags};
 
-use super::{Region, Work, now, recall, remember, tags};
+use super::{Region, Secondary, Work, now, recall, remember, tags};
 
 /// The most interfaces of an instance.
-const MAX_INTERFACES: usize = 8;
+pub const MAX_INTERFACES: usize = 8;
 
 /// What CreateNetworkInterface asks for.
 #[derive(Debug, Clone, Default)]
@@ -22,6 +22,8 @@ pub struct NewInterface {
     pub groups: Vec<String>,
     /// Its address; by default a free one.
     pub private_ip: Option<Ipv4Addr>,
+    /// Its secondary addresses.
+    pub more: Secondary,
     /// Its tags.
     pub tags: Tags,
     /// What makes the call idempotent.
@@ -53,7 +55,7 @@ impl Region {
     /// Makes an interface, attached to nothing.
     ///
     /// # Errors
-    /// `InvalidSubnetID.*`, `InvalidGroup.*`, `InvalidIPAddress.InUse`, `InvalidParameterValue`,
+    /// `InvalidSubnetID.*`, `InvalidGroup.*`, `InvalidIPAddress.InUse`, `InvalidParameterValue`, `PrivateIpAddressLimitExceeded`,
     /// `InsufficientFreeAddressesInSubnet`, `IdempotentParameterMismatch`.
     pub fn create_interface(&self, account: &str, new: &NewInterface) -> Result<Interface> {
         self.ensure_account(account)?;
@@ -70,12 +72,39 @@ impl Region {
             }
             let subnet: Subnet = tags::own(work, account, &new.subnet)?;
             let groups = self.groups_of(work, account, &subnet.vpc, &new.groups, &[])?;
-            let mut interface = self.new_interface(work, &subnet, groups, new.private_ip)?;
+            let mut interface = self.new_interface(work, &subnet, groups, new.private_ip, &new.more)?;
             interface.description.clone_from(&new.description);
             interface.tags.clone_from(&new.tags);
             work.put(&interface)?;
             remember(work, token.as_deref(), &new.request, vec![interface.id.clone()])?;
             Ok(interface)
+        })
+    }
+
+    /// Gives an interface secondary addresses, also while its instance runs; returns them. Those that it has already stay.
+    ///
+    /// # Errors
+    /// `InvalidParameterValue`: an address is not of the subnet, or another interface's that it may not be taken from;
+    /// `PrivateIpAddressLimitExceeded`, `InsufficientFreeAddressesInSubnet`, `InvalidNetworkInterfaceID.*`.
+    pub fn assign_addresses(&self, account: &str, id: &str, ask: &Secondary) -> Result<Vec<Ipv4Addr>> {
+        self.transact(|work| {
+            let mut interface: Interface = tags::own(work, account, id)?;
+            let subnet: Subnet = tags::own(work, account, &interface.subnet)?;
+            let assigned = self.assign(work, &subnet, &mut interface, ask)?;
+            work.put(&interface)?;
+            Ok(assigned)
+        })
+    }
+
+    /// Takes secondary addresses from an interface.
+    ///
+    /// # Errors
+    /// `InvalidParameterValue`: it does not have them. `InvalidNetworkInterfaceID.*`.
+    pub fn unassign_addresses(&self, account: &str, id: &str, ips: &[Ipv4Addr]) -> Result<()> {
+        self.transact(|work| {
+            let mut interface: Interface = tags::own(work, account, id)?;
+            self.unassign(work, &mut interface, ips)?;
+            work.put(&interface)
         })
     }
 

@@ -11,7 +11,9 @@ use crate::model::{
     KeyPair, MetadataOptions, Name, Shape, Snapshot, Subnet, Tags, Volume, VolumeState,
 };
 
-use super::{Encryption, Region, Work, images, now, recall, remember, snapshots, tags};
+use super::{
+    Encryption, InterfaceAsk, Region, Secondary, Work, cards, images, now, recall, remember, snapshots, tags,
+};
 
 /// The most user data, in bytes.
 const MAX_USER_DATA: usize = 16 << 10;
@@ -49,6 +51,10 @@ pub struct Launch {
     pub zone: Option<String>,
     /// The address of the one instance.
     pub private_ip: Option<Ipv4Addr>,
+    /// The primary interface's secondary addresses.
+    pub more: Secondary,
+    /// The interfaces beside the primary one.
+    pub others: Vec<InterfaceAsk>,
     /// What the primary interface is said to be for.
     pub interface_description: String,
     /// Whether it gets a public address; `None`: as the subnet says.
@@ -190,7 +196,13 @@ impl Region {
                         auto_public: public.is_some(),
                         description: launch.interface_description.clone(),
                         tags: tags_of(launch, "network-interface"),
-                        ..self.new_interface(work, &subnet, groups.clone(), launch.private_ip)?
+                        ..self.new_interface(
+                            work,
+                            &subnet,
+                            groups.clone(),
+                            launch.private_ip,
+                            &launch.more,
+                        )?
                     },
                 };
                 Ok((interface, public))
@@ -201,10 +213,18 @@ impl Region {
                 Err(fault) if index >= launch.min && is_full(&fault) => break,
                 Err(fault) => return Err(fault),
             };
+            let id = id::new("i");
+            let mut interfaces = match self.other_interfaces(work, &subnet, launch, &id) {
+                Ok(others) => others,
+                Err(fault) if index >= launch.min && is_full(&fault) => {
+                    self.drop_interface(work, &interface.id)?;
+                    break;
+                }
+                Err(fault) => return Err(fault),
+            };
             if let Some(ip) = public {
                 self.take_public(work, &mut interface, ip)?;
             }
-            let id = id::new("i");
             let devices = disks.iter().map(|disk| {
                 let volume = volume_of(disk, account, &subnet.zone, &id, tags_of(launch, "volume"));
                 work.put(&volume)?;
@@ -224,7 +244,11 @@ impl Region {
                 attached: at,
                 delete_on_termination: !launch.keep_interface.unwrap_or(before.is_some()),
             };
-            work.put(&Interface { attachment: Some(attachment), ..interface.clone() })?;
+            interface.attachment = Some(attachment);
+            work.put(&interface)?;
+            let source_dest_check = interface.source_dest_check;
+            interfaces.push(interface);
+            interfaces.sort_by_key(|e| e.attachment.as_ref().map(|a| a.device_index));
             let instance = Instance {
                 id,
                 account: account.into(),
@@ -239,7 +263,7 @@ impl Region {
                 zone: subnet.zone.clone(),
                 subnet: subnet.id.clone(),
                 vpc: subnet.vpc.clone(),
-                interfaces: vec![interface.id],
+                interfaces: interfaces.into_iter().map(|interface| interface.id).collect(),
                 user_data: launch.user_data.clone(),
                 launched: at,
                 state: InstanceState::Pending,
@@ -254,7 +278,7 @@ impl Region {
                 shutdown_terminates: launch.shutdown_terminates,
                 termination_protection: launch.termination_protection,
                 stop_protection: launch.stop_protection,
-                source_dest_check: interface.source_dest_check,
+                source_dest_check,
                 ebs_optimized: launch.ebs_optimized,
                 monitoring: launch.monitoring,
                 metadata: launch.metadata.clone(),
@@ -461,6 +485,7 @@ fn check(region: &Region, launch: &Launch) -> Result<()> {
     if launch.interface.is_some() && max > 1 {
         return Err(Fault::combination("One network interface is for one instance only"));
     }
+    cards::check(launch)?;
     if launch.user_data.as_ref().is_some_and(|data| data.len() > MAX_USER_DATA) {
         let why = format!("User data is limited to {MAX_USER_DATA} bytes");
         return Err(Fault::new("InvalidParameterValue", why));

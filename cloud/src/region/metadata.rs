@@ -1,8 +1,7 @@
 //! What an instance is told about itself.
 
-use crate::host;
-use crate::metadata::{Metadata, Options};
-use crate::model::{Group, Instance, KeyPair, Subnet, Vpc};
+use crate::metadata::{Card, Metadata, Options};
+use crate::model::{Group, Instance, Interface, KeyPair, Subnet, Vpc};
 
 use super::Region;
 
@@ -22,17 +21,34 @@ pub fn public_name(region: &Region, ip: std::net::Ipv4Addr) -> String {
     format!("ec2-{}.{}.internal", ip.to_string().replace('.', "-"), region.settings().name)
 }
 
+/// What an instance is told about one of its interfaces, which is in these groups.
+pub(super) fn card(region: &Region, interface: &Interface, groups: &[Group]) -> Card {
+    let public = interface.public.as_ref().map(|public| public.ip);
+    let subnet = region.get::<Subnet>(&interface.subnet).ok().flatten();
+    let vpc = region.get::<Vpc>(&interface.vpc).ok().flatten();
+    Card {
+        device_number: interface.attachment.as_ref().map_or(0, |attachment| attachment.device_index),
+        interface_id: interface.id.clone(),
+        mac: interface.mac.clone(),
+        local_hostname: private_name(region, interface.ip),
+        local_ipv4s: interface.ips().collect(),
+        public_ipv4: public,
+        public_hostname: public.map(|ip| public_name(region, ip)).unwrap_or_default(),
+        security_groups: groups.iter().map(|group| (group.id.clone(), group.name.clone())).collect(),
+        subnet_id: interface.subnet.clone(),
+        subnet_cidr: subnet.map(|subnet| subnet.cidr.to_string()).unwrap_or_default(),
+        vpc_id: interface.vpc.clone(),
+        vpc_cidr: vpc.map(|vpc| vpc.cidr.to_string()).unwrap_or_default(),
+    }
+}
+
 pub(super) fn describe(
     region: &Region,
     instance: &Instance,
-    interfaces: &[host::Interface],
-    groups: &[Group],
+    cards: Vec<Card>,
     key: Option<&KeyPair>,
 ) -> Metadata {
-    let primary = interfaces.first();
-    let public = primary.and_then(|interface| interface.public).map(|public| public.ip);
-    let subnet = region.get::<Subnet>(&instance.subnet).ok().flatten();
-    let vpc = region.get::<Vpc>(&instance.vpc).ok().flatten();
+    let primary = cards.first().cloned().unwrap_or_default();
     let mut disks =
         vec![("ami".to_owned(), instance.root_device.clone()), ("root".into(), instance.root_device.clone())];
     let more = instance.devices.iter().filter(|device| device.name != instance.root_device).enumerate();
@@ -52,27 +68,28 @@ pub(super) fn describe(
         availability_zone: instance.zone.clone(),
         availability_zone_id: zone_id(region, &instance.zone),
         block_device_mapping: disks,
-        hostname: primary.map(|interface| private_name(region, interface.ip)).unwrap_or_default(),
+        hostname: primary.local_hostname,
         instance_id: instance.id.clone(),
         instance_type: instance.instance_type.clone(),
-        interface_id: primary.map(|interface| interface.id.clone()).unwrap_or_default(),
+        interface_id: primary.interface_id,
         kernel_id: instance.kernel.clone().unwrap_or_default(),
         ramdisk_id: instance.ramdisk.clone().unwrap_or_default(),
         life_cycle: "on-demand".into(),
         pending_time: instance.launched.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
-        local_ipv4: primary.map(|interface| interface.ip),
-        public_ipv4: public,
-        public_hostname: public.map(|ip| public_name(region, ip)).unwrap_or_default(),
-        mac: primary.map(|interface| interface.mac.clone()).unwrap_or_default(),
+        local_ipv4: primary.local_ipv4s.first().copied(),
+        public_ipv4: primary.public_ipv4,
+        public_hostname: primary.public_hostname,
+        mac: primary.mac,
         public_keys: key.map(|key| (key.name.clone(), key.public.clone())).into_iter().collect(),
         region: region.settings().name.clone(),
         reservation_id: instance.reservation.clone(),
-        security_groups: groups.iter().map(|group| (group.id.clone(), group.name.clone())).collect(),
+        security_groups: primary.security_groups,
         subnet_id: instance.subnet.clone(),
-        subnet_cidr: subnet.map(|subnet| subnet.cidr.to_string()).unwrap_or_default(),
+        subnet_cidr: primary.subnet_cidr,
         tags: if instance.metadata.tags { instance.tags.clone() } else { Default::default() },
         user_data: instance.user_data.clone(),
+        cards,
         vpc_id: instance.vpc.clone(),
-        vpc_cidr: vpc.map(|vpc| vpc.cidr.to_string()).unwrap_or_default(),
+        vpc_cidr: primary.vpc_cidr,
     }
 }

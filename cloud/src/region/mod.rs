@@ -17,13 +17,14 @@
 //! | quota.rs, account.rs | what an account may have at most; what it has set for itself |
 //! | addresses.rs | elastic addresses, and public ones that come and go with instances |
 //! | vpcs.rs, routes.rs | what each account begins with, networks and subnets; internet gateways and route tables |
-//! | interfaces.rs, network.rs | network interfaces; the addresses they have |
+//! | interfaces.rs, cards.rs, network.rs | network interfaces; those of a launch beside the first; the addresses they have |
 //! | neighbours.rs | what regions of one machine share: addresses; what the host is told of networks |
 //! | groups.rs, firewall.rs, tags.rs | security groups, and what the host is told of them; tags |
 
 mod account;
 mod addresses;
 mod attachments;
+mod cards;
 mod encryption;
 mod firewall;
 mod groups;
@@ -64,16 +65,18 @@ use crate::types::Table;
 
 pub use account::{AccountSettings, MetadataDefaults};
 pub use addresses::{Allocation, Target, Which};
+pub use cards::InterfaceAsk;
 pub use encryption::Encryption;
 pub use groups::RuleAsk;
 pub use images::{ImageCopy, NewImage, Registration};
 pub use imports::{DiskAsk, DiskFrom, NewImport};
 pub use instances::{Attribute, Change};
-pub use interfaces::{InterfaceAttribute, NewInterface};
+pub use interfaces::{InterfaceAttribute, MAX_INTERFACES, NewInterface};
 pub use keys::{Algorithm, NewKey};
 pub use launch::{DeviceAsk, Launch};
 pub use launch_templates::{Data as TemplateData, NewTemplate, TemplateName};
 pub use modify::VolumeChange;
+pub use network::{MAX_ADDRESSES, Secondary};
 pub use reconcile::Reconciler;
 pub use routes::RouteChange;
 pub use snapshots::{NewSnapshots, SnapshotCopy};

@@ -547,16 +547,18 @@ impl Region {
     fn machine(&self, instance: &Instance) -> Result<Machine> {
         let kind = self.settings.types.get(&instance.instance_type).map_err(Fault::internal)?;
         let mut interfaces = Vec::new();
-        let mut groups = Vec::new();
+        let (mut groups, mut cards) = (Vec::new(), Vec::new());
         for id in &instance.interfaces {
             let Some(interface) = self.get::<Interface>(id)? else { continue };
-            for id in &interface.groups {
-                groups.extend(self.get::<Group>(id)?);
-            }
+            let own = interface.groups.iter().map(|id| self.get::<Group>(id));
+            let own: Vec<_> = own.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+            cards.push(super::metadata::card(self, &interface, &own));
+            groups.extend(own);
             interfaces.push(host::Interface {
                 id: interface.id.clone(),
                 mac: interface.mac.clone(),
                 ip: interface.ip,
+                more: interface.more.clone(),
                 subnet: self.get::<Subnet>(&interface.subnet)?.map(|subnet| subnet.cidr),
                 network: self.network(&interface)?,
                 public: interface.public.map(|public| self.public(public.ip)),
@@ -565,7 +567,7 @@ impl Region {
         }
         self.tell_groups(&groups)?;
         let key = self.public_key(instance)?;
-        let metadata = super::metadata::describe(self, instance, &interfaces, &groups, key.as_ref());
+        let metadata = super::metadata::describe(self, instance, cards, key.as_ref());
         Ok(Machine {
             id: instance.id.clone(),
             run: instance.run,

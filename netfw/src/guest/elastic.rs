@@ -100,7 +100,7 @@ fn publish(record: &Record, published: &Published) -> Result<(), NetError> {
     Ok(())
 }
 
-fn route(record: &Record, public: Ipv4Addr) -> io::Result<RouteMessage> {
+pub(super) fn route(record: &Record, public: Ipv4Addr) -> io::Result<RouteMessage> {
     let index = nix::net::if_::if_nametoindex(record.tap.as_str())?;
     let mut route = RouteMessage::default();
     route.header.address_family = AddressFamily::Inet;
@@ -188,7 +188,7 @@ impl GuestNet {
         }
     }
 
-    fn own<'a>(&self, kept: &'a mut Kept) -> Result<&'a mut Record, NetError> {
+    pub(super) fn own<'a>(&self, kept: &'a mut Kept) -> Result<&'a mut Record, NetError> {
         kept.records.iter_mut().find(|record| record.ip == self.ip).ok_or(NetError::Gone(self.ip))
     }
 

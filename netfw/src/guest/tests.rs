@@ -143,7 +143,14 @@ fn a_guest_has_the_address_it_is_given_and_nobody_else_has() {
         let other: MacAddr = "0a:00:00:00:00:0a".parse().unwrap();
         let address = |ip, mac, net: &str| {
             let subnet = net.parse().unwrap();
-            Address { ip, mac, subnet, network: Network::alone(), groups: vec!["sg-1".parse().unwrap()] }
+            Address {
+                ip,
+                more: vec![],
+                mac,
+                subnet,
+                network: Network::alone(),
+                groups: vec!["sg-1".parse().unwrap()],
+            }
         };
         let second = "172.31.16.0/20";
         let net = GuestNet::up_as(state, &address(ip, mac, second), 1, 1500, vec![]).unwrap();
@@ -213,6 +220,7 @@ fn what_groups_say_stays_for_who_comes_next() {
         assert_eq!(tables(), "", "without a guest there is none");
         let address = Address {
             ip: Ipv4Addr::new(172, 31, 17, 9),
+            more: vec![],
             mac: "0a:00:00:00:00:09".parse().unwrap(),
             subnet: "172.31.16.0/20".parse().unwrap(),
             network: Network::alone(),
@@ -228,7 +236,7 @@ fn what_groups_say_stays_for_who_comes_next() {
         assert_eq!(nft::generation().unwrap(), generation, "what is as it should be is not touched");
         // A table of another program changes nothing, and neither does its own way of working.
         Command::new("nft").args(["add", "table", "inet", "other"]).status().unwrap();
-        net.place(&[GroupId::alone()], &Network::alone()).unwrap();
+        net.place(&Address { groups: vec![GroupId::alone()], ..address }).unwrap();
         assert!(tables().contains("jump alone-in") && !tables().contains("sg-1"), "{}", tables());
         assert_eq!(nft::generation().unwrap(), generation + 2, "one change, and the other's");
         crate::set_groups(state, "home-1", &[]).unwrap();
@@ -249,6 +257,7 @@ fn each_region_tells_of_its_own_groups() {
         fs::write(state.join("groups.json"), serde_json::to_vec(&[group("sg-1", 80)]).unwrap()).unwrap();
         let address = Address {
             ip: Ipv4Addr::new(172, 31, 17, 9),
+            more: vec![],
             mac: "0a:00:00:00:00:09".parse().unwrap(),
             subnet: "172.31.16.0/20".parse().unwrap(),
             network: Network::alone(),
@@ -278,6 +287,7 @@ fn addresses_that_lead_elsewhere_are_no_guests() {
             let cidr: Ipv4Net = cidr.parse().unwrap();
             Address {
                 ip: Ipv4Addr::from(u32::from(cidr.network()) + u32::from(last)),
+                more: vec![],
                 mac: MacAddr::new([2, 0, 0, 0, 0, last]).unwrap(),
                 subnet: cidr,
                 network: Network { id: vpc.parse().unwrap(), cidr, routes: vec![] },

@@ -56,11 +56,15 @@ impl Content {
 
     /// The sets of a group's members.
     fn members(&mut self, id: &GroupId, group: Option<&Group>, rules: &Ruleset) {
-        let ips =
-            |guest: &Guest| [Some(IpAddr::V4(guest.ip4)), guest.ip6.map(IpAddr::V6)].into_iter().flatten();
+        let ips = |guest: &Guest| -> Vec<IpAddr> {
+            guest.ips().map(IpAddr::V4).chain(guest.ip6.map(IpAddr::V6)).collect()
+        };
         let inside = |guest: &Guest| guest.groups.contains(id);
-        let local: BTreeMap<IpAddr, bool> =
-            rules.guests.iter().flat_map(|guest| ips(guest).map(move |ip| (ip, inside(guest)))).collect();
+        let local: BTreeMap<IpAddr, bool> = rules
+            .guests
+            .iter()
+            .flat_map(|guest| ips(guest).into_iter().map(move |ip| (ip, inside(guest))))
+            .collect();
         let told = group.map(|group| group.members.clone()).unwrap_or_default();
         let own = local.iter().filter(|(_, inside)| **inside).map(|(ip, _)| *ip);
         let (four, six) = members(&told, |ip| local.get(&ip).copied(), own);
@@ -76,15 +80,17 @@ impl Content {
 
     /// What lets a guest speak and be spoken to.
     fn guest(&mut self, guest: &Guest, groups: &BTreeMap<&GroupId, &Group>) {
-        let Guest { tap, mac, ip4, ip6, gateway, network, .. } = guest;
+        let Guest { tap, mac, ip6, gateway, network, .. } = guest;
         let mut element = |family, set: &str, element: String| {
             self.elements.entry((family, set.into())).or_default().insert(element, String::new());
         };
         element("inet", "macs", format!("\"{tap}\" . {mac}"));
-        element("inet", "from4", format!("\"{tap}\" . {mac} . {ip4}"));
-        element("inet", "to4", format!("\"{tap}\" . {ip4}"));
+        for ip in guest.ips() {
+            element("inet", "from4", format!("\"{tap}\" . {mac} . {ip}"));
+            element("inet", "to4", format!("\"{tap}\" . {ip}"));
+            element("arp", "senders", format!("\"{tap}\" . {mac} . {mac} . {ip}"));
+        }
         element("inet", "gateways", format!("\"{tap}\" . {gateway}"));
-        element("arp", "senders", format!("\"{tap}\" . {mac} . {mac} . {ip4}"));
         element("arp", "senders", format!("\"{tap}\" . {mac} . {mac} . 0.0.0.0"));
         if let Some(ip6) = ip6 {
             element("inet", "from6", format!("\"{tap}\" . {mac} . {ip6}"));

@@ -169,6 +169,7 @@ impl Wire {
                 tap: format!("hu0000000{n:x}").parse().unwrap(),
                 mac: MacAddr::new([2, 0, 0, 0, 0, n as u8]).unwrap(),
                 ip4: Ipv4Addr::new(172, 31, 0, 10 + n as u8),
+                more: vec![],
                 ip6: Some(Ipv6Addr::new(0xfd68, 0, 0, 0, 0, 0, 0, 10 + n as u16)),
                 gateway: Ipv4Addr::new(172, 31, 0, 1),
                 network: Network::alone(),

@@ -262,7 +262,8 @@ impl Net {
     fn up(interface: &Interface, machine: &Machine, means: &Means) -> Result<(Net, Vec<File>)> {
         let address = address(interface, machine)?;
         let queues = guest::queues(machine.vcpus);
-        let guest = GuestNet::up_as(&means.networks, &address, queues, MTU, name_servers());
+        let first = Address { more: Vec::new(), ..address.clone() };
+        let guest = GuestNet::up_as(&means.networks, &first, queues, MTU, name_servers());
         let mut guest = guest.map_err(|e| net_failed(&e))?;
         let taps = guest.take_taps();
         if let Err(error) = guest.lead(interface.public.map(led)) {
@@ -273,6 +274,10 @@ impl Net {
                 "its public address does not lead to it"
             );
         }
+        if let Err(error) = guest.place(&address) {
+            // Likewise.
+            tracing::warn!(instance = machine.id, error = chain(&error), "it has not all its addresses");
+        }
         Ok((Net::serve(guest, &machine.metadata, means)?, taps))
     }
 
@@ -281,8 +286,11 @@ impl Net {
         let guest = GuestNet::adopt(&means.networks, interface.ip, MTU, name_servers());
         let mut guest = guest.map_err(|e| net_failed(&e))?;
         // Its public address is what is recorded there: another may have it by now.
-        let told = groups(interface)
-            .and_then(|ids| guest.place(&ids, &interface.network).map_err(|e| net_failed(&e)));
+        let told = address(interface, machine).and_then(|address| match guest.place(&address) {
+            // It is told again, when it is looked at.
+            Ok(()) | Err(NetError::Led { .. }) => Ok(()),
+            Err(error) => Err(net_failed(&error)),
+        });
         if let Err(error) = told {
             guest.leave();
             return Err(error);
@@ -290,13 +298,18 @@ impl Net {
         Net::serve(guest, &machine.metadata, means)
     }
 
-    pub fn update(&mut self, interface: &Interface, metadata: &Metadata) -> Result<()> {
-        self.guest.place(&groups(interface)?, &interface.network).map_err(|e| net_failed(&e))?;
-        self.served.iter().for_each(|served| served.update(metadata));
-        self.guest.lead(interface.public.map(led)).map_err(|e| match e {
+    pub fn update(&mut self, interface: &Interface, machine: &Machine) -> Result<()> {
+        let busy = |e| match e {
             NetError::Led { .. } => HostError::Busy(e.to_string()),
             e => net_failed(&e),
-        })
+        };
+        let placed = self.guest.place(&address(interface, machine)?).map_err(busy);
+        if !matches!(placed, Ok(()) | Err(HostError::Busy(_))) {
+            return placed;
+        }
+        self.served.iter().for_each(|served| served.update(&machine.metadata));
+        self.guest.lead(interface.public.map(led)).map_err(busy)?;
+        placed
     }
 
     /// Whether it is this one.
@@ -304,9 +317,9 @@ impl Net {
         self.guest.ip == interface.ip
     }
 
-    /// Whether its public address is this one.
+    /// Whether its public address and its secondary ones are these.
     pub fn is_led(&self, interface: &Interface) -> bool {
-        self.guest.public() == interface.public.map(led)
+        self.guest.public() == interface.public.map(led) && self.guest.more() == interface.more
     }
 
     /// Its public address.
@@ -335,6 +348,7 @@ fn address(interface: &Interface, machine: &Machine) -> Result<Address> {
     let told = || machine.metadata.subnet_cidr.parse().map_err(|_| wrong("subnet"));
     Ok(Address {
         ip: interface.ip,
+        more: interface.more.clone(),
         mac: interface.mac.parse().map_err(|_| wrong("MAC"))?,
         subnet: interface.subnet.map_or_else(told, Ok)?,
         network: interface.network.clone(),

@@ -505,7 +505,7 @@ impl Host for Local {
         for (own, told) in new.interfaces.iter_mut().zip(&machine.interfaces) {
             own.groups.clone_from(&told.groups);
             (own.subnet, own.network) = (told.subnet, told.network.clone());
-            own.public = told.public;
+            (own.public, own.more) = (told.public, told.more.clone());
         }
         // One that could not be served when its machine was adopted is served now, or nothing of it is taken for told.
         if live.nets.len() < kept.machine.interfaces.len() {
@@ -522,7 +522,7 @@ impl Host for Local {
             return Ok(());
         }
         for (net, interface) in live.nets.iter_mut().zip(&new.interfaces) {
-            net.update(interface, &new.metadata)?;
+            net.update(interface, &new)?;
         }
         kept.machine = new;
         slot.dir.write(kept)

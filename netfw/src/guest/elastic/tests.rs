@@ -180,6 +180,7 @@ impl Guest {
     fn of(state: &Path, last: u8, network: Network, rules: Vec<Rule>) -> Guest {
         let address = Address {
             ip: Ipv4Addr::new(172, 31, 0, last),
+            more: vec![],
             mac: MacAddr::new([2, 0, 0, 0, 0, last]).unwrap(),
             subnet: "172.31.0.0/20".parse().unwrap(),
             network,
@@ -296,19 +297,96 @@ fn guests_of_two_networks_meet_by_public_addresses_as_far_as_everyone_may() {
         a.lead(TWO, false);
         assert_eq!(a.place.ask(ONE, 80).as_deref(), Some("198.19.0.2"));
         // Both have to have a way there.
-        let groups = a.net().guest.groups.clone();
+        let place = |guest: &mut Guest, network: Network| {
+            let net = guest.net();
+            let (ip, mac, groups) = (net.ip, net.mac, net.guest.groups.clone());
+            let subnet = "172.31.0.0/20".parse().unwrap();
+            net.place(&Address { ip, more: vec![], mac, subnet, network, groups }).unwrap();
+        };
         let (mut open, _) = a.place.run(|| connect((ONE, 80).into())).unwrap();
         assert!(lives(&mut open));
-        a.net().place(&groups, &network("vpc-a", &["203.0.113.0/24"])).unwrap();
+        place(&mut a, network("vpc-a", &["203.0.113.0/24"]));
         assert!(!lives(&mut open));
         assert_eq!(a.place.ask(ONE, 80), None);
-        a.net().place(&groups, &network("vpc-a", &["198.19.0.0/24"])).unwrap();
+        place(&mut a, network("vpc-a", &["198.19.0.0/24"]));
         assert_eq!(a.place.ask(ONE, 80).as_deref(), Some("198.19.0.2"));
-        b.net().place(&groups, &network("vpc-b", &[])).unwrap();
+        place(&mut b, network("vpc-b", &[]));
         assert_eq!(a.place.ask(ONE, 80), None);
         assert_eq!(c.place.ask([172, 31, 0, 5], 81).as_deref(), Some("172.31.0.6"));
         assert_eq!(ask(([172, 31, 0, 5], 80).into()).as_deref(), Some("172.31.0.1"), "the host");
     });
+}
+
+#[test]
+fn a_guest_has_more_addresses_while_it_is_told_so() {
+    in_namespace(|state| {
+        ip("link set lo up");
+        const MORE: [u8; 4] = [172, 31, 0, 99];
+        let (mut a, mut b) = (Guest::new(state, 4), Guest::new(state, 5));
+        let c = Guest::new(state, 6);
+        let place = |guest: &mut Guest, more: &[[u8; 4]]| {
+            let net = guest.net();
+            let Record { ip, mac, subnet, network, groups, .. } =
+                Kept::open(state).unwrap().records.into_iter().find(|r| r.ip == net.ip).unwrap();
+            let more = more.iter().map(|ip| (*ip).into()).collect();
+            net.place(&Address { ip, more, mac: mac.parse().unwrap(), subnet, network, groups })
+        };
+        // It takes the address by itself, and is neither heard nor reached by it unless it is told.
+        for guest in [&a, &b] {
+            guest.place.run(|| ip("addr add 172.31.0.99/20 dev huffffff02"));
+        }
+        let says = |guest: &Guest| {
+            guest.place.run(|| {
+                let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::from(MORE), 0)).unwrap();
+                let _ = socket.send_to(b"x", "172.31.0.6:9");
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            nft::refused(&guest.net.as_ref().unwrap().guest.tap).unwrap().outbound
+        };
+        // So that it knows its neighbour, and need not ask for it under an address that is not its own.
+        assert!(a.place.ask([172, 31, 0, 6], 80).is_some());
+        let before = says(&a);
+        assert!(before > 0);
+        assert_eq!(ask((MORE, 80).into()), None);
+        place(&mut a, &[MORE]).unwrap();
+        assert_eq!(c.place.ask(MORE, 80).as_deref(), Some("172.31.0.6"));
+        assert_eq!(c.place.ask(MORE, 81), None, "its groups hold for it");
+        assert_eq!(ask((MORE, 80).into()).as_deref(), Some("172.31.0.1"), "the host");
+        assert_eq!(says(&a), before, "it is heard by it");
+        // Another has it only when this one has not; connections end then.
+        let (mut open, _) = c.place.run(|| connect((MORE, 80).into())).unwrap();
+        let led = place(&mut b, &[MORE]);
+        assert!(matches!(led, Err(NetError::Led { by, .. }) if by.octets() == [172, 31, 0, 4]), "{led:?}");
+        assert!(lives(&mut open));
+        let same = [172, 31, 0, 5].into();
+        let taken = Address { ip: MORE.into(), more: vec![same], ..address(&c) };
+        assert!(matches!(GuestNet::up_as(state, &taken, 1, 1500, vec![]), Err(NetError::Taken { .. })));
+        // Who was killed meanwhile is found with it, whatever became of its route.
+        a.net.take().unwrap().leave();
+        ip("route del 172.31.0.99");
+        a.net = Some(GuestNet::adopt(state, [172, 31, 0, 4].into(), 1500, vec![]).unwrap());
+        assert!(lives(&mut open));
+        place(&mut a, &[]).unwrap();
+        assert!(!lives(&mut open));
+        assert_eq!(c.place.ask(MORE, 80), None);
+        place(&mut b, &[MORE]).unwrap();
+        assert_eq!(c.place.ask(MORE, 80).as_deref(), Some("172.31.0.6"));
+        drop(b);
+        assert!(!shown("route").contains("172.31.0.99") && !tables().contains("172.31.0.99"));
+    });
+}
+
+/// The address of a guest with another MAC.
+fn address(guest: &Guest) -> Address {
+    let net = guest.net.as_ref().unwrap();
+    Address {
+        ip: net.ip,
+        more: vec![],
+        mac: MacAddr::new([2, 0, 0, 0, 0, 0x77]).unwrap(),
+        subnet: "172.31.0.0/20".parse().unwrap(),
+        network: Network::alone(),
+        groups: vec![],
+    }
 }
 
 #[test]
