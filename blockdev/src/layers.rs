@@ -31,6 +31,16 @@ pub struct Layer {
     pub key: Option<Key>,
 }
 
+impl Layer {
+    /// Another descriptor of the same open file.
+    ///
+    /// # Errors
+    /// The process has too many.
+    pub fn try_clone(&self) -> std::io::Result<Layer> {
+        Ok(Layer { file: self.file.try_clone()?, format: self.format, key: self.key.clone() })
+    }
+}
+
 impl From<(File, Format)> for Layer {
     fn from((file, format): (File, Format)) -> Layer {
         Layer { file, format, key: None }

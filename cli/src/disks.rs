@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use hutch_blockdev::store::lock;
-use hutch_blockdev::{Disk, Format, open_layers, qcow2};
+use hutch_blockdev::{Disk, Format, Layer, open_layers, qcow2};
 use nix::fcntl::OFlag;
 
 /// What may be done with a disk.
@@ -54,9 +54,6 @@ pub fn format_of(path: &Path) -> Format {
     }
 }
 
-/// One file of a disk, open.
-pub type Layer = (File, Format);
-
 /// Opens a file of a disk, which no other machine may be writing.
 pub fn layer(path: &Path, write: bool) -> anyhow::Result<Layer> {
     let what = || format!("the disk {}", path.display());
@@ -68,7 +65,7 @@ pub fn layer(path: &Path, write: bool) -> anyhow::Result<Layer> {
     let file = File::options().read(true).write(write).open(path);
     let file = file.with_context(|| format!("cannot open {}", what()))?;
     lock(&file, !write).with_context(what)?;
-    Ok((file, format_of(path)))
+    Ok((file, format_of(path)).into())
 }
 
 /// The layers of `arg`, the top one first.
@@ -87,7 +84,7 @@ pub fn root_layers(image: &Path, volume: Option<&Path>) -> anyhow::Result<Vec<La
         return on_top(base, image, unnamed(image)?);
     };
     if path.exists() {
-        return Ok(vec![(layer(path, true)?.0, Format::Qcow2), base]);
+        return Ok(vec![(layer(path, true)?.file, Format::Qcow2).into(), base]);
     }
     let made = File::options().read(true).write(true).create_new(true).open(path);
     let made = made.with_context(|| format!("cannot make the volume {}", path.display()))?;
@@ -103,7 +100,7 @@ fn on_top(base: Layer, path: &Path, top: File) -> anyhow::Result<Vec<Layer>> {
     let size = open(&base).with_context(|| format!("the image {}", path.display()))?.size();
     qcow2::create(&top, size).context("cannot make a volume")?;
     let mut layers = base;
-    layers.insert(0, (top, Format::Qcow2));
+    layers.insert(0, (top, Format::Qcow2).into());
     Ok(layers)
 }
 
@@ -119,8 +116,7 @@ pub fn unnamed(for_what: &Path) -> anyhow::Result<File> {
 
 /// The disk that the layers make, to be read here and now.
 pub fn open(layers: &[Layer]) -> anyhow::Result<Arc<dyn Disk>> {
-    let clone = |(file, format): &Layer| Ok((file.try_clone()?, *format));
-    let layers = layers.iter().map(clone).collect::<std::io::Result<Vec<_>>>()?;
+    let layers = layers.iter().map(Layer::try_clone).collect::<std::io::Result<Vec<_>>>()?;
     Ok(open_layers(layers, true)?)
 }
 

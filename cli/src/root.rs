@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail};
-use hutch_blockdev::Format;
+use hutch_blockdev::{Format, Layer};
 use hutch_vmm::launch;
 
-use crate::disks::{self, Layer};
+use crate::disks;
 use crate::image;
 
 /// Where our init is in the initrd that is put before the kernel's own.
@@ -20,7 +20,7 @@ pub const INIT: &str = "/hutch-init";
 pub fn layers(root: &Path) -> anyhow::Result<Vec<Layer>> {
     if root.is_dir() {
         let made = file_system(root).with_context(|| format!("cannot take {} as a root", root.display()))?;
-        return Ok(vec![(made, Format::Raw)]);
+        return Ok(vec![(made, Format::Raw).into()]);
     }
     Ok(vec![disks::layer(&image::disk(root)?, false)?])
 }

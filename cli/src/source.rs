@@ -5,13 +5,13 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use hutch_blockdev::Disk;
+use hutch_blockdev::{Disk, Layer};
 use hutch_imagestore::boot::BootFiles;
 use hutch_vmm::config::{BootConfig, DiskConfig};
 use hutch_vmm::launch::{self, Inherit};
 
 use crate::args::Args;
-use crate::disks::{self, Layer};
+use crate::disks;
 use crate::{image, root, ssh};
 
 /// The machine's disks, open from the first start to the last: the image's first, then the others as they were named.

@@ -24,7 +24,9 @@ impl Vmm {
         // Only the child holds what was given now, so that a pipe ends when the child does.
         drop(command);
         let mut stdin = child.stdin.take().context("hutch-vmm has no standard input")?;
-        stdin.write_all(&serde_json::to_vec(config)?).context("hutch-vmm does not take its configuration")?;
+        stdin
+            .write_all(&hutch_vmm::secret::json(config)?)
+            .context("hutch-vmm does not take its configuration")?;
         Ok(Vmm { child, report })
     }
 

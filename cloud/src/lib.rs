@@ -5,6 +5,7 @@
 //!     ├─ model      the records          ├─ fault, id    EC2's errors and ids
 //!     ├─ store      where they are: ordered keys under transactions
 //!     ├─ host       what runs the machines: a trait, simulated or local
+//!     ├─ keyring    what wraps the keys of encrypted volumes
 //!     ├─ metadata   what an instance is told        types    what a name such as t3.micro stands for
 //!     ├─ addresses  which public addresses there are    speed    how fast volumes and instances are
 //!     └─ backup     all of it, copied while it is used, and a state made of that
@@ -16,6 +17,7 @@ pub mod backup;
 pub mod fault;
 pub mod host;
 pub mod id;
+pub mod keyring;
 pub mod limits;
 pub mod metadata;
 pub mod model;

@@ -273,6 +273,9 @@ pub struct ImageDevice {
     pub iops: Option<u64>,
     /// The volume goes with the instance.
     pub delete_on_termination: bool,
+    /// It is encrypted; one with a snapshot is what the snapshot is.
+    #[serde(default)]
+    pub encrypted: bool,
 }
 
 /// A network interface.

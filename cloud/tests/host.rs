@@ -8,6 +8,7 @@ use hutch_cloud::host::local::{Local, Means, MetadataService, Served};
 use hutch_cloud::host::{
     Content, End, Host, HostError, Interface, Machine, Network, Public, Simulated, Source, Speed,
 };
+use hutch_cloud::keyring::Keyring;
 use hutch_cloud::metadata::Metadata;
 use hutch_imagestore::store::{Kind, Store};
 use hutch_vmm::config::{Flow, Rate};
@@ -105,7 +106,7 @@ fn boot_files(host: &dyn Host, images: &Store, files: [&Path; 2]) {
         [(Kind::Kernel, "kernel".into(), kernel.clone()), (Kind::Ramdisk, "ramdisk".into(), ramdisk.clone())]
     );
     let source = Source::Template(host.templates().unwrap()[0].name.clone());
-    host.create_volume("vol-k", GIB, &source).unwrap();
+    host.create_volume("vol-k", GIB, &source, None).unwrap();
     let told = |run, kernel: &str, ramdisk: Option<&str>| Machine {
         kernel: Some(kernel.into()),
         ramdisk: ramdisk.map(str::to_owned),
@@ -146,10 +147,10 @@ fn suite(open: Open<'_>, outlives: bool) {
 
     // Volumes: made once, whatever is asked again; a source that is not there is told so.
     for _ in 0..2 {
-        host.create_volume("vol-a", template.size.max(GIB), &source).unwrap();
-        host.create_volume("vol-b", GIB, &Source::Empty).unwrap();
+        host.create_volume("vol-a", template.size.max(GIB), &source, None).unwrap();
+        host.create_volume("vol-b", GIB, &Source::Empty, None).unwrap();
     }
-    let missing = host.create_volume("vol-c", GIB, &Source::Snapshot("snap-none".into()));
+    let missing = host.create_volume("vol-c", GIB, &Source::Snapshot("snap-none".into()), None);
     assert!(matches!(missing, Err(HostError::Missing(_))), "{missing:?}");
 
     // A volume is what it is to be, once it is told; it never becomes smaller.
@@ -172,7 +173,7 @@ fn suite(open: Open<'_>, outlives: bool) {
 
     // Volumes come and go while it runs, once, whatever is asked again.
     for id in ["vol-h", "vol-i"] {
-        host.create_volume(id, GIB, &Source::Empty).unwrap();
+        host.create_volume(id, GIB, &Source::Empty, None).unwrap();
         assert!(matches!(host.attach("i-none", id), Err(HostError::Missing(_))));
         host.attach("i-a", id).unwrap();
         host.attach("i-a", id).unwrap();
@@ -234,15 +235,15 @@ fn suite(open: Open<'_>, outlives: bool) {
     host.delete_snapshot("snap-b").unwrap();
 
     // What is not needed goes; what was made of it stays.
-    host.create_volume("vol-d", template.size.max(GIB), &Source::Snapshot("snap-a".into())).unwrap();
+    host.create_volume("vol-d", template.size.max(GIB), &Source::Snapshot("snap-a".into()), None).unwrap();
     for source in [Source::Snapshot("snap-a".into()), source] {
         let content = host.content(&source).unwrap();
         assert!(size(&content) >= template.size, "{content:?}");
         for _ in 0..2 {
-            host.copy_snapshot("snap-copy", &content).unwrap();
+            host.copy_snapshot("snap-copy", &content, None).unwrap();
         }
         // It needs what it was copied of no more than a volume does.
-        host.create_volume("vol-e", GIB, &Source::Snapshot("snap-copy".into())).unwrap();
+        host.create_volume("vol-e", GIB, &Source::Snapshot("snap-copy".into()), None).unwrap();
         host.delete_snapshot("snap-copy").unwrap();
         host.delete_volume("vol-e").unwrap();
     }
@@ -256,7 +257,7 @@ fn suite(open: Open<'_>, outlives: bool) {
     }
     assert_eq!(host.machines().unwrap(), []);
     assert_eq!(host.console("i-a").unwrap(), b"");
-    host.create_volume("vol-f", template.size.max(GIB), &Source::Template(template.name)).unwrap();
+    host.create_volume("vol-f", template.size.max(GIB), &Source::Template(template.name), None).unwrap();
     let host = addresses(host, open, outlives);
     host.stop("i-b", Duration::ZERO).unwrap();
     host.forget("i-c").unwrap();
@@ -374,7 +375,13 @@ fn the_local_host() {
             together: Default::default(),
             metadata: Box::new(Silent),
         };
-        Local::open(dir.path(), Store::open(&state).unwrap(), means).unwrap()
+        Local::open(
+            dir.path(),
+            Store::open(&state).unwrap(),
+            Keyring::open(&dir.path().join("keyring")).unwrap(),
+            means,
+        )
+        .unwrap()
     };
     suite(&|| Box::new(open()), true);
     let micro = PathBuf::from(std::env::var_os("HUTCH_MICRO").expect("a kernel and an initrd"));
@@ -393,7 +400,7 @@ fn the_local_host() {
     assert_eq!(host.machines().unwrap(), []);
     assert!(!dir.path().join("machines/i-half").exists());
     let template = host.templates().unwrap().remove(0);
-    host.create_volume("vol-a", template.size, &Source::Template(template.name)).unwrap();
+    host.create_volume("vol-a", template.size, &Source::Template(template.name), None).unwrap();
     host.start(&machine("i-a", 1, &["vol-a"])).unwrap();
     let record = dir.path().join("machines/i-a/machine.json");
     drop(host);

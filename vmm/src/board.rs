@@ -238,13 +238,13 @@ mod tests {
 
     use super::*;
     use crate::bus::Registers;
-    use crate::config::DiskFormat;
     use crate::pci::msix::tests::FakeVm;
+    use hutch_blockdev::Format;
 
     fn drive(serial: &str) -> Drive {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
-        Drive::open("i-1", serial, vec![(file, DiskFormat::Raw)], false).unwrap()
+        Drive::open("i-1", serial, vec![(file, Format::Raw).into()], false).unwrap()
     }
 
     fn board(drives: &Drives) -> Board {

@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::secret::DiskKey;
+
 /// The number of a descriptor the process inherited.
 pub type FdNumber = i32;
 
@@ -146,13 +148,16 @@ impl Rate {
 }
 
 /// One file of a disk.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerConfig {
     /// An inherited descriptor; open for writing on the top layer of a writable disk, else read-only.
     pub fd: FdNumber,
     /// The file's format.
     pub format: DiskFormat,
+    /// What the guest's bytes in it are encrypted with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<DiskKey>,
 }
 
 /// The format of one layer.
@@ -163,6 +168,15 @@ pub enum DiskFormat {
     Raw,
     /// qcow2 version 3, made or checked by us.
     Qcow2,
+}
+
+impl From<DiskFormat> for hutch_blockdev::Format {
+    fn from(format: DiskFormat) -> Self {
+        match format {
+            DiskFormat::Raw => Self::Raw,
+            DiskFormat::Qcow2 => Self::Qcow2,
+        }
+    }
 }
 
 /// One virtio-net interface on a tap.

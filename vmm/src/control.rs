@@ -8,7 +8,8 @@
 //!                                                 the guest wrote is in the disks' files
 //! {"command":"resume"}        → {"ok":true}
 //! {"command":"attach-disk","serial":"vol…","formats":["qcow2","raw"],"read_only":false,"rate":{…}} with a descriptor for each format, the
-//!     top one first          → {"ok":true}       the guest is told of the new disk, over PCI
+//!     top one first          → {"ok":true}       the guest is told of the new disk, over PCI; where layers are encrypted,
+//!                                                 `"keys":["BASE64",null]` has what with, one for each
 //! {"command":"detach-disk","serial":"vol…","force":false}
 //!                             → {"ok":true}       the guest is asked to let it go; once it has, `status` does not name the
 //!                                                 disk any more; with `force`, it is gone at once
@@ -16,7 +17,7 @@
 //!                             → {"ok":true}       what was written until then is beneath these, all at one instant; a disk
 //!                                                 whose `top` (see `status`) has that name is left as it is
 //! {"command":"seal-disk","serial":"vol…"}     → {"ok":true}       what is beneath the top layer is durable, and others may read it
-//! {"command":"rebase-disk","serial":"vol…","formats":[…]} with a descriptor for each
+//! {"command":"rebase-disk","serial":"vol…","formats":[…]} with a descriptor for each, and `keys` likewise
 //!                             → {"ok":true}       the top layer lies on these files, which hold the same bytes
 //! {"command":"kill"}          → {"ok":true}       the machine ends now, its report says `killed`
 //! {"command":"disk","serial":"vol…","size":BYTES,"rate":{…}}  → {"ok":true}   the disk is at least so large and has this
@@ -39,9 +40,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use hutch_blockdev::Layer;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use zeroize::Zeroizing;
 
 use crate::config::{DiskFormat, Rate};
 use crate::console::{self, Console, Reader};
@@ -51,6 +54,7 @@ use crate::drives::{Drive, told};
 use crate::machine::Handle;
 use crate::passing::Receiver;
 use crate::rate::Limiter;
+use crate::secret::DiskKey;
 
 /// A request is at most so many bytes.
 const LINE_MAX: u64 = 64 << 10;
@@ -75,6 +79,8 @@ enum Request {
         top: String,
         formats: Vec<DiskFormat>,
         #[serde(default)]
+        keys: Vec<Option<DiskKey>>,
+        #[serde(default)]
         read_only: bool,
         #[serde(default)]
         rate: Rate,
@@ -93,6 +99,8 @@ enum Request {
     RebaseDisk {
         serial: String,
         formats: Vec<DiskFormat>,
+        #[serde(default)]
+        keys: Vec<Option<DiskKey>>,
     },
     Disk {
         serial: String,
@@ -170,7 +178,8 @@ impl Control {
     fn connection(&self, mut stream: UnixStream) -> io::Result<()> {
         let mut reader = BufReader::new(Receiver::new(stream.try_clone()?));
         loop {
-            let mut line = String::new();
+            // It may hold keys.
+            let mut line = Zeroizing::new(String::with_capacity(LINE_MAX as usize));
             let n = reader.by_ref().take(LINE_MAX).read_line(&mut line)?;
             if n == 0 || !line.ends_with('\n') {
                 return Ok(());
@@ -273,8 +282,8 @@ impl Control {
                     }
                 }
             }
-            Request::AttachDisk { serial, top, formats, read_only, rate } => {
-                let layers = match each_one(fds, formats) {
+            Request::AttachDisk { serial, top, formats, keys, read_only, rate } => {
+                let layers = match layers(fds, formats, keys) {
                     Ok(layers) => layers,
                     Err(why) => return done(Err(format!("disk {serial}: {why}"))),
                 };
@@ -291,8 +300,8 @@ impl Control {
                 self.devices.drives.cut(cuts.collect())
             })),
             Request::SealDisk { serial } => done(self.drive(&serial).and_then(|drive| drive.seal())),
-            Request::RebaseDisk { serial, formats } => {
-                done(self.drive(&serial).and_then(|drive| drive.rebase(each_one(fds, formats)?)))
+            Request::RebaseDisk { serial, formats, keys } => {
+                done(self.drive(&serial).and_then(|drive| drive.rebase(layers(fds, formats, keys)?)))
             }
             Request::DetachDisk { serial, force } => done(self.handle.detach(&serial, force)),
             Request::Resume => {
@@ -333,6 +342,23 @@ impl Control {
         }
         rate.map_or(Ok(()), |rate| hold(rate, [&drive.limit]))
     }
+}
+
+/// The layers of a disk; those without a key are plain.
+fn layers(
+    fds: Vec<OwnedFd>,
+    formats: Vec<DiskFormat>,
+    keys: Vec<Option<DiskKey>>,
+) -> Result<Vec<Layer>, String> {
+    if !keys.is_empty() && keys.len() != formats.len() {
+        return Err(format!("{} keys came for {} files", keys.len(), formats.len()));
+    }
+    let keys = keys.into_iter().chain(std::iter::repeat(None));
+    let layer = |((file, format), key): ((File, DiskFormat), Option<DiskKey>)| {
+        let key = key.map(|key| key.0);
+        Layer { file, format: format.into(), key }
+    };
+    Ok(each_one(fds, formats)?.into_iter().zip(keys).map(layer).collect())
 }
 
 /// A descriptor for each of these.

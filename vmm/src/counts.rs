@@ -167,14 +167,14 @@ impl Devices {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::DiskFormat;
+    use hutch_blockdev::Format;
 
     #[test]
     fn devices_tell_each_counter_under_its_own_name() {
         let drives = Drives::default();
         for serial in ["vol1", "vol2"] {
             let file = tempfile::tempfile().unwrap();
-            let drive = Drive::open("i-1", serial, vec![(file, DiskFormat::Raw)], false).unwrap();
+            let drive = Drive::open("i-1", serial, vec![(file, Format::Raw).into()], false).unwrap();
             assert!(drives.add(drive));
         }
         assert!(drives.leave("vol1").is_some());

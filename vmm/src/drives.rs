@@ -6,9 +6,8 @@ use std::time::{Duration, Instant};
 
 use hutch_blockdev::stack::{self, Stack};
 use hutch_blockdev::store::{self, Store};
-use hutch_blockdev::{Disk, DiskError, Format, Layer, layers};
+use hutch_blockdev::{Disk, DiskError, Layer, layers};
 
-use crate::config::DiskFormat;
 use crate::rate::Limiter;
 use crate::virtio::blk::DiskCounts;
 
@@ -42,16 +41,11 @@ impl Drive {
     ///
     /// # Errors
     /// What is wrong with the serial or the files.
-    pub fn open(
-        id: &str,
-        serial: &str,
-        layers: Vec<(File, DiskFormat)>,
-        read_only: bool,
-    ) -> Result<Drive, String> {
+    pub fn open(id: &str, serial: &str, layers: Vec<Layer>, read_only: bool) -> Result<Drive, String> {
         if let Some(why) = wrong(serial, layers.len()) {
             return Err(format!("{id}: disk {serial:?} {why}"));
         }
-        let opened = layers::open(formatted(layers), read_only);
+        let opened = layers::open(layers, read_only);
         let opened = opened.map_err(|e| format!("{id}: disk {serial}: {}", told(&e)))?;
         let (top, counts, limit) = Default::default();
         let layers::Opened { disk, stack } = opened;
@@ -74,18 +68,10 @@ impl Drive {
     ///
     /// # Errors
     /// It is no volume, a layer of it is not sealed, or the files are wrong; nothing changed.
-    pub fn rebase(&self, layers: Vec<(File, DiskFormat)>) -> Result<(), String> {
-        let rebased = self.stack()?.rebase(formatted(layers));
+    pub fn rebase(&self, layers: Vec<Layer>) -> Result<(), String> {
+        let rebased = self.stack()?.rebase(layers);
         rebased.map_err(|e| format!("disk {}: {}", self.serial, told(&e)))
     }
-}
-
-fn formatted(layers: Vec<(File, DiskFormat)>) -> Vec<Layer> {
-    let format = |format| match format {
-        DiskFormat::Raw => Format::Raw,
-        DiskFormat::Qcow2 => Format::Qcow2,
-    };
-    layers.into_iter().map(|(file, kind)| (file, format(kind)).into()).collect()
 }
 
 /// An error with its cause.
@@ -201,11 +187,12 @@ impl Drives {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hutch_blockdev::Format;
 
     fn drive(serial: &str) -> Drive {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
-        Drive::open("i-1", serial, vec![(file, DiskFormat::Raw)], false).unwrap()
+        Drive::open("i-1", serial, vec![(file, Format::Raw).into()], false).unwrap()
     }
 
     #[test]
@@ -226,7 +213,7 @@ mod tests {
 
     #[test]
     fn a_wrong_disk_is_refused_with_the_reason() {
-        let file = || (tempfile::tempfile().unwrap(), DiskFormat::Qcow2);
+        let file = || Layer::from((tempfile::tempfile().unwrap(), Format::Qcow2));
         for (serial, layers, why) in [
             ("", vec![file()], "serial"),
             ("vol-1", vec![file()], "serial"),

@@ -16,14 +16,16 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use command_fds::CommandFdExt;
-use hutch_blockdev::Format;
+use hutch_blockdev::{Format, Layer};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::pipe2;
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::config::{DiskConfig, DiskFormat, FdNumber, LayerConfig, Rate, Report};
 use crate::passing;
+use crate::secret::{self, DiskKey};
 
 /// The longest answer at a control socket, in bytes; a console's ring, escaped, is the largest.
 const ANSWER_MAX: usize = 1 << 20;
@@ -139,9 +141,10 @@ impl Inherit {
     ///
     /// # Errors
     /// The process has too many descriptors.
-    pub fn disk(&mut self, layers: &[(File, Format)], serial: String, read_only: bool) -> Result<DiskConfig> {
-        let mut lend = |(file, format): &(File, Format)| {
-            Ok(LayerConfig { fd: self.lend(file)?, format: disk_format(*format) })
+    pub fn disk(&mut self, layers: &[Layer], serial: String, read_only: bool) -> Result<DiskConfig> {
+        let mut lend = |layer: &Layer| {
+            let (format, key) = (disk_format(layer.format), layer.key.clone().map(DiskKey));
+            Ok(LayerConfig { fd: self.lend(&layer.file)?, format, key })
         };
         let layers = layers.iter().map(&mut lend).collect::<Result<Vec<_>>>()?;
         let (top, rate) = Default::default();
@@ -241,17 +244,26 @@ pub fn ask(
 /// Those of [`ask`].
 pub fn attach_disk(
     socket: &Path,
-    layers: &[(File, Format)],
+    layers: &[Layer],
     (serial, top): (&str, &str),
     read_only: bool,
     rate: &Rate,
     limit: Duration,
 ) -> Result<()> {
-    let request = serde_json::json!({
-        "command": "attach-disk", "serial": serial, "top": top, "formats": formats(layers),
-        "read_only": read_only, "rate": rate,
-    });
-    hand(socket, &request, layers.iter().map(|(file, _)| file), limit)
+    #[derive(Serialize)]
+    struct Attach<'a> {
+        command: &'a str,
+        serial: &'a str,
+        top: &'a str,
+        formats: Vec<DiskFormat>,
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        keys: Vec<Option<DiskKey>>,
+        read_only: bool,
+        rate: &'a Rate,
+    }
+    let (command, formats, keys) = ("attach-disk", formats(layers), keys(layers));
+    let request = Attach { command, serial, top, formats, keys, read_only, rate };
+    hand(socket, &request, layers.iter().map(|layer| &layer.file), limit)
 }
 
 /// Hands new, empty top layers to the machine behind a control socket: the serial of the disk, what the layer is called,
@@ -271,15 +283,22 @@ pub fn cut_disks(socket: &Path, cuts: &[(String, String, File)], limit: Duration
 ///
 /// # Errors
 /// Those of [`ask`].
-pub fn rebase_disk(socket: &Path, layers: &[(File, Format)], serial: &str, limit: Duration) -> Result<()> {
-    let request =
-        serde_json::json!({ "command": "rebase-disk", "serial": serial, "formats": formats(layers) });
-    hand(socket, &request, layers.iter().map(|(file, _)| file), limit)
+pub fn rebase_disk(socket: &Path, layers: &[Layer], serial: &str, limit: Duration) -> Result<()> {
+    #[derive(Serialize)]
+    struct Rebase<'a> {
+        command: &'a str,
+        serial: &'a str,
+        formats: Vec<DiskFormat>,
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        keys: Vec<Option<DiskKey>>,
+    }
+    let request = Rebase { command: "rebase-disk", serial, formats: formats(layers), keys: keys(layers) };
+    hand(socket, &request, layers.iter().map(|layer| &layer.file), limit)
 }
 
 fn hand<'a>(
     socket: &Path,
-    request: &Value,
+    request: &impl Serialize,
     files: impl Iterator<Item = &'a File>,
     limit: Duration,
 ) -> Result<()> {
@@ -287,8 +306,16 @@ fn hand<'a>(
     ask_with(socket, request, &files, limit).map(drop)
 }
 
-fn formats(layers: &[(File, Format)]) -> Vec<DiskFormat> {
-    layers.iter().map(|(_, format)| disk_format(*format)).collect()
+fn formats(layers: &[Layer]) -> Vec<DiskFormat> {
+    layers.iter().map(|layer| disk_format(layer.format)).collect()
+}
+
+/// None at all where all layers are plain, as machines of earlier versions know it.
+fn keys(layers: &[Layer]) -> Vec<Option<DiskKey>> {
+    match layers.iter().any(|layer| layer.key.is_some()) {
+        true => layers.iter().map(|layer| layer.key.clone().map(DiskKey)).collect(),
+        false => Vec::new(),
+    }
 }
 
 fn disk_format(format: Format) -> DiskFormat {
@@ -310,14 +337,16 @@ fn connect(socket: &Path, limit: Duration) -> io::Result<UnixStream> {
 
 fn ask_with(
     socket: &Path,
-    request: &Value,
+    request: &impl Serialize,
     fds: &[BorrowedFd<'_>],
     limit: Duration,
 ) -> Result<(BufReader<UnixStream>, UnixStream, Value)> {
     let silent = |source| LaunchError::Silent { path: socket.into(), source };
     let until = Instant::now() + limit;
     let stream = connect(socket, limit).map_err(silent)?;
-    let sent = passing::send(&stream, format!("{request}\n").as_bytes(), fds);
+    let mut text = secret::json(request).map_err(io::Error::from)?;
+    text.push(b'\n');
+    let sent = passing::send(&stream, &text, fds);
     let mut reader = BufReader::new(stream.try_clone().map_err(silent)?);
     let answer = line(&mut reader, until).map_err(silent)?;
     // A machine with too many clients says so and hangs up before it has read anything.

@@ -24,6 +24,7 @@ pub mod pci;
 pub mod plan;
 pub mod probe;
 pub mod rate;
+pub mod secret;
 pub mod vcpu;
 pub mod virtio;
 pub mod x86_64;

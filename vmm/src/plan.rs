@@ -262,11 +262,11 @@ mod tests {
 
     #[test]
     fn bad_devices_are_refused_with_their_place() {
-        let layer = LayerConfig { fd: 5, format: DiskFormat::Raw };
+        let layer = LayerConfig { fd: 5, format: DiskFormat::Raw, key: None };
         let none = Rate::default();
         let disk = |serial: &str, n| DiskConfig {
             serial: serial.into(),
-            layers: vec![layer; n],
+            layers: vec![layer.clone(); n],
             top: String::new(),
             read_only: false,
             rate: none.clone(),

@@ -9,8 +9,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use hutch_blockdev::Format;
 use hutch_vmm::board::Backends;
-use hutch_vmm::config::{DiskFormat, End, MachineConfig, Report};
+use hutch_vmm::config::{End, MachineConfig, Report};
 use hutch_vmm::control::Control;
 use hutch_vmm::devices::serial;
 use hutch_vmm::drives::Drive;
@@ -61,7 +62,7 @@ fn with_socket(code: &[u8], act: impl FnOnce(&Path) + Send + 'static) -> Option<
     let bytes = tempfile::tempfile().unwrap();
     bytes.set_len(1 << 20).unwrap();
     let backends = Backends::default();
-    let drive = Drive::open("i-1", "vol1", vec![(bytes, DiskFormat::Raw)], false).unwrap();
+    let drive = Drive::open("i-1", "vol1", vec![(bytes, Format::Raw).into()], false).unwrap();
     assert!(backends.drives.add(drive));
     let files = Files { kvm, kernel: support::kernel(code), initrd: None, console_log: None, backends };
     let mut machine = Machine::new(plan, files).unwrap();

@@ -1,6 +1,6 @@
 //! What an account sets for itself in a region.
 
-use hutch_cloud::region::MetadataDefaults;
+use hutch_cloud::region::{AccountSettings, MetadataDefaults};
 
 use super::{Answer, Context, Operation, done};
 use crate::node;
@@ -12,9 +12,41 @@ pub(super) const OPERATIONS: &[(&str, Operation)] = &[
     ("GetImageBlockPublicAccessState", public_images),
     ("EnableImageBlockPublicAccess", block_public_images),
     ("DisableImageBlockPublicAccess", unblock_public_images),
-    // Volumes are encrypted by nobody, so neither by default.
-    ("GetEbsEncryptionByDefault", |_| Ok(node! { "ebsEncryptionByDefault": false, "sseType": "none" })),
+    ("GetEbsEncryptionByDefault", |c| encrypts(c, None)),
+    ("EnableEbsEncryptionByDefault", |c| encrypts(c, Some(true))),
+    ("DisableEbsEncryptionByDefault", |c| encrypts(c, Some(false))),
+    ("GetEbsDefaultKmsKeyId", default_key),
+    ("ModifyEbsDefaultKmsKeyId", modify_default_key),
+    ("ResetEbsDefaultKmsKeyId", reset_default_key),
 ];
+
+/// Whether new volumes are encrypted, or whether they are to be from now on.
+fn encrypts(c: &Context<'_>, set: Option<bool>) -> Answer {
+    let settings = match set {
+        Some(set) => c.region.modify_account_settings(c.account, |settings| settings.encrypt = set)?,
+        None => c.region.account_settings(c.account)?,
+    };
+    let kind = set.is_none().then_some(if settings.encrypt { "sse-kms" } else { "none" });
+    Ok(node! { "ebsEncryptionByDefault": settings.encrypt, "sseType": kind })
+}
+
+fn default_key(c: &Context<'_>) -> Answer {
+    key_told(c, &c.region.account_settings(c.account)?)
+}
+
+fn key_told(c: &Context<'_>, settings: &AccountSettings) -> Answer {
+    Ok(node! { "kmsKeyId": c.region.key_arn(c.account, &c.region.default_key(settings)?) })
+}
+
+fn modify_default_key(c: &Context<'_>) -> Answer {
+    let key = c.region.key(c.params.required("KmsKeyId")?)?;
+    let set = |settings: &mut AccountSettings| settings.default_key = Some(key.clone());
+    key_told(c, &c.region.modify_account_settings(c.account, set)?)
+}
+
+fn reset_default_key(c: &Context<'_>) -> Answer {
+    key_told(c, &c.region.modify_account_settings(c.account, |settings| settings.default_key = None)?)
+}
 
 const BLOCKED: &str = "block-new-sharing";
 const UNBLOCKED: &str = "unblocked";

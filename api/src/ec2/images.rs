@@ -4,7 +4,7 @@ use hutch_cloud::model::{Image, ImageKind};
 use hutch_cloud::region::{ImageCopy, NewImage, Registration};
 
 use super::instances::device_asks;
-use super::{Answer, Context, Operation, chosen, done, tag_set, time};
+use super::{Answer, Context, Operation, chosen, done, encryption, tag_set, time};
 use crate::node;
 use crate::query::{Fault, Node, Params};
 
@@ -47,7 +47,7 @@ fn told(c: &Context<'_>, image: &Image) -> Node {
                 "deleteOnTermination": device.delete_on_termination,
                 "volumeType": &device.kind,
                 "iops": device.iops,
-                "encrypted": false,
+                "encrypted": device.encrypted,
             },
         }
     });
@@ -172,9 +172,6 @@ fn register(c: &Context<'_>) -> Answer {
 
 fn copy(c: &Context<'_>) -> Answer {
     let p = c.params;
-    if p.boolean("Encrypted")? == Some(true) {
-        return Err(Fault::new("UnsupportedOperation", "hutch does not encrypt snapshots yet"));
-    }
     let text = |name: &str| p.str(name).filter(|text| !text.is_empty()).map(str::to_owned);
     let mut tags = c.tag_specifications()?;
     let ask = ImageCopy {
@@ -184,6 +181,7 @@ fn copy(c: &Context<'_>) -> Answer {
         copy_tags: p.boolean("CopyImageTags")?.unwrap_or(false),
         tags: tags.remove("image").unwrap_or_default(),
         snapshot_tags: tags.remove("snapshot").unwrap_or_default(),
+        encryption: encryption(p, "")?,
         client_token: text("ClientToken"),
         request: c.digest(),
     };

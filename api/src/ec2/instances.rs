@@ -8,7 +8,7 @@ use hutch_cloud::model::{Device, Group, Instance, InstanceState, Interface, Meta
 use hutch_cloud::region::metadata::{private_name, public_name, zone_id};
 use hutch_cloud::region::{Change, DeviceAsk, Launch};
 
-use super::{Answer, Context, Operation, chosen, done, tag_set, time};
+use super::{Answer, Context, Operation, chosen, done, encryption, tag_set, time};
 use crate::node;
 use crate::query::{Fault, Node, Params};
 
@@ -184,7 +184,7 @@ pub(super) fn device_asks(params: &Params) -> Result<Vec<DeviceAsk>, Fault> {
             iops: size(p, "Ebs.Iops")?,
             throughput: size(p, "Ebs.Throughput")?,
             delete_on_termination: p.boolean("Ebs.DeleteOnTermination")?,
-            encrypted: p.boolean("Ebs.Encrypted")?.unwrap_or(false),
+            encryption: encryption(p, "Ebs.")?,
         })
     };
     params.list("BlockDeviceMapping").iter().map(one).collect()

@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
-use hutch_cloud::region::Region;
+use hutch_cloud::region::{Encryption, Region};
 use jiff::Timestamp;
 
 use crate::node;
@@ -142,6 +142,12 @@ fn done() -> Node {
 }
 
 /// A resource's tags; like EC2, nothing where there are none.
+/// What a request says of encryption.
+fn encryption(p: &Params, under: &str) -> Result<Encryption, Fault> {
+    let key = p.str(&format!("{under}KmsKeyId")).filter(|key| !key.is_empty()).map(str::to_owned);
+    Ok(Encryption { encrypted: p.boolean(&format!("{under}Encrypted"))?, key })
+}
+
 fn tag_set(tags: &BTreeMap<String, String>) -> Option<Node> {
     (!tags.is_empty()).then(|| Node::list(tags, |(key, value)| node! { "key": key, "value": value }))
 }

@@ -99,7 +99,7 @@ fn ebs(kind: &InstanceType) -> Node {
     };
     node! {
         "ebsOptimizedSupport": if optimized { "default" } else { "unsupported" },
-        "encryptionSupport": "unsupported",
+        "encryptionSupport": "supported",
         "ebsOptimizedInfo": optimized.then_some(info),
         "nvmeSupport": "unsupported",
     }

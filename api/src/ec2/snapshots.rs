@@ -4,7 +4,7 @@ use hutch_cloud::model::Snapshot;
 use hutch_cloud::region::{NewSnapshots, SnapshotCopy};
 
 use super::images::{permissions, permit, permitted};
-use super::{Answer, Context, Operation, chosen, done, tag_set, time};
+use super::{Answer, Context, Operation, chosen, done, encryption, tag_set, time};
 use crate::node;
 use crate::query::{Fault, Node};
 
@@ -36,7 +36,8 @@ fn told(c: &Context<'_>, s: &Snapshot) -> Node {
         "ownerId": &s.account,
         "volumeSize": s.gib,
         "description": &s.description,
-        "encrypted": false,
+        "encrypted": s.key.is_some(),
+        "kmsKeyId": s.key.as_ref().map(|key| c.region.key_arn(&s.account, key)),
         "storageTier": "standard",
         // Tags are their owner's own.
         "tagSet": tag_set(&s.tags).filter(|_| s.account == c.account),
@@ -78,7 +79,7 @@ fn create_all(c: &Context<'_>) -> Answer {
             "ownerId": &s.account,
             "volumeSize": s.gib,
             "description": &s.description,
-            "encrypted": false,
+            "encrypted": s.key.is_some(),
             "tagSet": tag_set(&s.tags),
         }
     };
@@ -87,13 +88,11 @@ fn create_all(c: &Context<'_>) -> Answer {
 
 fn copy(c: &Context<'_>) -> Answer {
     let p = c.params;
-    if p.boolean("Encrypted")? == Some(true) {
-        return Err(Fault::new("UnsupportedOperation", "hutch does not encrypt snapshots yet"));
-    }
     let ask = SnapshotCopy {
         snapshot: p.required("SourceSnapshotId")?.into(),
         description: p.str("Description").unwrap_or_default().into(),
         tags: c.tag_specifications()?.remove("snapshot").unwrap_or_default(),
+        encryption: encryption(p, "")?,
     };
     let made = c.region.copy_snapshot(c.account, c.source_region()?, &ask)?;
     Ok(node! { "snapshotId": &made.id, "tagSet": tag_set(&made.tags) })

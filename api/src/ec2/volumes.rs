@@ -4,7 +4,7 @@ use hutch_cloud::model::{Device, Instance, Progress, Volume, VolumeState};
 use hutch_cloud::region::metadata::zone_id;
 use hutch_cloud::region::{NewVolume, VolumeChange};
 
-use super::{Answer, Context, Operation, chosen, done, tag_set, time};
+use super::{Answer, Context, Operation, chosen, done, encryption, tag_set, time};
 use crate::node;
 use crate::query::{Fault, Node};
 
@@ -58,7 +58,8 @@ fn told(c: &Context<'_>, v: &Volume) -> Result<Node, Fault> {
         "volumeType": &v.kind,
         "iops": v.iops,
         "throughput": v.throughput,
-        "encrypted": v.encrypted,
+        "encrypted": v.key.is_some(),
+        "kmsKeyId": v.key.as_ref().map(|key| c.region.key_arn(&v.account, key)),
         "multiAttachEnabled": false,
     })
 }
@@ -94,9 +95,6 @@ fn no_multi_attach(c: &Context<'_>) -> Result<(), Fault> {
 fn create(c: &Context<'_>) -> Answer {
     let p = c.params;
     no_multi_attach(c)?;
-    if p.boolean("Encrypted")? == Some(true) {
-        return Err(Fault::new("UnsupportedOperation", "hutch does not encrypt volumes yet"));
-    }
     let zone = text(c, "AvailabilityZone").or_else(|| {
         let id = p.str("AvailabilityZoneId")?;
         c.region.zones().into_iter().find(|zone| zone_id(c.region, zone) == id)
@@ -108,7 +106,7 @@ fn create(c: &Context<'_>) -> Answer {
         kind: text(c, "VolumeType"),
         iops: number(c, "Iops")?,
         throughput: number(c, "Throughput")?,
-        encrypted: false,
+        encryption: encryption(p, "")?,
         tags: c.tag_specifications()?.remove("volume").unwrap_or_default(),
         client_token: text(c, "ClientToken"),
         request: c.digest(),

@@ -65,6 +65,8 @@ struct Made {
     instances: u64,
     /// The volumes of all regions.
     volumes: u64,
+    /// The keys of encrypted volumes, wrapped.
+    keys: u64,
 }
 
 impl Made {
@@ -78,6 +80,7 @@ impl Made {
             bytes: manifest.bytes(),
             instances: sum(|region| region.instances),
             volumes: sum(|region| region.volumes),
+            keys: manifest.keys() as u64,
         }
     }
 
@@ -160,8 +163,16 @@ pub fn backup(args: &Backup) -> anyhow::Result<ExitCode> {
         bytes: number("bytes"),
         instances: number("instances"),
         volumes: number("volumes"),
+        keys: number("keys"),
     };
     made.print(args.output, "is a backup")?;
+    if made.keys > 0 && args.output == Output::Text {
+        println!(
+            "{} encrypted volumes are in it, with their keys wrapped; what wraps these is not: keep hutchd's STATE/keys \
+             (or what its --key-command asks) apart from it, and safe",
+            made.keys
+        );
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -190,10 +201,16 @@ pub fn restore(args: &Restore) -> anyhow::Result<ExitCode> {
         true => (args.from.clone(), "is whole"),
         false => (args.state.clone(), "is restored"),
     };
-    Made::of(&done?, path).print(args.output, what)?;
+    let made = Made::of(&done?, path);
+    made.print(args.output, what)?;
     if !args.check && args.output == Output::Text {
         let state = args.state.display();
         println!("start it: hutchd --state {state} (with --resume, instances that ran are started)");
+        if made.keys > 0 {
+            println!(
+                "put the keys that were kept apart into {state}/keys before: encrypted volumes need them"
+            );
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -29,6 +29,7 @@ use hutch_api::query::server::{Listener, serve};
 use hutch_cloud::addresses::Pool;
 use hutch_cloud::host::local::{Local, Means, Together};
 use hutch_cloud::host::{Host, Simulated};
+use hutch_cloud::keyring::Keyring;
 use hutch_cloud::limits::Limits;
 use hutch_cloud::region::{Reconciler, Region, Settings, lifecycle};
 use hutch_cloud::store::{Sqlite, Store};
@@ -66,6 +67,10 @@ struct Args {
     /// What runs the instances.
     #[arg(long, default_value = "local")]
     host: HostKind,
+    /// A program that wraps and unwraps the keys of encrypted volumes (`PROGRAM id`, `PROGRAM wrap|unwrap ID VOLUME`, base64 in and
+    /// out); else the key in STATE/keys does, which is made at the first start and is in no backup.
+    #[arg(long, value_name = "PROGRAM")]
+    key_command: Option<PathBuf>,
     /// Start instances again that ran when the host went down; else they are stopped then.
     #[arg(long)]
     resume: bool,
@@ -258,7 +263,15 @@ fn local(
         metadata: Box::new(Guests::open(state, runtime.clone())?),
     };
     let images = hutch_imagestore::store::Store::open(state)?;
-    Ok(Local::open(dir, images, means)?)
+    Ok(Local::open(dir, images, keyring(state, args)?, means)?)
+}
+
+/// What wraps the keys of volumes that are encrypted.
+fn keyring(state: &Path, args: &Args) -> anyhow::Result<Keyring> {
+    Ok(match &args.key_command {
+        Some(program) => Keyring::command(program)?,
+        None => Keyring::open(&state.join("keys"))?,
+    })
 }
 
 /// Makes a directory that only we look into: user data may hold secrets.

@@ -141,6 +141,7 @@ impl Owner {
             "message": end.as_ref().and_then(|end| end.as_ref().err()),
             "files": made.map(|made| made.files.len() as u64),
             "bytes": made.map(Manifest::bytes),
+            "keys": made.map(|made| made.keys() as u64),
             "created": made.map(|made| made.created.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()),
             "instances": count(|region| region.instances),
             "volumes": count(|region| region.volumes),

@@ -65,6 +65,11 @@ pub struct Entry {
 }
 
 impl Manifest {
+    /// How many keys of encrypted volumes are in it, wrapped. What wraps them is not in it.
+    pub fn keys(&self) -> usize {
+        self.files.keys().filter(|name| name.contains("/host/keys/")).count()
+    }
+
     /// Bytes of all files, each counted once.
     pub fn bytes(&self) -> u64 {
         self.files.values().filter(|entry| entry.link.is_none()).map(|entry| entry.size).sum()

@@ -4,6 +4,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::time::{Duration, Instant};
 
+use crate::keyring::Keyring;
 use hutch_imagestore::store::{Architecture, Format, Kind, Origin, Store as Images};
 
 use super::target::copy;
@@ -56,7 +57,8 @@ fn local(state: &Path) -> Arc<Local> {
         together: Default::default(),
         metadata: Box::new(Silent),
     };
-    Arc::new(Local::open(&state.join("home-1/host"), Images::open(state).unwrap(), means).unwrap())
+    let keyring = Keyring::open(&state.join("keys")).unwrap();
+    Arc::new(Local::open(&state.join("home-1/host"), Images::open(state).unwrap(), keyring, means).unwrap())
 }
 
 fn simulated(state: &Path) -> Arc<Simulated> {
@@ -68,8 +70,8 @@ fn simulated(state: &Path) -> Arc<Simulated> {
 fn small(home: &Path) -> (PathBuf, Regions) {
     let state = home.join("state");
     let host = simulated(&state);
-    host.create_volume("vol-a", 1 << 30, &Source::Empty).unwrap();
-    host.create_volume("vol-b", 1 << 30, &Source::Empty).unwrap();
+    host.create_volume("vol-a", 1 << 30, &Source::Empty, None).unwrap();
+    host.create_volume("vol-b", 1 << 30, &Source::Empty, None).unwrap();
     fs::write(state.join("keys.json"), "[]").unwrap();
     fs::set_permissions(state.join("keys.json"), fs::Permissions::from_mode(0o600)).unwrap();
     fs::write(state.join("limits.toml"), "instances = 5").unwrap();
@@ -146,10 +148,10 @@ fn this_machines_disks_are_there_again() {
     assert!(!state.join("home-1/host/pinned").exists());
     let regions = region(&state, host.clone());
     let dir = state.join("home-1/host");
-    host.create_volume("vol-a", 64 * MIB, &Source::Template("micro".into())).unwrap();
+    host.create_volume("vol-a", 64 * MIB, &Source::Template("micro".into()), None).unwrap();
     write_to(&dir, "vol-a", 0, b"written");
     host.create_snapshots(&[("snap-a", "vol-a")]).unwrap();
-    host.create_volume("vol-b", 64 * MIB, &Source::Snapshot("snap-a".into())).unwrap();
+    host.create_volume("vol-b", 64 * MIB, &Source::Snapshot("snap-a".into()), None).unwrap();
     write_to(&dir, "vol-b", 2 * MIB, b"later");
 
     let progress = Progress::default();
@@ -196,10 +198,10 @@ fn a_volume_that_goes_meanwhile_is_in_it() {
     let home = tempfile::tempdir().unwrap();
     let state = home.path().join("state");
     let host = local(&state);
-    host.create_volume("vol-a", MIB, &Source::Empty).unwrap();
+    host.create_volume("vol-a", MIB, &Source::Empty, None).unwrap();
     let captured = host.capture().unwrap();
     host.delete_volume("vol-a").unwrap();
-    host.create_volume("vol-b", MIB, &Source::Empty).unwrap();
+    host.create_volume("vol-b", MIB, &Source::Empty, None).unwrap();
     let progress = Progress::default();
     let mut target = Target::new(home.path().join("to"), &progress).unwrap();
     captured.copy(&mut target, "host").unwrap();
@@ -212,7 +214,7 @@ fn a_volume_that_goes_meanwhile_is_in_it() {
 fn a_volume_that_somebody_has_is_waited_for() {
     let home = tempfile::tempdir().unwrap();
     let host = local(&home.path().join("state"));
-    host.create_volume("vol-a", MIB, &Source::Empty).unwrap();
+    host.create_volume("vol-a", MIB, &Source::Empty, None).unwrap();
     let top = home.path().join("state/home-1/host/layers/vol-a.1.qcow2");
     let file = File::options().read(true).write(true).open(&top).unwrap();
     hutch_blockdev::store::lock(&file, false).unwrap();

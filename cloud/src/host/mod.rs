@@ -23,6 +23,7 @@ pub use hutch_netfw::nft::Network;
 pub use simulated::{OneMachine, Simulated};
 
 use crate::backup::Captured;
+use crate::keyring::Wrapped;
 use crate::metadata::Metadata;
 
 /// A machine as its host is told of it.
@@ -116,6 +117,8 @@ pub struct Layer {
     pub path: PathBuf,
     /// What its bytes mean.
     pub format: hutch_blockdev::Format,
+    /// What it is encrypted with.
+    pub key: Option<Wrapped>,
 }
 
 /// What a template or a snapshot holds, as one host hands it to another.
@@ -210,6 +213,9 @@ pub enum HostError {
     /// Another machine has it still: soon it may not.
     #[error("{0}")]
     Busy(String),
+    /// A key that it needs is not there, or is another.
+    #[error("{0}")]
+    Key(String),
     /// It failed; the next try may succeed.
     #[error("{0}")]
     Failed(String),
@@ -240,11 +246,15 @@ pub trait Host: Send + Sync {
     /// They cannot be read.
     fn boot_files(&self) -> Result<Vec<BootFile>>;
 
-    /// Makes a volume of `bytes` bytes (at least its source's size), which is the first of its id or already like that.
+    /// The ids of the keys that can wrap those of volumes and snapshots, the default one first.
+    fn keys(&self) -> Vec<String>;
+
+    /// Makes a volume of `bytes` bytes (at least its source's size), which is the first of its id or already like that. With
+    /// `key`, one of [`keys`](Host::keys), it is encrypted: what is written to it, and to what is made of it.
     ///
     /// # Errors
-    /// [`HostError::Missing`] source, [`HostError::NoRoom`].
-    fn create_volume(&self, id: &str, bytes: u64, source: &Source) -> Result<()>;
+    /// [`HostError::Missing`] source, [`HostError::NoRoom`]; [`HostError::Key`]: also where the source is encrypted, and it is not.
+    fn create_volume(&self, id: &str, bytes: u64, source: &Source, key: Option<&str>) -> Result<()>;
 
     /// Has a volume be at least `bytes` bytes large and held to `rate` from now on, also where a machine that runs has it:
     /// its guest sees the new size. A volume that was never told a rate has none.
@@ -274,10 +284,11 @@ pub trait Host: Send + Sync {
     fn content(&self, source: &Source) -> Result<Content>;
 
     /// Keeps what another snapshot or a template holds, here or on another host, as a snapshot that needs neither any more.
+    /// With `key` all of it is encrypted, and that key wraps its key.
     ///
     /// # Errors
-    /// [`HostError::NoRoom`]; it cannot be read.
-    fn copy_snapshot(&self, id: &str, content: &Content) -> Result<()>;
+    /// [`HostError::NoRoom`]; it cannot be read. [`HostError::Key`]: also where it is encrypted, and no key is given.
+    fn copy_snapshot(&self, id: &str, content: &Content, key: Option<&str>) -> Result<()>;
 
     /// Removes a snapshot, if it is there. Volumes made of it stay whole.
     ///
@@ -311,7 +322,8 @@ pub trait Host: Send + Sync {
     /// kernel and its RAM disk it keeps, whatever becomes of them meanwhile, until it is started with others or forgotten.
     ///
     /// # Errors
-    /// [`HostError::Missing`] volume, kernel or RAM disk, [`HostError::NoRoom`]; nothing of the run is left then.
+    /// [`HostError::Missing`] volume, kernel or RAM disk, [`HostError::NoRoom`], [`HostError::Key`]; nothing of the run is left
+    /// then.
     fn start(&self, machine: &Machine) -> Result<()>;
 
     /// Tells a machine that runs what has changed of its metadata, its firewall, its speed and its public addresses; its volumes come

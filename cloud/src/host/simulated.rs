@@ -39,9 +39,12 @@ impl Kept {
     }
 }
 
-/// What is kept of a volume: its bytes, where they came from, what it may do.
+/// What is kept of a volume: its bytes, where they came from, what it may do, what wraps its key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Disk(u64, Source, #[serde(default)] Rate);
+struct Disk(u64, Source, #[serde(default)] Rate, #[serde(default)] Option<String>);
+
+/// The key that would wrap others; nothing here has bytes.
+const KEY: &str = "5117ed00-0000-4000-8000-000000000001";
 
 /// Everything there is.
 #[derive(Default)]
@@ -136,9 +139,14 @@ impl Simulated {
         self.lock().volumes.keys().cloned().collect()
     }
 
+    /// What wraps a volume's key.
+    pub fn volume_key(&self, id: &str) -> Option<String> {
+        self.lock().volumes.get(id).and_then(|volume| volume.3.clone())
+    }
+
     /// How large a volume is, in bytes, and what it may do.
     pub fn volume(&self, id: &str) -> Option<(u64, Rate)> {
-        self.lock().volumes.get(id).map(|Disk(bytes, _, rate)| (*bytes, rate.clone()))
+        self.lock().volumes.get(id).map(|Disk(bytes, _, rate, _)| (*bytes, rate.clone()))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -160,6 +168,11 @@ impl Simulated {
         let new = path.with_extension("new");
         std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path)).map_err(failed)
     }
+}
+
+fn known(key: Option<&str>) -> Result<()> {
+    let missing = |key: &str| HostError::Key(format!("there is no key {key}"));
+    key.filter(|key| *key != KEY).map_or(Ok(()), |key| Err(missing(key)))
 }
 
 /// Where public addresses lead.
@@ -248,7 +261,12 @@ impl Host for Simulated {
         Ok(super::boot_files(images))
     }
 
-    fn create_volume(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {
+    fn keys(&self) -> Vec<String> {
+        vec![KEY.into()]
+    }
+
+    fn create_volume(&self, id: &str, bytes: u64, source: &Source, key: Option<&str>) -> Result<()> {
+        known(key)?;
         let mut state = self.lock();
         if state.volumes.contains_key(id) {
             return Ok(());
@@ -258,7 +276,7 @@ impl Host for Simulated {
         {
             return Err(HostError::Missing(format!("snapshot {snapshot}")));
         }
-        let volume = Disk(bytes, source.clone(), Rate::default());
+        let volume = Disk(bytes, source.clone(), Rate::default(), key.map(str::to_owned));
         self.keep("volumes", id, Some(&volume))?;
         state.volumes.insert(id.into(), volume);
         Ok(())
@@ -278,11 +296,11 @@ impl Host for Simulated {
     fn modify_volume(&self, id: &str, bytes: u64, rate: &Rate) -> Result<()> {
         let mut state = self.lock();
         let missing = || HostError::Missing(format!("volume {id}"));
-        let Disk(had, source, old) = state.volumes.get(id).ok_or_else(missing)?;
+        let Disk(had, source, old, key) = state.volumes.get(id).ok_or_else(missing)?;
         if *had >= bytes && old == rate {
             return Ok(());
         }
-        let volume = Disk(bytes.max(*had), source.clone(), rate.clone());
+        let volume = Disk(bytes.max(*had), source.clone(), rate.clone(), key.clone());
         self.keep("volumes", id, Some(&volume))?;
         state.volumes.insert(id.into(), volume);
         Ok(())
@@ -313,7 +331,8 @@ impl Host for Simulated {
         bytes.map(Content::Bytes).ok_or_else(|| HostError::Missing(format!("{source:?}")))
     }
 
-    fn copy_snapshot(&self, id: &str, content: &Content) -> Result<()> {
+    fn copy_snapshot(&self, id: &str, content: &Content, key: Option<&str>) -> Result<()> {
+        known(key)?;
         let Content::Bytes(bytes) = content else {
             return Err(HostError::Failed("a simulated host keeps no disks".into()));
         };

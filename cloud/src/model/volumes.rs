@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{Modification, Tags};
+use super::{Modification, Reason, Tags};
 use crate::host::Source;
 
 /// A disk of an instance.
@@ -92,8 +92,12 @@ pub struct Volume {
     pub created: Timestamp,
     /// How it stands.
     pub state: VolumeState,
-    /// Encrypted, as asked.
-    pub encrypted: bool,
+    /// The key that it is encrypted with; `None`: it is not.
+    #[serde(default)]
+    pub key: Option<String>,
+    /// Why it could not be made.
+    #[serde(default)]
+    pub failed: Option<Reason>,
     /// The instance that has it.
     pub instance: Option<String>,
     /// What made it idempotent.
@@ -131,6 +135,9 @@ pub struct Snapshot {
     /// What it is a copy of, rather than of its volume.
     #[serde(default)]
     pub copy_of: Option<Copied>,
+    /// The key that it is encrypted with; `None`: it is not.
+    #[serde(default)]
+    pub key: Option<String>,
     /// Every account may make volumes of it.
     #[serde(default)]
     pub public: bool,

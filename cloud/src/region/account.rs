@@ -18,6 +18,12 @@ pub struct AccountSettings {
     /// What its instances' metadata service does where a launch does not say.
     #[serde(default)]
     pub metadata: MetadataDefaults,
+    /// Its new volumes and copies of snapshots are encrypted, whatever is asked for.
+    #[serde(default)]
+    pub encrypt: bool,
+    /// The key that is used where none is named; `None`: the host's default.
+    #[serde(default)]
+    pub default_key: Option<String>,
 }
 
 /// Metadata options that an account prefers.

@@ -10,7 +10,7 @@ use crate::model::{
 };
 
 use super::snapshots::{self, begun};
-use super::{DeviceAsk, Region, Work, now, recall, remember, tags};
+use super::{DeviceAsk, Encryption, Region, Work, now, recall, remember, tags};
 
 /// The root's device name of images made here.
 const ROOT: &str = "/dev/xvda";
@@ -69,6 +69,8 @@ pub struct ImageCopy {
     pub tags: Tags,
     /// The tags of its snapshots.
     pub snapshot_tags: Tags,
+    /// Whether its snapshots are encrypted.
+    pub encryption: Encryption,
     /// What makes the call idempotent.
     pub client_token: Option<String>,
     /// A digest of the request.
@@ -91,8 +93,15 @@ fn device(work: &mut Work<'_>, account: &str, ask: &DeviceAsk, root: &str) -> Re
         let why = format!("Volume of size {gib}GB is smaller than its snapshot, expect size >= {least}GB");
         return Err(Fault::new("InvalidBlockDeviceMapping", why));
     }
+    let key = snapshot.as_ref().and_then(|snapshot| snapshot.key.as_ref());
+    let encrypted = ask.encryption.encrypted.unwrap_or(key.is_some());
+    if snapshot.is_some() && encrypted != key.is_some() {
+        let why = format!("The device '{}' is encrypted if its snapshot is; CopySnapshot encrypts", ask.name);
+        return Err(Fault::combination(why));
+    }
     let shape = Shape::new(ask.kind.as_deref(), gib, ask.iops, ask.throughput)?;
     Ok(ImageDevice {
+        encrypted,
         name: ask.name.clone(),
         snapshot: snapshot.map(|snapshot| snapshot.id),
         gib,
@@ -159,6 +168,7 @@ impl Region {
         let gib = template.size.div_ceil(GIB).max(1);
         let account = self.settings.owner.clone();
         work.put(&Snapshot {
+            key: None,
             id: snapshot.into(),
             account: account.clone(),
             volume: snapshots::NO_VOLUME.into(),
@@ -186,6 +196,7 @@ impl Region {
             ramdisk: None,
             root_device: ROOT.into(),
             devices: vec![ImageDevice {
+                encrypted: false,
                 name: ROOT.into(),
                 snapshot: Some(snapshot.into()),
                 gib,
@@ -247,6 +258,7 @@ impl Region {
                 let shape = Shape::new(Some(&kind), gib, iops, None)?;
                 let goes = ask.and_then(|ask| ask.delete_on_termination);
                 devices.push(ImageDevice {
+                    encrypted: volume.key.is_some(),
                     name: device.name.clone(),
                     snapshot: Some(snapshot.id.clone()),
                     iops: provisioned(&shape.kind, shape.iops),
@@ -405,9 +417,13 @@ impl Region {
                     "Copied for DestinationAmi {image} from SourceAmi {} for SourceSnapshot {} of {region}",
                     of.id, disk.id
                 );
-                let snapshot = snapshots::copied(from, disk, account, told, ask.snapshot_tags.clone());
+                let key = self.key_for(work, account, &ask.encryption, Some(disk))?;
+                let snapshot = snapshots::copied(from, disk, account, told, ask.snapshot_tags.clone(), key);
                 let holders = copy.devices.iter_mut().filter(|d| d.snapshot.as_ref() == Some(&disk.id));
-                holders.for_each(|device| device.snapshot = Some(snapshot.id.clone()));
+                holders.for_each(|device| {
+                    device.snapshot = Some(snapshot.id.clone());
+                    device.encrypted = snapshot.key.is_some();
+                });
                 work.put(&snapshot)?;
             }
             work.put(&copy)?;

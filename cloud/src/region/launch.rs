@@ -11,7 +11,7 @@ use crate::model::{
     KeyPair, MetadataOptions, Name, Shape, Snapshot, Subnet, Tags, Volume, VolumeState,
 };
 
-use super::{Region, Work, images, now, recall, remember, snapshots, tags};
+use super::{Encryption, Region, Work, images, now, recall, remember, snapshots, tags};
 
 /// The most user data, in bytes.
 const MAX_USER_DATA: usize = 16 << 10;
@@ -102,8 +102,8 @@ pub struct DeviceAsk {
     pub throughput: Option<u64>,
     /// The volume goes with the instance.
     pub delete_on_termination: Option<bool>,
-    /// Encrypted.
-    pub encrypted: bool,
+    /// Whether it is encrypted.
+    pub encryption: Encryption,
 }
 
 impl DeviceAsk {
@@ -120,7 +120,7 @@ struct Disk {
     snapshot: Option<String>,
     source: Source,
     delete_on_termination: bool,
-    encrypted: bool,
+    key: Option<String>,
 }
 
 impl Region {
@@ -359,7 +359,7 @@ impl Region {
         let ask_or = ask.unwrap_or(&blank);
         let name = device.map_or(&ask_or.name, |device| &device.name).clone();
         let snapshot = ask_or.snapshot.clone().or_else(|| device.and_then(|device| device.snapshot.clone()));
-        let (source, least) = match &snapshot {
+        let of = match &snapshot {
             // The image's own snapshots come with the right to launch it.
             Some(id) => {
                 let own = device.is_some_and(|device| device.snapshot.as_ref() == Some(id));
@@ -369,10 +369,16 @@ impl Region {
                         .ok_or_else(|| Fault::not_found("InvalidSnapshot", "snapshot", id))?,
                     false => snapshots::readable(work, account, id)?,
                 };
-                (snapshot.source, snapshot.gib)
+                Some(snapshot)
             }
-            None => (Source::Empty, 0),
+            None => None,
         };
+        let mut asked = ask_or.encryption.clone();
+        if of.is_none() && device.is_some_and(|device| device.encrypted) {
+            asked.encrypted = asked.encrypted.or(Some(true));
+        }
+        let key = self.key_for(work, account, &asked, of.as_ref())?;
+        let (source, least) = of.map_or((Source::Empty, 0), |of| (of.source, of.gib));
         let gib = ask_or.gib.or(device.map(|device| device.gib)).or((least > 0).then_some(least));
         let gib = gib.ok_or_else(|| {
             Fault::new("MissingParameter", format!("The device '{name}' needs a size or a snapshot"))
@@ -393,7 +399,7 @@ impl Region {
             delete_on_termination: ask_or
                 .delete_on_termination
                 .unwrap_or_else(|| device.is_some_and(|device| device.delete_on_termination)),
-            encrypted: ask_or.encrypted,
+            key,
             name,
             snapshot,
             source,
@@ -489,7 +495,8 @@ fn volume_of(disk: &Disk, account: &str, zone: &str, instance: &str, tags: Tags)
         source: disk.source.clone(),
         created: now(),
         state: VolumeState::Creating,
-        encrypted: disk.encrypted,
+        key: disk.key.clone(),
+        failed: None,
         instance: Some(instance.into()),
         client_token: None,
         modification: None,

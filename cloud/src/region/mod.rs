@@ -11,6 +11,7 @@
 //! | launch_templates.rs | requests to launch, kept |
 //! | kernels.rs | kernels and RAM disks: those of the host, and which of them instances boot |
 //! | images.rs, snapshots.rs, volumes.rs, attachments.rs, keys.rs | images; snapshots; volumes, and who has them; key pairs |
+//! | encryption.rs | which volumes and snapshots are encrypted, and by which key |
 //! | modify.rs | changes of volumes that are there, and what the host is told of any |
 //! | quota.rs, account.rs | what an account may have at most; what it has set for itself |
 //! | addresses.rs | elastic addresses, and public ones that come and go with instances |
@@ -22,6 +23,7 @@
 mod account;
 mod addresses;
 mod attachments;
+mod encryption;
 mod firewall;
 mod groups;
 mod images;
@@ -60,6 +62,7 @@ use crate::types::Table;
 
 pub use account::{AccountSettings, MetadataDefaults};
 pub use addresses::{Allocation, Target, Which};
+pub use encryption::Encryption;
 pub use groups::RuleAsk;
 pub use images::{ImageCopy, NewImage, Registration};
 pub use instances::{Attribute, Change};

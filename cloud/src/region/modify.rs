@@ -12,10 +12,11 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::fault::{Fault, Result};
 use crate::host::{self, HostError, Speed};
-use crate::model::{Instance, Modification, Progress, Shape, Volume, VolumeState};
+use crate::model::{Instance, Modification, Progress, Reason, Shape, Volume, VolumeState};
 use crate::speed;
 use crate::types::InstanceType;
 
+use super::encryption::NO_KEY;
 use super::{Region, now, tags};
 
 /// The time in which a volume is changed only so often.
@@ -133,7 +134,8 @@ impl Region {
         let Some(volume) = self.get::<Volume>(id)? else { return Ok(None) };
         match volume.state {
             VolumeState::Creating => {
-                let made = self.host.create_volume(id, volume.gib << 30, &volume.source);
+                let made =
+                    self.host.create_volume(id, volume.gib << 30, &volume.source, volume.key.as_deref());
                 let made = made.and_then(|()| self.tell_volume(id, &volume.shape()));
                 if let Err(error) = &made {
                     tracing::warn!(volume = id, %error, "the volume cannot be made");
@@ -142,6 +144,11 @@ impl Region {
                     let Some(mut volume) = work.get::<Volume>(id)? else { return Ok(()) };
                     if volume.state == VolumeState::Creating {
                         volume.state = if made.is_ok() { VolumeState::Ready } else { VolumeState::Error };
+                        volume.failed = made.as_ref().err().map(|error| {
+                            let key = matches!(error, HostError::Key(_));
+                            let code = if key { NO_KEY } else { "Server.InternalError" };
+                            Reason { code: code.into(), message: error.to_string() }
+                        });
                         work.put(&volume)?;
                     }
                     Ok(())

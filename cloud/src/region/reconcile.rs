@@ -21,6 +21,7 @@ use crate::model::{
 };
 use crate::store::StoreError;
 
+use super::encryption::NO_KEY;
 use super::instances::PATIENCE;
 use super::{Region, attachments, neighbours, now, work};
 
@@ -399,7 +400,12 @@ impl Region {
                 }
                 VolumeState::Error => {
                     let why = format!("the volume {} could not be made", volume.id);
-                    self.fail(instance, "Server.InternalError", &why)?;
+                    match &volume.failed {
+                        Some(failed) => {
+                            self.fail(instance, &failed.code, &format!("{why}: {}", failed.message))?
+                        }
+                        None => self.fail(instance, "Server.InternalError", &why)?,
+                    }
                     return Ok(None);
                 }
                 _ => {}
@@ -419,6 +425,7 @@ impl Region {
             Err(HostError::Missing(what)) => {
                 self.fail(instance, "Server.InternalError", &format!("the host has no {what}"))?;
             }
+            Err(HostError::Key(why)) => self.fail(instance, NO_KEY, &why)?,
             Err(HostError::Busy(why) | HostError::Failed(why)) => {
                 self.fail(instance, "Server.InternalError", &why)?
             }

@@ -9,7 +9,7 @@ use crate::host::Source;
 use crate::id;
 use crate::model::{Copied, Device, Image, Instance, InstanceState, Snapshot, Tags, Volume, VolumeState};
 
-use super::{Region, Work, now, tags};
+use super::{Encryption, Region, Work, now, tags};
 
 /// EC2's name of the volume where there was none.
 pub(super) const NO_VOLUME: &str = "vol-ffffffff";
@@ -23,6 +23,8 @@ pub struct SnapshotCopy {
     pub description: String,
     /// The copy's tags.
     pub tags: Tags,
+    /// Whether the copy is encrypted.
+    pub encryption: Encryption,
 }
 
 /// What CreateSnapshots asks for.
@@ -73,6 +75,7 @@ pub(super) fn begun(volume: &Volume, description: &str, tags: Tags) -> Result<Sn
         started: now(),
         description: description.into(),
         together: Vec::new(),
+        key: volume.key.clone(),
         copy_of: None,
         public: false,
         shared: Vec::new(),
@@ -100,6 +103,7 @@ pub(super) fn copied(
     account: &str,
     description: String,
     tags: Tags,
+    key: Option<String>,
 ) -> Snapshot {
     let id = id::new("snap");
     Snapshot {
@@ -111,6 +115,7 @@ pub(super) fn copied(
         started: now(),
         description,
         together: Vec::new(),
+        key,
         copy_of: Some(Copied { region: from.settings.name.clone(), source: of.source.clone() }),
         public: false,
         shared: Vec::new(),
@@ -202,21 +207,26 @@ impl Region {
     pub fn copy_snapshot(&self, account: &str, from: &Region, ask: &SnapshotCopy) -> Result<Snapshot> {
         tags::check(&ask.tags)?;
         let of = from.transact(|work| readable(work, account, &ask.snapshot))?;
-        let copy = copied(from, &of, account, ask.description.clone(), ask.tags.clone());
         self.transact(|work| {
+            let key = self.key_for(work, account, &ask.encryption, Some(&of))?;
+            let copy = copied(from, &of, account, ask.description.clone(), ask.tags.clone(), key);
             work.put(&copy)?;
-            Ok(copy.clone())
+            Ok(copy)
         })
     }
 
     /// Changes who may make volumes of a snapshot.
     ///
     /// # Errors
-    /// `InvalidSnapshot.*`.
+    /// `InvalidSnapshot.*`; `OperationNotPermitted`: what is encrypted is not for everyone.
     pub fn modify_snapshot(&self, account: &str, id: &str, job: impl Fn(&mut Snapshot)) -> Result<()> {
         self.transact(|work| {
             let mut snapshot: Snapshot = tags::own(work, account, id)?;
             job(&mut snapshot);
+            if snapshot.public && snapshot.key.is_some() {
+                let why = format!("The snapshot {id} is encrypted, so it cannot be for all accounts");
+                return Err(Fault::new("OperationNotPermitted", why));
+            }
             work.put(&snapshot)
         })
     }
@@ -283,7 +293,7 @@ impl Region {
             Some(from) => self
                 .host_of(&from.region)?
                 .content(&from.source)
-                .and_then(|content| self.host.copy_snapshot(id, &content)),
+                .and_then(|content| self.host.copy_snapshot(id, &content, snapshot.key.as_deref())),
         };
         self.transact(|work| {
             for snapshot in &all {

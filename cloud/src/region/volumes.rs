@@ -5,7 +5,7 @@ use crate::host::Source;
 use crate::id;
 use crate::model::{Shape, Tags, Volume, VolumeState};
 
-use super::{Region, now, recall, remember, snapshots, tags};
+use super::{Encryption, Region, now, recall, remember, snapshots, tags};
 
 /// Type, least and most GiB, IOPS (least, most, default), throughput (least, most, default).
 type Kind = (&'static str, (u64, u64), Option<(u64, u64, u64)>, Option<(u64, u64, u64)>);
@@ -118,8 +118,8 @@ pub struct NewVolume {
     pub iops: Option<u64>,
     /// MiB a second.
     pub throughput: Option<u64>,
-    /// Encrypted.
-    pub encrypted: bool,
+    /// Whether it is encrypted.
+    pub encryption: Encryption,
     /// Its tags.
     pub tags: Tags,
     /// What makes the call idempotent.
@@ -147,13 +147,12 @@ impl Region {
                     .get::<Volume>(&volume)?
                     .ok_or_else(|| Fault::not_found("InvalidVolume", "volume", &volume));
             }
-            let (source, least) = match &new.snapshot {
-                Some(id) => {
-                    let snapshot = snapshots::readable(work, account, id)?;
-                    (snapshot.source, snapshot.gib)
-                }
-                None => (Source::Empty, 0),
+            let of = match &new.snapshot {
+                Some(id) => Some(snapshots::readable(work, account, id)?),
+                None => None,
             };
+            let key = self.key_for(work, account, &new.encryption, of.as_ref())?;
+            let (source, least) = of.map_or((Source::Empty, 0), |of| (of.source, of.gib));
             let given = new.gib.or((least > 0).then_some(least));
             let gib = given.ok_or_else(|| {
                 Fault::new("MissingParameter", "The request must contain the parameter size or snapshotId")
@@ -176,7 +175,8 @@ impl Region {
                 source,
                 created: now(),
                 state: VolumeState::Creating,
-                encrypted: new.encrypted,
+                key,
+                failed: None,
                 instance: None,
                 client_token: new.client_token.clone(),
                 modification: None,

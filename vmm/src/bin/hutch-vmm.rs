@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::{AsFd, FromRawFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
+use hutch_blockdev::Layer;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, Signal};
 
@@ -20,6 +21,7 @@ use hutch_vmm::drives::Drive;
 use hutch_vmm::machine::{Files, Machine};
 use hutch_vmm::plan::Plan;
 use hutch_vmm::rate::Limiter;
+use hutch_vmm::secret;
 
 /// Runs one virtual machine from a configuration on standard input.
 ///
@@ -49,10 +51,10 @@ fn main() -> ExitCode {
 }
 
 fn run(fds: &mut Inherited, report_to: &mut Option<File>) -> Result<Report, String> {
-    let mut text = String::new();
-    std::io::stdin().take(1 << 20).read_to_string(&mut text).map_err(|e| format!("configuration: {e}"))?;
+    let text = secret::read(std::io::stdin(), 1 << 20).map_err(|e| format!("configuration: {e}"))?;
     let config: MachineConfig = serde_json::from_str(&text)
         .map_err(|e| format!("the configuration on standard input is wrong: {e}"))?;
+    drop(text);
     *report_to = config.report.map(|fd| fds.file(fd, "report")).transpose()?;
     let plan = Plan::new(config).map_err(|e| e.to_string())?;
     let config = plan.config();
@@ -116,7 +118,10 @@ fn backends(config: &MachineConfig, fds: &mut Inherited) -> Result<Backends, Str
     let limiter = |rate| Arc::new(Limiter::new(rate, Instant::now()));
     let mut backends = Backends { disks_limit: limiter(&config.disks_rate), ..Backends::default() };
     for disk in &config.disks {
-        let layers = disk.layers.iter().map(|layer| Ok((fds.file(layer.fd, &disk.serial)?, layer.format)));
+        let layers = disk.layers.iter().map(|layer| {
+            let (format, key) = (layer.format.into(), layer.key.clone().map(|key| key.0));
+            Ok(Layer { file: fds.file(layer.fd, &disk.serial)?, format, key })
+        });
         let layers = layers.collect::<Result<_, String>>()?;
         // The plan has checked that there are no two of one serial.
         let mut drive = Drive::open(&config.id, &disk.serial, layers, disk.read_only)?;

@@ -25,6 +25,8 @@ const MACHINES: &str = "machines";
 const IMAGES: &str = "images";
 /// Where layers are, below the host's directory.
 const LAYERS: &str = "layers";
+/// Where their keys are, wrapped; what wraps them is not of the host.
+const KEYS: &str = "keys";
 
 /// What the host has at one moment.
 struct Moment {
@@ -63,13 +65,15 @@ pub fn capture(shared: Arc<Shared>) -> Result<Box<dyn Captured>> {
     let own = &shared.volumes;
     // Dropped with the moment, also where this fails.
     own.keep_still();
-    let [volumes, snapshots, layers] = ["volumes", "snapshots", LAYERS].map(|dir| moment.pinned.join(dir));
-    for dir in [&volumes, &snapshots, &layers] {
+    let [volumes, snapshots, layers, keys] =
+        ["volumes", "snapshots", LAYERS, KEYS].map(|dir| moment.pinned.join(dir));
+    for dir in [&volumes, &snapshots, &layers, &keys] {
         fs::create_dir_all(dir).map_err(|e| failed(dir, e))?;
     }
     // The records first: what they name is there, unless it is being removed.
     moment.pin(own.directory(), &volumes, "json")?;
     moment.pin(own.snapshots_directory(), &snapshots, "json")?;
+    moment.pin(own.keys_directory(), &keys, "json")?;
     for kind in ["qcow2", "raw"] {
         moment.pin(own.layers_directory(), &layers, kind)?;
     }
@@ -170,6 +174,9 @@ impl Moment {
 
     fn copy_layers(&self, target: &mut Target<'_>, dir: &str) -> backup::Result<()> {
         let (layers, to) = (self.pinned.join(LAYERS), format!("{dir}/{LAYERS}"));
+        for key in files(&self.pinned.join(KEYS))? {
+            target.file(&key, &below(&format!("{dir}/{KEYS}"), &key), true)?;
+        }
         let (mut named, mut left, mut done) = (BTreeSet::new(), BTreeMap::new(), BTreeSet::new());
         for kind in ["snapshots", "volumes"] {
             for record in files(&self.pinned.join(kind))? {

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use hutch_blockdev::{Disk, Format, open_layers};
+use hutch_blockdev::{Disk, Layer, open_layers};
 use hutch_imagestore::boot::{self, ReadError};
 use hutch_imagestore::store::Kind;
 use hutch_vmm::config::{BootConfig, FdNumber};
@@ -79,13 +79,13 @@ pub fn let_go(machine: &Machine, dir: &Dir) -> Result<()> {
 pub fn config(
     machine: &Machine,
     dir: &Dir,
-    root: Option<&[(File, Format)]>,
+    root: Option<&[Layer]>,
     inherit: &mut Inherit,
 ) -> Result<BootConfig> {
     let no = |why: String| HostError::Failed(format!("{} cannot boot: {why}", machine.id));
     let layers = root.ok_or_else(|| no("it has no root volume".into()))?;
-    let clone = |(file, format): &(File, Format)| Ok((file.try_clone()?, *format));
-    let layers = layers.iter().map(clone).collect::<io::Result<_>>().map_err(|e| no(e.to_string()))?;
+    let layers =
+        layers.iter().map(Layer::try_clone).collect::<io::Result<_>>().map_err(|e| no(e.to_string()))?;
     let disk = open_layers(layers, true).map_err(|e| no(chain(&e)))?;
     let mut initrd = machine.ramdisk.as_ref().map(|id| open(dir, id, inherit)).transpose()?;
     let (kernel, line) = match &machine.kernel {

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 
-use hutch_blockdev::Format;
+use hutch_blockdev::Layer;
 use hutch_vmm::launch::{self, LaunchError};
 use serde_json::{Value, json};
 
@@ -28,7 +28,7 @@ impl Running for Dir {
         asked.map_err(|e| HostError::Failed(format!("{}: {}", self.0.display(), chain(&e))))
     }
 
-    fn rebase(&self, volume: &str, layers: &[(File, Format)]) -> std::result::Result<(), LaunchError> {
+    fn rebase(&self, volume: &str, layers: &[Layer]) -> std::result::Result<(), LaunchError> {
         launch::rebase_disk(&self.0.join("control.sock"), layers, &serial(volume), ANSWER)
     }
 }

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hutch_blockdev::Format;
+use hutch_blockdev::Layer;
 use hutch_netfw::guest::{self, Address, GuestNet, MTU, NetError, name_servers};
 use hutch_netfw::name::GroupId;
 use hutch_vmm::config::{DiskConfig, End as VmmEnd, MachineConfig, NetConfig, Rate, RunAs};
@@ -355,7 +355,7 @@ pub fn launch_failed(error: &LaunchError) -> HostError {
 struct Disk {
     serial: String,
     top: String,
-    layers: Vec<(File, Format)>,
+    layers: Vec<Layer>,
     rate: Rate,
 }
 
@@ -424,7 +424,7 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
     };
     let wrong = |e: &dyn std::error::Error| HostError::Failed(format!("{}: {}", machine.id, chain(e)));
     Plan::new(config.clone()).map_err(|e| wrong(&e))?;
-    let text = serde_json::to_vec(&config).map_err(|e| wrong(&e))?;
+    let text = hutch_vmm::secret::json(&config).map_err(|e| wrong(&e))?;
 
     let mut command = inherit.command(&means.vmm);
     let waiting = Waiting::start(command.stderr(log)).map_err(|e| failed(&means.vmm, e))?;

@@ -33,6 +33,7 @@ use hutch_imagestore::store::Store;
 use hutch_vmm::config::Rate;
 
 use crate::backup::Captured;
+use crate::keyring::Keyring;
 
 use super::{
     BootFile, Content, End, Figures, Group, Host, HostError, Machine, Network, Result, Source, Status,
@@ -114,13 +115,13 @@ impl Local {
     ///
     /// # Errors
     /// The directories cannot be made or read.
-    pub fn open(dir: &Path, templates: Store, means: Means) -> Result<Local> {
+    pub fn open(dir: &Path, templates: Store, keyring: Keyring, means: Means) -> Result<Local> {
         backup::unpin(dir)?;
         let machines = dir.join("machines");
         fs::create_dir_all(&machines).map_err(|e| failed(&machines, e))?;
         let shared = Arc::new(Shared {
             machines,
-            volumes: Volumes::open(dir, templates)?,
+            volumes: Volumes::open(dir, templates, keyring)?,
             means,
             slots: Mutex::default(),
             watchers: Mutex::default(),
@@ -338,8 +339,12 @@ impl Host for Local {
         self.shared.volumes.images().map(super::boot_files)
     }
 
-    fn create_volume(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {
-        self.shared.volumes.create(id, bytes, source)
+    fn keys(&self) -> Vec<String> {
+        self.shared.volumes.wrapping_keys()
+    }
+
+    fn create_volume(&self, id: &str, bytes: u64, source: &Source, key: Option<&str>) -> Result<()> {
+        self.shared.volumes.create(id, bytes, source, key)
     }
 
     fn delete_volume(&self, id: &str) -> Result<()> {
@@ -382,8 +387,8 @@ impl Host for Local {
         self.shared.volumes.content(source)
     }
 
-    fn copy_snapshot(&self, id: &str, content: &Content) -> Result<()> {
-        self.shared.volumes.copy_snapshot(id, content)
+    fn copy_snapshot(&self, id: &str, content: &Content, key: Option<&str>) -> Result<()> {
+        self.shared.volumes.copy_snapshot(id, content, key)
     }
 
     fn delete_snapshot(&self, id: &str) -> Result<()> {

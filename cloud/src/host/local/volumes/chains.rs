@@ -24,7 +24,7 @@ pub(super) struct Chains {
 pub(super) type Pair = (String, String);
 
 impl Chains {
-    fn all(&self) -> impl Iterator<Item = &Chain> {
+    pub(super) fn all(&self) -> impl Iterator<Item = &Chain> {
         self.volumes.values().chain(self.snapshots.values())
     }
 

@@ -157,6 +157,7 @@ pub(super) fn disk_failed(volume: &str, error: &DiskError) -> HostError {
     let text = format!("the volume {volume}: {}", chain(error));
     match error.kind {
         DiskErrorKind::NoSpace => HostError::NoRoom(text),
+        DiskErrorKind::Key => HostError::Key(text),
         _ => HostError::Failed(text),
     }
 }

@@ -6,6 +6,7 @@
 //!   volumes/vol-….json       the record, written last and removed first: with it there is a volume, without it there is
 //!                            none; it names the layers, the top one first
 //!   snapshots/snap-….json    likewise of a snapshot, all of whose layers are sealed
+//!   keys/vol-….json          the wrapped key of the volume's layers, where they are encrypted
 //! ```
 //! The format of a layer is in its name, which we gave it; no header names a base. A file is written under another
 //! name, made durable and renamed. Layers that no record names go; what a crash left half done is removed when the
@@ -13,6 +14,7 @@
 
 mod chains;
 mod files;
+mod keys;
 mod migrate;
 mod snapshots;
 mod tidy;
@@ -25,12 +27,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use hutch_blockdev::store::lock;
-use hutch_blockdev::{DiskErrorKind, Format, SECTOR, open_layers, qcow2};
+use hutch_blockdev::{DiskErrorKind, Format, Key, Layer, SECTOR, open_layers};
 use hutch_imagestore::store::{Image, Kind, Store, StoreError};
 use hutch_vmm::config::Rate;
 use serde::{Deserialize, Serialize};
 
 use super::super::{HostError, Result, Source, Template};
+use crate::keyring::Keyring;
 use chains::{Chain, Chains};
 pub use files::{cannot_link, chain, failed, files, has_extension, remove, sync_dir, write};
 use files::{disk_failed, link, path, sweep};
@@ -56,11 +59,27 @@ struct Record {
     cut: bool,
 }
 
+/// Where a layer is, and what its bytes mean.
+#[derive(Debug, Clone)]
+pub struct Place {
+    path: PathBuf,
+    format: Format,
+    key: Option<Key>,
+}
+
+impl Place {
+    fn open(&self, write: bool) -> Result<Layer> {
+        let file = File::options().read(true).write(write).open(&self.path);
+        let file = file.map_err(|e| failed(&self.path, e))?;
+        Ok(Layer { file, format: self.format, key: self.key.clone() })
+    }
+}
+
 /// The files of a volume.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Files {
     /// The top one first, which was written to it; the others are only read.
-    pub layers: Vec<(PathBuf, Format)>,
+    pub layers: Vec<Place>,
     /// What the top one is called.
     pub top: String,
 }
@@ -70,6 +89,8 @@ pub struct Volumes {
     layers: PathBuf,
     volumes: PathBuf,
     snapshots: PathBuf,
+    keys: PathBuf,
+    keyring: Keyring,
     templates: Store,
     /// Held while it is decided which layers there are: who opens or links some, and who removes some.
     chains: Mutex<Chains>,
@@ -103,11 +124,13 @@ impl Volumes {
     ///
     /// # Errors
     /// A directory cannot be made, read or cleaned.
-    pub fn open(dir: &Path, templates: Store) -> Result<Volumes> {
+    pub fn open(dir: &Path, templates: Store, keyring: Keyring) -> Result<Volumes> {
         let all = Volumes {
             layers: dir.join("layers"),
             volumes: dir.join("volumes"),
             snapshots: dir.join("snapshots"),
+            keys: dir.join("keys"),
+            keyring,
             templates,
             chains: Mutex::default(),
             busy: Mutex::default(),
@@ -115,7 +138,7 @@ impl Volumes {
             told: Mutex::default(),
             tidying: tidy::Tidying::default(),
         };
-        for dir in [&all.volumes, &all.snapshots, &all.layers] {
+        for dir in [&all.volumes, &all.snapshots, &all.layers, &all.keys] {
             fs::create_dir_all(dir).map_err(|e| failed(dir, e))?;
         }
         migrate::migrate(&all)?;
@@ -136,6 +159,7 @@ impl Volumes {
             }
             let named = |path: &Path| Some(path.file_name()?.to_str()?.to_owned());
             sweep(&all.layers, |path| named(path).is_none_or(|layer| !chains.unused([&layer]).is_empty()))?;
+            all.sweep_keys(&chains)?;
         }
         Ok(all)
     }
@@ -190,6 +214,11 @@ impl Volumes {
         &self.layers
     }
 
+    /// Where keys are.
+    pub fn keys_directory(&self) -> &Path {
+        &self.keys
+    }
+
     /// Where snapshots are.
     pub fn snapshots_directory(&self) -> &Path {
         &self.snapshots
@@ -221,13 +250,13 @@ impl Volumes {
     ///
     /// # Errors
     /// [`HostError::Missing`] source, [`HostError::NoRoom`]. The templates have to be on the file system of the volumes.
-    pub fn create(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {
+    pub fn create(&self, id: &str, bytes: u64, source: &Source, key: Option<&str>) -> Result<()> {
         let record_path = path(&self.volumes, id, "json")?;
         if record_path.exists() {
             // As of a snapshot: its name may not be durable yet.
             return sync_dir(&self.volumes);
         }
-        let made = self.lay(id, bytes, source);
+        let made = self.lay(id, bytes, source, key);
         if made.is_err() {
             self.forget_volume(id)?;
         }
@@ -235,7 +264,7 @@ impl Volumes {
     }
 
     /// Makes a volume that has no record.
-    fn lay(&self, id: &str, bytes: u64, source: &Source) -> Result<()> {
+    fn lay(&self, id: &str, bytes: u64, source: &Source, key: Option<&str>) -> Result<()> {
         let (least, layers) = {
             let mut chains = self.chains();
             let (least, below) = self.below(&chains, source)?;
@@ -248,6 +277,16 @@ impl Volumes {
         let size = bytes.max(least).checked_next_multiple_of(SECTOR);
         let size =
             size.ok_or_else(|| HostError::Failed(format!("the volume {id} cannot have {bytes} bytes")))?;
+        if key.is_none() {
+            for layer in &layers {
+                if layers.first() != Some(layer) && self.wrapped(layer)?.is_some() {
+                    return Err(HostError::Key(format!(
+                        "{id} is not encrypted, and lies on {layer}, which is"
+                    )));
+                }
+            }
+        }
+        self.new_key(id, key)?;
         self.create_layer(layers.first().map_or("", |top| top), size)?;
         let (rate, growing, cut) = Default::default();
         self.put(id, &Record { size, source: source.clone(), layers, rate, growing, cut })
@@ -255,7 +294,7 @@ impl Volumes {
 
     /// Makes an empty layer. Whatever has its name is a crash's, and is replaced.
     fn create_layer(&self, name: &str, size: u64) -> Result<()> {
-        write(&self.layers.join(name), |file| qcow2::create(file, size).map_err(|e| disk_failed(name, &e)))
+        write(&self.layers.join(name), |file| self.fill_layer(file, name, size))
     }
 
     /// What a volume of this source lies on, and its size.
@@ -294,7 +333,8 @@ impl Volumes {
     }
 
     fn remove_unused(&self, chains: &Chains, of: &Chain) -> Result<()> {
-        chains.unused(of).into_iter().try_for_each(|layer| remove(&self.layers.join(layer)))
+        chains.unused(of).into_iter().try_for_each(|layer| remove(&self.layers.join(layer)))?;
+        self.remove_unused_keys(chains, of)
     }
 
     /// See [`Host::modify_volume`](super::super::Host::modify_volume). Who calls it holds the volume. `machine` asks the
@@ -341,7 +381,7 @@ impl Volumes {
 
     /// Makes the file of a volume that no machine has as large as its record says.
     fn grow(&self, id: &str, record: &Record) -> Result<()> {
-        let disk = open_layers(self.files_of(record).open()?, false).map_err(|e| disk_failed(id, &e))?;
+        let disk = open_layers(self.files_of(record)?.open()?, false).map_err(|e| disk_failed(id, &e))?;
         match disk.grow(record.size) {
             Err(e) if e.kind == DiskErrorKind::OutOfRange => {
                 Err(HostError::NoRoom(format!("the volume {id}: {}", chain(&e))))
@@ -365,7 +405,7 @@ impl Volumes {
                 Err(error) => tracing::warn!(volume = id, %error, "it does not grow"),
             }
         }
-        Ok((self.files_of(&record), record.rate))
+        Ok((self.files_of(&record)?, record.rate))
     }
 
     fn put(&self, id: &str, record: &Record) -> Result<()> {
@@ -403,17 +443,20 @@ impl Volumes {
     /// # Errors
     /// [`HostError::Missing`].
     pub fn files(&self, id: &str) -> Result<Files> {
-        Ok(self.files_of(&self.record(id)?))
+        self.files_of(&self.record(id)?)
     }
 
-    fn files_of(&self, record: &Record) -> Files {
+    fn files_of(&self, record: &Record) -> Result<Files> {
         let top = record.layers.first().cloned().unwrap_or_default();
-        Files { layers: self.paths(&record.layers), top }
+        Ok(Files { layers: self.places(&record.layers)?, top })
     }
 
-    fn paths(&self, layers: &Chain) -> Vec<(PathBuf, Format)> {
-        let format = |layer: &str| if chains::is_volume(layer) { Format::Qcow2 } else { Format::Raw };
-        layers.iter().map(|layer| (self.layers.join(layer), format(layer))).collect()
+    fn places(&self, layers: &Chain) -> Result<Vec<Place>> {
+        layers.iter().map(|layer| self.place(layer)).collect()
+    }
+
+    fn place(&self, layer: &str) -> Result<Place> {
+        Ok(Place { path: self.layers.join(layer), format: format_of(layer), key: self.key_of(layer)? })
     }
 }
 
@@ -422,23 +465,23 @@ impl Files {
     ///
     /// # Errors
     /// They cannot be opened, or somebody has them.
-    pub fn open(&self) -> Result<Vec<(File, Format)>> {
+    pub fn open(&self) -> Result<Vec<Layer>> {
         let files = self.opened()?;
-        for (depth, (file, _)) in files.iter().enumerate() {
-            lock(file, depth > 0).map_err(|e| disk_failed(&self.top, &e))?;
+        for (depth, layer) in files.iter().enumerate() {
+            lock(&layer.file, depth > 0).map_err(|e| disk_failed(&self.top, &e))?;
         }
         Ok(files)
     }
 
     /// Likewise, before anybody has them.
-    fn opened(&self) -> Result<Vec<(File, Format)>> {
-        let open = |(depth, (path, format)): (usize, &(PathBuf, Format))| {
-            let write = depth == 0;
-            let file = File::options().read(true).write(write).open(path).map_err(|e| failed(path, e))?;
-            Ok((file, *format))
-        };
-        self.layers.iter().enumerate().map(open).collect()
+    fn opened(&self) -> Result<Vec<Layer>> {
+        self.layers.iter().enumerate().map(|(depth, place)| place.open(depth == 0)).collect()
     }
+}
+
+/// What the bytes of a layer of this name mean.
+fn format_of(layer: &str) -> Format {
+    if chains::is_volume(layer) { Format::Qcow2 } else { Format::Raw }
 }
 
 /// What a template is called as a layer.
@@ -447,12 +490,8 @@ fn template_layer(image: &Image) -> String {
 }
 
 /// Opens layers that nobody writes to, the top one first.
-fn open_sealed(layers: &[(PathBuf, Format)]) -> Result<Vec<(File, Format)>> {
-    let open = |(path, format): &(PathBuf, Format)| match File::open(path) {
-        Ok(file) => Ok((file, *format)),
-        Err(e) => Err(failed(path, e)),
-    };
-    layers.iter().map(open).collect()
+fn open_sealed(layers: &[Place]) -> Result<Vec<Layer>> {
+    layers.iter().map(|place| place.open(false)).collect()
 }
 
 /// What a guest reads as the serial of a volume's disk: its id without the dash, as on EC2.

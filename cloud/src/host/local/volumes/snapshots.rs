@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::super::super::{Content, HostError, Layer, Result, Source};
 use super::chains::{self, Chain};
 use super::files::{copy, disk_failed, failed, link, path, remove, sync_dir, write};
-use super::{Record, Running, Volumes, open_sealed, read_record, template_layer, write_record};
+use super::{Place, Record, Running, Volumes, open_sealed, read_record, template_layer, write_record};
 
 /// What is kept of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,7 +132,7 @@ impl Volumes {
             // What its machine left is whole; opened to be written, it is as it should be, too.
             None => {
                 let beneath = record.layers.get(1..).unwrap_or_default().to_vec();
-                let files = super::Files { layers: self.paths(&beneath), top: String::new() };
+                let files = super::Files { layers: self.places(&beneath)?, top: String::new() };
                 if beneath.first().is_some_and(|layer| chains::is_volume(layer)) {
                     let busy = |e: hutch_blockdev::DiskError| match e.kind {
                         DiskErrorKind::Busy => HostError::Busy(format!("the volume {volume}: {e}")),
@@ -162,26 +162,35 @@ impl Volumes {
                 let image = self.template(name)?;
                 let (path, layer) = (image.disk(), template_layer(&image));
                 let size = path.metadata().map_err(|e| failed(&path, e))?.len();
-                Ok(Content::Layers { size, layers: vec![Layer { name: layer, path, format: Format::Raw }] })
+                Ok(Content::Layers {
+                    size,
+                    layers: vec![Layer { name: layer, path, format: Format::Raw, key: None }],
+                })
             }
             Source::Snapshot(id) => {
                 let (size, names) = self.below(&self.chains(), source)?;
-                let layers = names.iter().zip(self.paths(&names));
-                let layer = |(name, (path, format)): (&String, _)| Layer { name: name.clone(), path, format };
+                let layer = |name: &String| {
+                    let (path, key) = (self.layers.join(name), self.wrapped(name)?);
+                    Ok(Layer { name: name.clone(), path, format: super::format_of(name), key })
+                };
                 match names.is_empty() {
                     true => Err(HostError::Failed(format!("the snapshot {id} has no layers"))),
-                    false => Ok(Content::Layers { size, layers: layers.map(layer).collect() }),
+                    false => {
+                        let layers = names.iter().map(layer).collect::<Result<_>>()?;
+                        Ok(Content::Layers { size, layers })
+                    }
                 }
             }
         }
     }
 
     /// See [`Host::copy_snapshot`](super::super::super::Host::copy_snapshot). On one file system the copy has other names of
-    /// the same layers, which never change, so it takes no time and no room; on another all data are copied.
+    /// the same layers, which never change, so it takes no time and no room; on another all data are copied, and also where
+    /// `key` is not what wraps the keys of what is encrypted of them.
     ///
     /// # Errors
     /// [`HostError::NoRoom`]; it cannot be read. There is no snapshot then.
-    pub fn copy_snapshot(&self, id: &str, content: &Content) -> Result<()> {
+    pub fn copy_snapshot(&self, id: &str, content: &Content, key: Option<&str>) -> Result<()> {
         let record = path(&self.snapshots, id, "json")?;
         let Content::Layers { size, layers } = content else {
             return Err(HostError::Failed("a simulated snapshot has no bytes to copy".into()));
@@ -190,9 +199,18 @@ impl Volumes {
             // Whoever gave it the name may have been killed before the name was durable.
             return sync_dir(&self.snapshots);
         }
-        let made = self.share(id, *size, layers).and_then(|shared| match shared {
+        let mut by = layers.iter().filter_map(|layer| Some(layer.key.as_ref()?.by.as_str())).peekable();
+        let same = match key {
+            Some(key) => by.peek().is_some() && by.all(|by| by == key),
+            None if by.peek().is_some() => {
+                return Err(HostError::Key(format!("{id}: a copy of what is encrypted is encrypted, too")));
+            }
+            None => true,
+        };
+        let shared = if same { self.share(id, *size, layers) } else { Ok(false) };
+        let made = shared.and_then(|shared| match shared {
             true => Ok(()),
-            false => self.copy_layers(id, *size, layers),
+            false => self.copy_layers(id, *size, layers, key),
         });
         if made.is_err() {
             self.delete_snapshot(id)?;
@@ -204,7 +222,7 @@ impl Volumes {
     fn share(&self, id: &str, size: u64, layers: &[Layer]) -> Result<bool> {
         let mut chains = self.chains();
         let mut names = Chain::new();
-        for Layer { name, path: from, .. } in layers {
+        for Layer { name, path: from, key, .. } in layers {
             let to = self.layers.join(name);
             let device = |path: &Path| path.metadata().map(|about| about.dev()).map_err(|e| failed(path, e));
             if device(from)? != device(&self.layers)? {
@@ -213,6 +231,7 @@ impl Volumes {
             if *from != to {
                 link(from, &to)?;
             }
+            self.share_key(name, key.as_ref())?;
             names.push(name.clone());
         }
         sync_dir(&self.layers)?;
@@ -222,12 +241,22 @@ impl Volumes {
         Ok(true)
     }
 
-    fn copy_layers(&self, id: &str, size: u64, layers: &[Layer]) -> Result<()> {
-        let files = layers.iter().map(|layer| (layer.path.clone(), layer.format)).collect::<Vec<_>>();
-        let disk = open_layers(open_sealed(&files)?, true).map_err(|e| disk_failed(id, &e))?;
-        let name = format!("{id}.raw");
+    fn copy_layers(&self, id: &str, size: u64, layers: &[Layer], key: Option<&str>) -> Result<()> {
+        let place = |layer: &Layer| {
+            let key = layer.key.as_ref().map(|wrapped| self.unwrap(&layer.name, wrapped)).transpose()?;
+            Ok(Place { path: layer.path.clone(), format: layer.format, key })
+        };
+        let places = layers.iter().map(place).collect::<Result<Vec<_>>>()?;
+        let disk = open_layers(open_sealed(&places)?, true).map_err(|e| disk_failed(id, &e))?;
+        let name = if key.is_some() { chains::next(id, &Chain::new()) } else { format!("{id}.raw") };
         // Before it is there: what no chain has is removed.
         self.chains().snapshots.insert(id.to_owned(), vec![name.clone()]);
+        self.new_key(id, key)?;
+        if key.is_some() {
+            let size = size.next_multiple_of(SECTOR).max(disk.size());
+            self.write_layer(&name, size, &*disk, &|| Ok(()))?;
+            return self.keep(id, Kept { size, layers: vec![name] });
+        }
         write(&self.layers.join(&name), |file| {
             copy(&*disk, file).map_err(|e| disk_failed(id, &e))?;
             let size = size.next_multiple_of(SECTOR).max(disk.size());

@@ -9,6 +9,8 @@ use hutch_vmm::config::Flow;
 use super::*;
 use crate::host::{Content, Layer};
 
+mod encrypted;
+
 const MIB: u64 = 1 << 20;
 
 /// A directory with one template, `micro`: 4 MiB that begin with `template`.
@@ -27,8 +29,12 @@ fn home_of(text: &str) -> tempfile::TempDir {
     home
 }
 
+fn keyring(state: &Path) -> Keyring {
+    Keyring::open(&state.join("wrapping")).unwrap()
+}
+
 fn open(home: &tempfile::TempDir) -> Volumes {
-    Volumes::open(home.path(), Store::open(home.path()).unwrap()).unwrap()
+    Volumes::open(home.path(), Store::open(home.path()).unwrap(), keyring(home.path())).unwrap()
 }
 
 fn disk(volumes: &Volumes, id: &str) -> Arc<dyn Disk> {
@@ -38,7 +44,7 @@ fn disk(volumes: &Volumes, id: &str) -> Arc<dyn Disk> {
 /// What a volume of a snapshot begins with.
 fn of_snapshot(volumes: &Volumes, snapshot: &str) -> String {
     let id = format!("vol-of-{snapshot}");
-    volumes.create(&id, 0, &Source::Snapshot(snapshot.into())).unwrap();
+    volumes.create(&id, 0, &Source::Snapshot(snapshot.into()), None).unwrap();
     let start = start_of(&*disk(volumes, &id));
     volumes.delete(&id).unwrap();
     start
@@ -99,10 +105,9 @@ impl Running for Fake {
     fn rebase(
         &self,
         volume: &str,
-        layers: &[(File, hutch_blockdev::Format)],
+        layers: &[hutch_blockdev::Layer],
     ) -> std::result::Result<(), hutch_vmm::launch::LaunchError> {
-        let layers =
-            layers.iter().map(|(file, format)| (file.try_clone().unwrap(), *format).into()).collect();
+        let layers = layers.iter().map(|layer| layer.try_clone().unwrap()).collect();
         self.stack(volume).rebase(layers).unwrap();
         Ok(())
     }
@@ -152,16 +157,16 @@ fn a_volume_of_a_template_is_made_once_and_keeps_what_was_written() {
     let home = home();
     let volumes = open(&home);
     let source = Source::Template("micro".into());
-    volumes.create("vol-a", 8 * MIB, &source).unwrap();
+    volumes.create("vol-a", 8 * MIB, &source, None).unwrap();
     let a = disk(&volumes, "vol-a");
     assert_eq!((a.size(), start_of(&*a)), (8 * MIB, "template".into()));
     put(&*a, b"written");
     drop(a);
-    volumes.create("vol-a", 8 * MIB, &source).unwrap();
+    volumes.create("vol-a", 8 * MIB, &source, None).unwrap();
     drop(volumes);
     assert_eq!(start_of(&*disk(&open(&home), "vol-a")), "written");
     // At least its source's size.
-    open(&home).create("vol-b", MIB, &source).unwrap();
+    open(&home).create("vol-b", MIB, &source, None).unwrap();
     assert_eq!(disk(&open(&home), "vol-b").size(), 4 * MIB);
 }
 
@@ -170,12 +175,12 @@ fn what_is_not_there_is_missing_and_leaves_nothing() {
     let home = home();
     let volumes = open(&home);
     for source in [Source::Template("none".into()), Source::Snapshot("snap-none".into())] {
-        let made = volumes.create("vol-a", MIB, &source);
+        let made = volumes.create("vol-a", MIB, &source, None);
         assert!(matches!(made, Err(HostError::Missing(_))), "{made:?}");
     }
     assert!(matches!(volumes.files("vol-a"), Err(HostError::Missing(_))));
     assert!(matches!(volumes.create_snapshots(&[("snap-a", "vol-a")], &[]), Err(HostError::Missing(_))));
-    assert!(volumes.create("../vol", MIB, &Source::Empty).is_err());
+    assert!(volumes.create("../vol", MIB, &Source::Empty, None).is_err());
     volumes.delete("vol-a").unwrap();
     volumes.delete_snapshot("snap-a").unwrap();
     for dir in ["volumes", "snapshots", "layers"] {
@@ -187,7 +192,7 @@ fn what_is_not_there_is_missing_and_leaves_nothing() {
 fn a_snapshot_of_a_machine_that_goes_on_takes_no_room_but_what_changed() {
     let home = home();
     let volumes = open(&home);
-    volumes.create("vol-a", 1 << 40, &Source::Template("micro".into())).unwrap();
+    volumes.create("vol-a", 1 << 40, &Source::Template("micro".into()), None).unwrap();
     let machine = Fake::start(&volumes, &["vol-a"]);
     let users = |machine| [(machine as &dyn Running, vec!["vol-a".to_owned()])];
     let stack = machine.stack("vol-a");
@@ -207,7 +212,7 @@ fn a_snapshot_of_a_machine_that_goes_on_takes_no_room_but_what_changed() {
     for (snapshot, holds) in [("snap-a", "before"), ("snap-b", "after")] {
         assert_eq!(of_snapshot(&volumes, snapshot), holds);
     }
-    volumes.create("vol-b", 0, &Source::Snapshot("snap-a".into())).unwrap();
+    volumes.create("vol-b", 0, &Source::Snapshot("snap-a".into()), None).unwrap();
     let mut sector = [0; 512];
     disk(&volumes, "vol-b").read_at(SECTOR, &mut sector).unwrap();
     assert_eq!(sector, [7; 512]);
@@ -225,7 +230,7 @@ fn a_cut_that_was_broken_off_is_carried_on() {
         for lives in [false, true] {
             let home = home();
             let volumes = open(&home);
-            volumes.create("vol-a", 8 * MIB, &Source::Empty).unwrap();
+            volumes.create("vol-a", 8 * MIB, &Source::Empty, None).unwrap();
             let machine = Fake::start(&volumes, &["vol-a"]);
             let stack = machine.stack("vol-a");
             put(&*stack, b"first");
@@ -268,7 +273,7 @@ fn a_cut_that_was_broken_off_is_carried_on() {
 fn what_is_deleted_gives_back_exactly_its_room() {
     let home = home();
     let volumes = open(&home);
-    volumes.create("vol-a", 64 * MIB, &Source::Template("micro".into())).unwrap();
+    volumes.create("vol-a", 64 * MIB, &Source::Template("micro".into()), None).unwrap();
     let machine = Fake::start(&volumes, &["vol-a"]);
     let stack = machine.stack("vol-a");
     let users = [(&machine as &dyn Running, vec!["vol-a".to_owned()])];
@@ -299,7 +304,7 @@ fn what_is_deleted_gives_back_exactly_its_room() {
         assert!(off.abs() < 512 << 10, "snap-{n} freed {freed}");
         holds(&*stack, 5);
     }
-    volumes.create("vol-b", 0, &Source::Snapshot("snap-2".into())).unwrap();
+    volumes.create("vol-b", 0, &Source::Snapshot("snap-2".into()), None).unwrap();
     holds(&*disk(&volumes, "vol-b"), 3);
     volumes.delete_snapshot("snap-2").unwrap();
     tidy(&volumes, Some(&machine));
@@ -327,7 +332,7 @@ fn room_of_template(home: &tempfile::TempDir) -> u64 {
 fn a_chain_that_is_long_is_made_short_while_its_machine_runs() {
     let home = home();
     let volumes = open(&home);
-    volumes.create("vol-a", 16 * MIB, &Source::Template("micro".into())).unwrap();
+    volumes.create("vol-a", 16 * MIB, &Source::Template("micro".into()), None).unwrap();
     let machine = Fake::start(&volumes, &["vol-a"]);
     let stack = machine.stack("vol-a");
     let users = [(&machine as &dyn Running, vec!["vol-a".to_owned()])];
@@ -358,7 +363,7 @@ fn a_chain_that_is_long_is_made_short_while_its_machine_runs() {
 fn no_layer_changes_while_it_is_kept_still() {
     let home = home();
     let volumes = open(&home);
-    volumes.create("vol-a", 4 * MIB, &Source::Empty).unwrap();
+    volumes.create("vol-a", 4 * MIB, &Source::Empty, None).unwrap();
     for n in 0..2 {
         put(&*disk(&volumes, "vol-a"), b"something");
         volumes.create_snapshots(&[(&format!("snap-{n}"), "vol-a")], &[]).unwrap();
@@ -377,7 +382,7 @@ fn no_layer_changes_while_it_is_kept_still() {
 fn what_earlier_versions_kept_is_taken_over() {
     let home = home();
     let volumes = open(&home);
-    volumes.create("vol-a", 8 * MIB, &Source::Template("micro".into())).unwrap();
+    volumes.create("vol-a", 8 * MIB, &Source::Template("micro".into()), None).unwrap();
     let a = disk(&volumes, "vol-a");
     a.write_at(SECTOR, &[3; 512]).unwrap();
     drop((a, volumes));
@@ -406,9 +411,9 @@ fn what_earlier_versions_kept_is_taken_over() {
 fn a_volume_outlives_what_it_was_made_of() {
     let home = home();
     let volumes = open(&home);
-    volumes.create("vol-a", 0, &Source::Template("micro".into())).unwrap();
+    volumes.create("vol-a", 0, &Source::Template("micro".into()), None).unwrap();
     volumes.create_snapshots(&[("snap-a", "vol-a")], &[]).unwrap();
-    volumes.create("vol-b", 0, &Source::Snapshot("snap-a".into())).unwrap();
+    volumes.create("vol-b", 0, &Source::Snapshot("snap-a".into()), None).unwrap();
     volumes.delete_snapshot("snap-a").unwrap();
     Store::open(home.path()).unwrap().remove("micro").unwrap();
     let volumes = open(&home);
@@ -431,13 +436,13 @@ fn a_crash_at_any_step_leaves_a_volume_or_none() {
     for left in steps {
         let home = home();
         let volumes = open(&home);
-        volumes.create("vol-kept", MIB, &Source::Empty).unwrap();
+        volumes.create("vol-kept", MIB, &Source::Empty, None).unwrap();
         let leave = || left.iter().for_each(|name| fs::write(home.path().join(name), "half").unwrap());
         leave();
         // Asked again by the same process (an error in between), and by the next one.
         let source = Source::Template("micro".into());
         assert!(volumes.files("vol-a").is_err(), "{left:?}");
-        volumes.create("vol-a", 0, &source).unwrap();
+        volumes.create("vol-a", 0, &source, None).unwrap();
         assert_eq!(start_of(&*disk(&volumes, "vol-a")), "template", "{left:?}");
         volumes.delete("vol-a").unwrap();
         leave();
@@ -447,7 +452,7 @@ fn a_crash_at_any_step_leaves_a_volume_or_none() {
             (vec!["vol-kept.json".into()], vec!["vol-kept.1.qcow2".into()]),
             "{left:?}"
         );
-        volumes.create("vol-a", 0, &source).unwrap();
+        volumes.create("vol-a", 0, &source, None).unwrap();
         assert_eq!(start_of(&*disk(&volumes, "vol-a")), "template", "{left:?}");
     }
 }
@@ -456,35 +461,40 @@ fn a_crash_at_any_step_leaves_a_volume_or_none() {
 fn a_copy_of_a_snapshot_is_whole_without_it() {
     let (home, other) = (home(), home_of("elsewhere"));
     let (volumes, elsewhere) = (open(&home), open(&other));
-    volumes.create("vol-a", 4 * MIB, &Source::Empty).unwrap();
+    volumes.create("vol-a", 4 * MIB, &Source::Empty, None).unwrap();
     put(&*disk(&volumes, "vol-a"), b"kept");
     volumes.create_snapshots(&[("snap-a", "vol-a")], &[]).unwrap();
     let content = volumes.content(&Source::Snapshot("snap-a".into())).unwrap();
     for place in [&volumes, &elsewhere] {
-        place.copy_snapshot("snap-b", &content).unwrap();
-        place.copy_snapshot("snap-b", &content).unwrap();
+        place.copy_snapshot("snap-b", &content, None).unwrap();
+        place.copy_snapshot("snap-b", &content, None).unwrap();
     }
-    elsewhere.copy_snapshot("snap-t", &volumes.content(&Source::Template("micro".into())).unwrap()).unwrap();
+    elsewhere
+        .copy_snapshot("snap-t", &volumes.content(&Source::Template("micro".into())).unwrap(), None)
+        .unwrap();
     volumes.delete_snapshot("snap-a").unwrap();
     assert!(matches!(volumes.content(&Source::Snapshot("snap-a".into())), Err(HostError::Missing(_))));
     for (place, snapshot, holds) in
         [(&volumes, "snap-b", "kept"), (&elsewhere, "snap-b", "kept"), (&elsewhere, "snap-t", "template")]
     {
         let id = format!("vol-{snapshot}");
-        place.create(&id, 4 * MIB, &Source::Snapshot(snapshot.into())).unwrap();
+        place.create(&id, 4 * MIB, &Source::Snapshot(snapshot.into()), None).unwrap();
         let disk = disk(place, &id);
         assert_eq!(start_of(&*disk), holds);
         put(&*disk, b"changed");
     }
     // What a volume writes is its own.
-    volumes.create("vol-c", 4 * MIB, &Source::Snapshot("snap-b".into())).unwrap();
+    volumes.create("vol-c", 4 * MIB, &Source::Snapshot("snap-b".into()), None).unwrap();
     assert_eq!(start_of(&*disk(&volumes, "vol-c")), "kept");
     let layer = Layer {
         name: "gone.raw".into(),
         path: home.path().join("gone.raw"),
         format: hutch_blockdev::Format::Raw,
+        key: None,
     };
-    assert!(volumes.copy_snapshot("snap-c", &Content::Layers { size: MIB, layers: vec![layer] }).is_err());
+    assert!(
+        volumes.copy_snapshot("snap-c", &Content::Layers { size: MIB, layers: vec![layer] }, None).is_err()
+    );
     assert_eq!(names(&home, "snapshots"), ["snap-b.json"], "nothing is left of it");
 }
 
@@ -500,7 +510,7 @@ fn record(home: &tempfile::TempDir, id: &str) -> Record {
 fn a_volume_grows_where_it_lies_and_keeps_what_it_may_do() {
     let home = home();
     let volumes = open(&home);
-    volumes.create("vol-a", 4 * MIB, &Source::Template("micro".into())).unwrap();
+    volumes.create("vol-a", 4 * MIB, &Source::Template("micro".into()), None).unwrap();
     assert_eq!(volumes.ready("vol-a").unwrap().1, Rate::default());
     for bytes in [8 * MIB, 8 * MIB, MIB] {
         volumes.modify("vol-a", bytes, &rate(5), None).unwrap();
@@ -522,7 +532,7 @@ fn a_volume_grows_where_it_lies_and_keeps_what_it_may_do() {
 fn a_growth_that_was_cut_short_goes_on() {
     let home = home();
     let volumes = open(&home);
-    volumes.create("vol-a", 4 * MIB, &Source::Empty).unwrap();
+    volumes.create("vol-a", 4 * MIB, &Source::Empty, None).unwrap();
     let half = Record { size: 8 * MIB, growing: Some(4 * MIB), ..record(&home, "vol-a") };
     for finish in [0, 1] {
         // The record was written, and then the process was killed.
@@ -541,7 +551,7 @@ fn a_growth_that_was_cut_short_goes_on() {
 fn a_machine_that_has_the_volume_is_told_once_and_does_it_itself() {
     let home = home();
     let volumes = open(&home);
-    volumes.create("vol-a", 4 * MIB, &Source::Empty).unwrap();
+    volumes.create("vol-a", 4 * MIB, &Source::Empty, None).unwrap();
     let asked = Mutex::new(Vec::new());
     let obeys = |size: u64, rate: &Rate| {
         asked.lock().unwrap().push((size, rate.clone()));
@@ -573,7 +583,7 @@ fn snapshots_of_one_instant_are_all_there_or_made_anew() {
     let home = home();
     let volumes = open(&home);
     for id in ["vol-a", "vol-b"] {
-        volumes.create(id, 4 * MIB, &Source::Empty).unwrap();
+        volumes.create(id, 4 * MIB, &Source::Empty, None).unwrap();
         put(&*disk(&volumes, id), b"first");
     }
     let both = [("snap-a", "vol-a"), ("snap-b", "vol-b")];
@@ -595,7 +605,7 @@ fn snapshots_of_one_instant_are_all_there_or_made_anew() {
     let volumes = open(&home);
     for (snapshot, _) in both {
         let id = format!("vol-{snapshot}");
-        volumes.create(&id, 0, &Source::Snapshot(snapshot.into())).unwrap();
+        volumes.create(&id, 0, &Source::Snapshot(snapshot.into()), None).unwrap();
         assert_eq!(start_of(&*disk(&volumes, &id)), "later");
     }
 }

@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use hutch_blockdev::qcow2::{commit, pull};
-use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Format, Qcow2Disk, open_layers, qcow2};
+use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Key, Layer, Qcow2Disk, open_layers};
 use hutch_vmm::launch::LaunchError;
 
 use super::super::super::{HostError, Result};
 use super::chains::{Chain, Pair, merged};
-use super::files::{disk_failed, each_piece, failed, write};
+use super::files::{disk_failed, failed};
 use super::snapshots::Kept;
 use super::{Record, Volumes, open_sealed, path, write_record};
 
@@ -38,7 +38,7 @@ pub trait Running {
     ///
     /// # Errors
     /// It refuses, or does not answer.
-    fn rebase(&self, volume: &str, layers: &[(File, Format)]) -> std::result::Result<(), LaunchError>;
+    fn rebase(&self, volume: &str, layers: &[Layer]) -> std::result::Result<(), LaunchError>;
 }
 
 /// What there is to do, and whether it may be done now.
@@ -244,8 +244,7 @@ impl Volumes {
         let below = record.layers.get(1..).unwrap_or_default().to_vec();
         if let Some(machine) = running.filter(|_| !record.cut) {
             // Until it has them, or is started anew, it keeps those that it has, though they have no names any more.
-            let files = super::Files { layers: self.paths(&below), top: String::new() };
-            let layers = open_sealed(&files.layers)?;
+            let layers = open_sealed(&self.places(&below)?)?;
             if let Err(error) = machine.rebase(volume, &layers) {
                 let error = super::chain(&error);
                 tracing::info!(volume, error, "its machine keeps the old layers until it ends");
@@ -270,7 +269,13 @@ impl Volumes {
         if above.nlink() > 1 || below.nlink() > 1 {
             return Ok(String::new());
         }
-        let down = above.blocks() <= below.blocks();
+        let (upper_key, lower_key) = (self.key_of(&pair.0)?, self.key_of(&pair.1)?);
+        // What is encrypted stays so.
+        let down = match (&upper_key, &lower_key) {
+            (Some(_), None) => false,
+            (None, Some(_)) => true,
+            _ => above.blocks() <= below.blocks(),
+        };
         let (one, other) = if down { (&pair.1, &upper) } else { (&pair.0, &lower) };
         let base = self.beneath(one)?;
         let open = |path: &std::path::Path, write: bool| {
@@ -278,11 +283,13 @@ impl Volumes {
             Ok::<_, HostError>(Arc::new(file))
         };
         let into = self.layers.join(one);
-        let disk =
-            |file, base, read_only| Qcow2Disk::on(file, base, read_only).map_err(|e| disk_failed(one, &e));
+        let (own, others) = if down { (&lower_key, &upper_key) } else { (&upper_key, &lower_key) };
+        let disk = |file, base, key: &Option<Key>, read_only| {
+            Qcow2Disk::with_key(file, base, key.as_ref(), read_only).map_err(|e| disk_failed(one, &e))
+        };
         let done = self.tidying.work(|| {
-            let into = disk(open(&into, true)?, base, false)?;
-            let other = disk(open(other, false)?, None, true)?;
+            let into = disk(open(&into, true)?, base, own, false)?;
+            let other = disk(open(other, false)?, None, others, true)?;
             let go_on = &mut |_| self.tidying.go_on();
             let merge = if down { commit(&other, &into, go_on) } else { pull(&into, &other, go_on) };
             match merge {
@@ -306,7 +313,7 @@ impl Volumes {
                 let at = chain.iter().position(|have| have == layer)?;
                 Some(chain.get(at + 1..).unwrap_or_default().to_vec())
             });
-            open_sealed(&self.paths(&below.unwrap_or_default()))?
+            open_sealed(&self.places(&below.unwrap_or_default())?)?
         };
         match files.is_empty() {
             true => Ok(None),
@@ -326,23 +333,11 @@ impl Volumes {
         let name = format!("{volume}.flat{number}.qcow2");
         let files = {
             let _chains = self.chains();
-            open_sealed(&self.paths(&below))?
+            open_sealed(&self.places(&below)?)?
         };
         let from = open_layers(files, true).map_err(|e| disk_failed(volume, &e))?;
-        let wrong = |e: DiskError| disk_failed(volume, &e);
-        let copied = self.tidying.work(|| {
-            write(&self.layers.join(&name), |file| {
-                qcow2::create(file, from.size()).map_err(wrong)?;
-                let file = file.try_clone().map_err(|e| failed(&self.layers, e))?;
-                let to = Qcow2Disk::on(Arc::new(file), None, false).map_err(wrong)?;
-                each_piece(&*from, |at, piece| {
-                    self.tidying.go_on()?;
-                    to.write_at(at, piece)
-                })
-                .and_then(|()| to.flush())
-                .map_err(wrong)
-            })
-        });
+        let copied =
+            self.tidying.work(|| self.write_layer(&name, from.size(), &*from, &|| self.tidying.go_on()));
         let Some(copied) = copied else { return Ok(()) };
         copied?;
         let used = |layers: &Chain| layers.ends_with(&below);
