@@ -224,7 +224,7 @@ fn open(
     };
     let host: Arc<dyn Host> = match (args.host, dir) {
         (HostKind::Local, Some(dir)) => {
-            Arc::new(local(&args.state, &dir.join("host"), &settings.name, together, runtime)?)
+            Arc::new(local(args, &dir.join("host"), &settings.name, together, runtime)?)
         }
         (HostKind::Local, None) => bail!("real machines need a --state directory; or take --host simulated"),
         (HostKind::Simulated, Some(dir)) => {
@@ -240,12 +240,13 @@ fn open(
 
 /// This machine as a host.
 fn local(
-    state: &Path,
+    args: &Args,
     dir: &Path,
     region: &str,
     together: &Arc<Together>,
     runtime: &Handle,
 ) -> anyhow::Result<Local> {
+    let state = &args.state;
     if !nix::unistd::geteuid().is_root() {
         bail!("taps and the firewall need root: run hutchd as root, or take --host simulated");
     }

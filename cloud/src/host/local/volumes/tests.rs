@@ -61,7 +61,7 @@ impl Fake {
     fn start(volumes: &Volumes, ids: &[&str]) -> Fake {
         let open = |id: &&str| {
             let (files, _) = volumes.ready(id).unwrap();
-            let layers = files.open().unwrap().into_iter().map(Into::into).collect();
+            let layers = files.open().unwrap();
             let opened = hutch_blockdev::layers::open(layers, false).unwrap();
             (serial(id), files.top, opened.stack.unwrap())
         };
