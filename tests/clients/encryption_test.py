@@ -43,9 +43,10 @@ class Encryption(Case):
         # Copies of them.
         self.assertEqual([self.copy(id)["Encrypted"] for id in ids], [False, True])
         self.assertEqual(self.copy(ids[0], Encrypted=True, KmsKeyId=key)["KmsKeyId"], key)
-        with self.daemon.client(region="home-2") as there:
-            made = there.copy_snapshot(SourceRegion="home-1", SourceSnapshotId=ids[1])["SnapshotId"]
-            self.assertIn(":home-2:", self.complete(made, there)["KmsKeyId"])
+        there = self.daemon.client(region="home-2")
+        self.addCleanup(there.close)
+        made = there.copy_snapshot(SourceRegion="home-1", SourceSnapshotId=ids[1])["SnapshotId"]
+        self.assertIn(":home-2:", self.complete(made, there)["KmsKeyId"])
         # Keys that are none, and permissions.
         wrong = dict(AvailabilityZone="home-1a", Size=1)
         self.fails("InvalidKmsKey.NotFound", self.ec2.create_volume, Encrypted=True, KmsKeyId="alias/mine", **wrong)
@@ -84,7 +85,8 @@ class Encryption(Case):
             self.assertEqual({d["DeviceName"]: d["Ebs"]["Encrypted"] for d in told}, want)
             snapshots = self.ec2.describe_snapshots(SnapshotIds=[d["Ebs"]["SnapshotId"] for d in told])["Snapshots"]
             self.assertEqual(sorted(s["Encrypted"] for s in snapshots), sorted(want.values()))
-        launched = self.run_one(ImageId=copy)
+        made = self.ec2.run_instances(ImageId=copy, MinCount=1, MaxCount=1, InstanceType="t3.micro")
+        launched = made["Instances"][0]["InstanceId"]
         self.wait("instance_running", launched)
         found = self.ec2.describe_volumes(Filters=[{"Name": "attachment.instance-id", "Values": [launched]}])["Volumes"]
         self.assertEqual([v["Encrypted"] for v in found], [True, True])
