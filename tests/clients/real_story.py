@@ -54,6 +54,12 @@ done 2>/dev/null) &
     (echo $n; cat /dev/zero) | dd of=$d bs=4096 count=1 iflag=fullblock oflag=direct conv=notrunc,fsync && echo "acked: $n;"
   done
 done 2>/dev/null) &
+(for d in /sys/block/vd?; do
+  # The disk of 2 GiB: what is on it, and then something that no file of the host may hold.
+  read n <$d/size; [ "$n" = 4194304 ] || continue
+  d=/dev/${d##*/}; echo "found: $(dd if=$d bs=512 count=1 skip=5000 | tr -d '\0');"
+  (echo "plain-$((41 + 1))-for-all-to-see"; cat /dev/zero) | dd of=$d bs=512 count=1 seek=5000 iflag=fullblock conv=notrunc,fsync && echo "marked;"
+done 2>/dev/null) &
 printf '#!/bin/sh\n[ $1 = bound ] && ip addr add $ip/20 dev eth0 && ip route add default via $router\n' >/tmp/s
 chmod +x /tmp/s; ip link set eth0 up; udhcpc -i eth0 -nq -t 99 -s /tmp/s >/dev/null
 M=http://169.254.169.254/latest
@@ -280,6 +286,60 @@ class Story(unittest.TestCase):
         host("rm", "-rf", cloud.state, f"{first}.backup")
         cloud.state = first
         cloud.start()
+
+    def test_what_a_guest_writes_to_an_encrypted_volume_is_in_no_file(self):
+        ec2, cloud, marker = self.ec2, self.cloud, "plain-42-for-all-to-see"
+        image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+
+        def run(**disk):
+            made = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="t3.nano", BlockDeviceMappings=[
+                {"DeviceName": "/dev/xvda", "Ebs": {"Encrypted": True}},
+                {"DeviceName": "/dev/sdf", "Ebs": {"VolumeSize": 2, "DeleteOnTermination": True, **disk}}])
+            self.becomes(made["Instances"][0]["InstanceId"], "running")
+            return made["Instances"][0]["InstanceId"]
+
+        def files_with(text):
+            return host("bash", "-c", f"grep -l -a -r {text} {cloud.state}/{REGION}/host/layers | wc -l").strip()
+
+        one = run(Encrypted=True)
+        self.prints(one, "found: ;")
+        self.prints(one, "marked;")
+        volume = next(d["Ebs"]["VolumeId"] for d in self.instance(one)["BlockDeviceMappings"] if d["DeviceName"] == "/dev/sdf")
+        # While it runs.
+        snapshot = ec2.create_snapshot(VolumeId=volume)["SnapshotId"]
+        taken = lambda: ec2.describe_snapshots(SnapshotIds=[snapshot])["Snapshots"][0]
+        self.eventually(lambda: taken()["State"] == "completed", snapshot)
+        self.assertTrue(taken()["Encrypted"])
+        two = run(SnapshotId=snapshot)
+        self.prints(two, f"found: {marker};")
+        ec2.terminate_instances(InstanceIds=[two])
+        ec2.stop_instances(InstanceIds=[one])
+        self.becomes(one, "stopped")
+        self.assertEqual(files_with(marker), "0")
+        # What wraps its key is gone: it does not start, and says why.
+        keys = f"{cloud.state}/keys"
+        host("mv", keys, f"{keys}.apart")
+        cloud.end("TERM")
+        cloud.start()
+        ec2.start_instances(InstanceIds=[one])
+        self.eventually(lambda: self.instance(one).get("StateReason", {}).get("Code", "").startswith("Client.InvalidKMSKey"), "why not")
+        self.becomes(one, "stopped")
+        say(self.instance(one)["StateReason"]["Message"])
+        cloud.end("TERM")
+        host("bash", "-c", f"rm -r {keys} && mv {keys}.apart {keys}")
+        cloud.start()
+        ec2.start_instances(InstanceIds=[one])
+        self.becomes(one, "running")
+        self.prints(one, f"found: {marker};")
+        ec2.terminate_instances(InstanceIds=[one])
+        self.becomes(one, "terminated")
+        # The search would have found it.
+        three = run()
+        self.prints(three, "marked;")
+        ec2.terminate_instances(InstanceIds=[three])
+        self.assertNotEqual(files_with(marker), "0")
+        self.becomes(three, "terminated")
+        ec2.delete_snapshot(SnapshotId=snapshot)
 
     def test_killed_at_any_moment_the_daemon_carries_on(self):
         ec2, cloud = self.ec2, self.cloud
