@@ -8,6 +8,7 @@ use hutch_blockdev::stack::{self, Stack};
 use hutch_blockdev::store::{self, Store};
 use hutch_blockdev::{Disk, DiskError, Layer, layers};
 
+use crate::complaint::complain;
 use crate::rate::Limiter;
 use crate::virtio::blk::DiskCounts;
 
@@ -170,10 +171,10 @@ impl Drives {
         let flushed = disk.flush();
         self.lock().retain(|drive| !leaves(drive));
         if let Err(e) = flushed {
-            eprintln!(
-                "hutch-vmm: {serial} is detached, but what its guest did not flush may be lost: {}",
+            complain(format_args!(
+                "{serial} is detached, but what its guest did not flush may be lost: {}",
                 told(&e)
-            );
+            ));
         }
     }
 

@@ -5,9 +5,12 @@
 //!                                                             │
 //!                     memory · boot · x86_64 · vcpu · bus ────┴──── devices · board (pci · virtio) · console
 //! ```
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
+
 pub mod board;
 pub mod boot;
 pub mod bus;
+pub mod complaint;
 pub mod config;
 pub mod console;
 pub mod control;

@@ -139,6 +139,8 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
+        // It says so where nothing can be written either, and would end the thread.
+        .log_internal_errors(false)
         .init();
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -15,6 +15,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, Signal};
 
 use hutch_vmm::board::{Backends, TapBackend};
+use hutch_vmm::complaint::complain;
 use hutch_vmm::config::{Counters, End, FdNumber, MachineConfig, Report, RunAs};
 use hutch_vmm::control::Control;
 use hutch_vmm::drives::Drive;
@@ -40,7 +41,7 @@ fn main() -> ExitCode {
     let report =
         end.unwrap_or_else(|message| Report { end: End::Error { message }, counters: Counters::default() });
     if let End::Error { message } = &report.end {
-        eprintln!("hutch-vmm: {message}");
+        complain(format_args!("{message}"));
     }
     if let (Some(mut file), Ok(mut line)) = (report_to, serde_json::to_string(&report)) {
         line.push('\n');

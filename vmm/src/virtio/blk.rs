@@ -12,6 +12,7 @@ use super::chain::{self, Buffers, ChainError};
 use super::pci::{EVENT_IDX, INDIRECT_DESC};
 use super::worker::{Control, Manners, Wake, Worker, bell};
 use super::{ActiveQueue, Memory, Notify, Start, VirtioDevice};
+use crate::complaint::complain;
 use crate::rate::Limiter;
 
 /// Feature bits (5.2.3).
@@ -280,10 +281,10 @@ impl Core {
                 Refusal::Unsupported => return S_UNSUPP,
                 Refusal::Disk(e) if e.kind == DiskErrorKind::NoSpace => {
                     if !self.counts.no_space.swap(true, Relaxed) {
-                        eprintln!(
-                            "hutch-vmm: {}: {e}; the guest's write waits: make room on the host and it goes on",
+                        complain(format_args!(
+                            "{}: {e}; the guest's write waits: make room on the host and it goes on",
                             self.id
-                        );
+                        ));
                     }
                     if held() {
                         return S_IOERR;
@@ -295,7 +296,7 @@ impl Core {
                         && let Refusal::Disk(e) = refusal
                     {
                         let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
-                        eprintln!("hutch-vmm: {}: {e}{cause}; the guest sees an I/O error", self.id);
+                        complain(format_args!("{}: {e}{cause}; the guest sees an I/O error", self.id));
                     }
                     return S_IOERR;
                 }

@@ -14,6 +14,7 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{ActiveQueue, Memory, Notify, Start, VirtioDevice};
+use crate::complaint::complain;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix, NO_VECTOR};
 use crate::pci::{PciDevice, Vm};
@@ -85,10 +86,10 @@ impl Notify for Interrupts {
 
     fn needs_reset(&self, why: &str) {
         if !self.broken.swap(true, Ordering::AcqRel) {
-            eprintln!(
-                "hutch-vmm: {}: the guest's driver broke the rules: {why}; the device needs a reset",
+            complain(format_args!(
+                "{}: the guest's driver broke the rules: {why}; the device needs a reset",
                 self.id
-            );
+            ));
             self.config_changed();
         }
     }
@@ -318,7 +319,10 @@ impl VirtioPci {
         let Some(bar) = self.config.bar() else { return };
         for (doorbell, address) in self.doorbells(bar.start) {
             if let Err(e) = self.vm.attach_doorbell(doorbell, address) {
-                eprintln!("hutch-vmm: {}: doorbell at {address:#x}: {e}; it costs exits", self.interrupts.id);
+                complain(format_args!(
+                    "{}: doorbell at {address:#x}: {e}; it costs exits",
+                    self.interrupts.id
+                ));
             }
         }
         self.attached = Some(bar.start);
