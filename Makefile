@@ -1,5 +1,5 @@
 # The commands people type. `make test` is everything CI runs.
-.PHONY: demo bench bench-cloud deny test fmt lint unit clients stories stories-full lab lab-down
+.PHONY: demo bench bench-cloud deny fuzz test fmt lint unit clients stories stories-full lab lab-down
 # Builds all it needs, makes an AMI, launches it, and shows the main job.
 demo:
 	tests/demo
@@ -36,6 +36,10 @@ stories:
 stories-full:
 	HUTCH_FULL="debian-12 debian-13" tests/lab/enter sh -c \
 	  'cargo test --locked -p hutch-tests --test debian -- --ignored --nocapture --test-threads=1 && tests/clients/run debian'
+
+# Random bytes with coverage: TIME=600 make fuzz.
+fuzz:
+	tests/fuzz/run
 
 # Licences and sources of all that is linked.
 deny:
