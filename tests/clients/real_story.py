@@ -24,7 +24,7 @@ import botocore.exceptions
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAB = [str(ROOT / "tests/lab/run")] if "HUTCH_LAB" in os.environ else []
 PORT = int(os.environ.get("LAB_PORT", "17777")) + 1 if LAB else 18773
-KEY, SECRET, REGION = "AKIDTEST", "secret-of-a-test", "home-1"
+KEY, SECRET, REGION, OTHER = "AKIDTEST", "secret-of-a-test", "home-1", "home-2"
 # Nothing here is a matter of speed: a wait that is over says that what it waits for never comes.
 ENOUGH = 300
 
@@ -59,6 +59,12 @@ done 2>/dev/null) &
   read n <$d/size; [ "$n" = 4194304 ] || continue
   d=/dev/${d##*/}; echo "found: $(dd if=$d bs=512 count=1 skip=5000 | tr -d '\0');"
   (echo "plain-$((41 + 1))-for-all-to-see"; cat /dev/zero) | dd of=$d bs=512 count=1 seek=5000 iflag=fullblock conv=notrunc,fsync && echo "marked;"
+done 2>/dev/null) &
+(while sleep 2; do
+  # Whoever this one is to reach, if it can.
+  for to in $(wget -qO- http://169.254.169.254/latest/meta-data/tags/instance/reach); do
+    echo "$to says: $(nc -w 2 $to 80 </dev/null);"
+  done
 done 2>/dev/null) &
 printf '#!/bin/sh\n[ $1 = bound ] && ip addr add $ip/20 dev eth0 && ip route add default via $router\n' >/tmp/s
 chmod +x /tmp/s; ip link set eth0 up; udhcpc -i eth0 -nq -t 99 -s /tmp/s >/dev/null
@@ -129,7 +135,7 @@ class Cloud:
     def start(self):
         listen = "0.0.0.0:8773" if LAB else f"127.0.0.1:{PORT}"
         command = [*LAB, self.programs / "hutchd", "--state", self.state, "--listen", listen]
-        command += ["--root-key", f"{KEY}:{SECRET}", "--rate", "0"]
+        command += ["--root-key", f"{KEY}:{SECRET}", "--rate", "0", "--regions", f"{REGION},{OTHER}"]
         environment = dict(os.environ, LAB_TIMEOUT="3000", HUTCH_LOG="info")
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
         until = time.monotonic() + ENOUGH
@@ -170,9 +176,9 @@ class Cloud:
             own += [str(pid)] if name == "hutch-vmm" else []
         return sorted(own)
 
-    def client(self):
+    def client(self, region=REGION):
         config = botocore.config.Config(retries={"total_max_attempts": 1}, read_timeout=ENOUGH)
-        return boto3.client("ec2", endpoint_url=self.url, region_name=REGION, aws_access_key_id=KEY,
+        return boto3.client("ec2", endpoint_url=self.url, region_name=region, aws_access_key_id=KEY,
                             aws_secret_access_key=SECRET, config=config)
 
     def aws(self, *arguments):
@@ -577,6 +583,81 @@ class Story(unittest.TestCase):
             host("rmdir", cloud.state, check=False)
             cloud.state = first
             cloud.start()
+
+    def test_regions_and_networks_of_ones_own_are_apart(self):
+        here, there = self.ec2, self.cloud.client(OTHER)
+        self.addCleanup(there.close)
+        web = [{"IpProtocol": "tcp", "FromPort": 80, "ToPort": 80, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}]
+        groups = {}
+
+        def image(ec2):
+            return ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+
+        def group(ec2, vpc):
+            if vpc in groups:
+                return groups[vpc]
+            made = groups[vpc] = ec2.create_security_group(GroupName="apart", Description="port 80", VpcId=vpc)["GroupId"]
+            ec2.authorize_security_group_ingress(GroupId=made, IpPermissions=web)
+            return made
+
+        def run(ec2, vpc, **more):
+            interface = {"DeviceIndex": 0, "Groups": [group(ec2, vpc)], **more}
+            made = ec2.run_instances(ImageId=image(ec2), MinCount=1, MaxCount=1, InstanceType="t3.nano", NetworkInterfaces=[interface],
+                                     MetadataOptions={"InstanceMetadataTags": "enabled"})["Instances"][0]
+            return made["InstanceId"], made["PrivateIpAddress"]
+
+        def state(ec2, instance):
+            return ec2.describe_instances(InstanceIds=[instance])["Reservations"][0]["Instances"][0]["State"]["Name"]
+
+        default = lambda ec2: ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"][0]["VpcId"]
+        # A network of one's own, without a way to the world, whose other instance is in the same.
+        vpc = here.create_vpc(CidrBlock="10.77.0.0/16")["Vpc"]["VpcId"]
+        subnet = here.create_subnet(VpcId=vpc, CidrBlock="10.77.3.0/24")["Subnet"]["SubnetId"]
+        first, friend = (here, *run(here, default(here))), (here, *run(here, default(here)))
+        second, own = (there, *run(there, default(there))), (here, *run(here, vpc, SubnetId=subnet, PrivateIpAddress="10.77.3.9"))
+        everyone = (first, friend, second, own)
+        self.assertEqual(own[2], "10.77.3.9")
+        self.assertEqual(len({ip for _, _, ip in everyone}), 4)
+
+        def console(ec2, instance):
+            return ec2.get_console_output(InstanceId=instance, Latest=True).get("Output", "")
+
+        for ec2, instance, ip in everyone:
+            self.eventually(lambda: f"I am {instance} at {ip}" in console(ec2, instance), f"{instance} runs")
+            self.eventually(lambda: f"hello from {instance}" in self.web(ip), f"the host reaches {instance} at {ip}")
+            say(f"{instance} at {ip}")
+
+        # The groups of all let everybody in; only who is in the same network comes so far.
+        for ec2, instance, _ in everyone:
+            ec2.create_tags(Resources=[instance], Tags=[{"Key": "reach", "Value": " ".join(ip for _, _, ip in everyone)}])
+        self.eventually(lambda: f"hello from {friend[1]}" in console(*first[:2]), "the first reaches its friend")
+        for ec2, instance, _ in everyone:
+            for _, other, theirs in everyone:
+                if other == instance or {other, instance} == {first[1], friend[1]}:
+                    continue
+                self.eventually(lambda: console(ec2, instance).count(f"{theirs} says:") >= 2, f"{instance} has tried {theirs}")
+                self.assertNotIn(f"hello from {other}", console(ec2, instance))
+        say("only friends reach each other")
+
+        # An image is copied from one region to the other, and launched there.
+        made = here.create_image(InstanceId=first[1], Name="far", NoReboot=True)["ImageId"]
+        here.get_waiter("image_available").wait(ImageIds=[made], WaiterConfig={"Delay": 1, "MaxAttempts": ENOUGH})
+        copy = there.copy_image(SourceRegion=REGION, SourceImageId=made, Name="far")["ImageId"]
+        there.get_waiter("image_available").wait(ImageIds=[copy], WaiterConfig={"Delay": 1, "MaxAttempts": ENOUGH})
+        here.terminate_instances(InstanceIds=[first[1], friend[1], own[1]])
+        third = there.run_instances(ImageId=copy, MinCount=1, MaxCount=1, InstanceType="t3.nano")["Instances"][0]["InstanceId"]
+        self.eventually(lambda: "boots: 2 disks: 1 READY" in console(there, third), "the copy boots")
+        say("an image of the one region runs in the other")
+        there.terminate_instances(InstanceIds=[second[1], third])
+        for ec2, instance in ((here, first[1]), (here, friend[1]), (here, own[1]), (there, second[1]), (there, third)):
+            self.eventually(lambda: state(ec2, instance) == "terminated", f"{instance} terminated")
+        for ec2, id in ((here, made), (there, copy)):
+            disks = ec2.describe_images(ImageIds=[id])["Images"][0]["BlockDeviceMappings"]
+            ec2.deregister_image(ImageId=id)
+            for disk in disks:
+                ec2.delete_snapshot(SnapshotId=disk["Ebs"]["SnapshotId"])
+        left = lambda: host("bash", "-c", f"cd {self.cloud.state}; ls {REGION}/host/layers {OTHER}/host/layers").split()
+        self.eventually(lambda: left() == [f"{REGION}/host/layers:", f"{OTHER}/host/layers:"], "all of it is given back")
 
     def test_an_instance_lives_through_all_its_states(self):
         ec2, cloud = self.ec2, self.cloud
