@@ -90,8 +90,9 @@ enum Recipe {
     Debian13,
 }
 
+/// How a file keeps a disk.
 #[derive(Clone, Copy, ValueEnum)]
-enum FormatArg {
+pub enum FormatArg {
     Raw,
     Qcow2,
     #[value(name = "raw.gz")]

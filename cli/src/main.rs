@@ -34,7 +34,7 @@ mod vmm;
 use std::process::ExitCode;
 
 use cloud::instances::{self, Verb};
-use cloud::{backup, events, firewall, reach, top, usage};
+use cloud::{backup, events, firewall, reach, top, usage, volumes};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use nix::errno::Errno;
@@ -83,6 +83,9 @@ enum Command {
     /// All files are checked first; then the state is made beside its place and renamed to it. Start hutchd on it when that
     /// is done: instances that ran are stopped, or, with `hutchd --resume`, started.
     Restore(backup::Restore),
+    /// Export, import and check volumes.
+    #[command(subcommand)]
+    Volume(volumes::Command),
     /// Tell what an instance's firewall lets through, and why.
     #[command(subcommand)]
     Fw(firewall::Firewall),
@@ -123,6 +126,7 @@ fn main() -> ExitCode {
         Command::Events(args) => events::run(&args),
         Command::Top(args) => top::run(&args),
         Command::Usage(args) => usage::run(&args),
+        Command::Volume(command) => volumes::run(&command),
         Command::Backup(args) => backup::backup(&args),
         Command::Restore(args) => backup::restore(&args),
         Command::Fw(command) => firewall::run(&command),

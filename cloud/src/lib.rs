@@ -8,12 +8,14 @@
 //!     ├─ keyring    what wraps the keys of encrypted volumes
 //!     ├─ metadata   what an instance is told        types    what a name such as t3.micro stands for
 //!     ├─ addresses  which public addresses there are    speed    how fast volumes and instances are
+//!     ├─ export     a snapshot as a file; whether it is whole
 //!     └─ backup     all of it, copied while it is used, and a state made of that
 //! ```
 #![forbid(unsafe_code)]
 
 pub mod addresses;
 pub mod backup;
+pub mod export;
 pub mod fault;
 pub mod host;
 pub mod id;

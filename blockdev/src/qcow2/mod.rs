@@ -16,6 +16,7 @@
 mod base;
 mod cache;
 mod chain;
+mod check;
 mod compressed;
 mod cursor;
 mod header;
@@ -29,6 +30,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 pub use chain::{Chain, Sealed};
+pub use check::{Checked, check};
 pub use header::{Header, MAX_SIZE};
 pub use layout::{create, create_encrypted};
 pub use merge::{commit, pull};

@@ -96,21 +96,34 @@ impl Made {
 }
 
 /// Shows how far it is: as a bar on a terminal, else a line from time to time.
-struct Shown {
+pub struct Shown {
     what: &'static str,
     bar: Option<ProgressBar>,
+    /// It is told bytes, not hundredths.
+    bytes: bool,
     said: Instant,
 }
 
 impl Shown {
-    fn new(what: &'static str) -> anyhow::Result<Shown> {
-        let style = ProgressStyle::with_template("{msg} {bytes:>10} of {total_bytes} {wide_bar} {eta}")?;
-        let terminal = std::io::stderr().is_terminal();
-        let bar = terminal.then(|| ProgressBar::new(0).with_style(style).with_message(what));
-        Ok(Shown { what, bar, said: Instant::now() })
+    /// It is told bytes.
+    pub fn new(what: &'static str) -> anyhow::Result<Shown> {
+        Shown::styled(what, true, "{msg} {bytes:>10} of {total_bytes} {wide_bar} {eta}")
     }
 
-    fn tell(&mut self, (done, total): (u64, u64)) {
+    /// It is told hundredths.
+    pub fn percent(what: &'static str) -> anyhow::Result<Shown> {
+        Shown::styled(what, false, "{msg} {percent:>3} % {wide_bar} {eta}")
+    }
+
+    fn styled(what: &'static str, bytes: bool, style: &str) -> anyhow::Result<Shown> {
+        let style = ProgressStyle::with_template(style)?;
+        let terminal = std::io::stderr().is_terminal();
+        let bar = terminal.then(|| ProgressBar::new(0).with_style(style).with_message(what));
+        Ok(Shown { what, bar, bytes, said: Instant::now() })
+    }
+
+    /// How much is done, of how much.
+    pub fn tell(&mut self, (done, total): (u64, u64)) {
         match &self.bar {
             Some(bar) => {
                 bar.set_length(total);
@@ -118,7 +131,12 @@ impl Shown {
             }
             None if self.said.elapsed() >= SAY => {
                 self.said = Instant::now();
-                eprintln!("hutch: {}: {} of {} MiB", self.what, done >> 20, total.div_ceil(1 << 20));
+                match self.bytes {
+                    true => {
+                        eprintln!("hutch: {}: {} of {} MiB", self.what, done >> 20, total.div_ceil(1 << 20))
+                    }
+                    false => eprintln!("hutch: {}: {done} %", self.what),
+                }
             }
             None => {}
         }

@@ -7,6 +7,7 @@
 //!   images.rs     AMIs: create, copy, share, deregister
 //!   events.rs     what changes, as it comes
 //!   top.rs        what instances use
+//!   volumes.rs    volumes as files, and whether they are whole
 //!   backup.rs     all that hutchd keeps, copied; a state made of that
 //! ```
 
@@ -19,6 +20,7 @@ pub mod instances;
 pub mod reach;
 pub mod top;
 pub mod usage;
+pub mod volumes;
 
 use anyhow::bail;
 use serde::Serialize;

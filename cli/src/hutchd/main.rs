@@ -3,11 +3,13 @@
 //! ```text
 //!   main.rs      what it may be told; start and end        keys.rs    access keys
 //!   service.rs   calls: who may how often, what is counted          guests.rs  what guests are told of themselves
+//!   jobs.rs      snapshots written to files, and checked
 //!   owner.rs     backups and figures: what is asked of the daemon beside EC2
 //! ```
 #![forbid(unsafe_code)]
 
 mod guests;
+mod jobs;
 mod keys;
 mod owner;
 mod service;

@@ -18,12 +18,23 @@ use hutch_api::node;
 use hutch_api::query::{Call, Fault, Node};
 use hutch_cloud::backup::{self, Manifest, Progress};
 use hutch_cloud::model::{Instance, InstanceState, Snapshot, Tags, Volume};
-use hutch_cloud::region::Region;
+use hutch_cloud::region::{DiskAsk, DiskFrom, NewImport, Region};
+
+use crate::jobs::Jobs;
 
 /// The name of the service in a credential's scope.
 pub const SERVICE: &str = "hutch";
 /// What it does.
-pub const ACTIONS: [&str; 4] = ["CreateBackup", "DescribeBackup", "GetFigures", "GetUsage"];
+pub const ACTIONS: [&str; 8] = [
+    "CreateBackup",
+    "DescribeBackup",
+    "CreateExport",
+    "CreateCheck",
+    "DescribeJob",
+    "ImportDisk",
+    "GetFigures",
+    "GetUsage",
+];
 
 /// The backup that is made, or was last.
 struct Job {
@@ -35,6 +46,23 @@ struct Job {
     end: Arc<Mutex<Option<Result<Manifest, String>>>>,
 }
 
+/// Begins to make a snapshot of a file of this machine: an import as ImportSnapshot's.
+fn import(region: &Region, call: &Call) -> Result<Node, Fault> {
+    let path = PathBuf::from(call.params.required("Path")?);
+    if !path.is_absolute() {
+        let why = "It is a whole path on the daemon's machine, such as /import/disk.vmdk.";
+        return Err(Fault::value("Path", &path.to_string_lossy(), why));
+    }
+    let disk = DiskAsk {
+        from: DiskFrom::Path(path),
+        format: call.params.str("Format").map(str::to_owned),
+        ..DiskAsk::default()
+    };
+    let task =
+        region.import(&call.identity.account, &NewImport { disks: vec![disk], ..NewImport::default() })?;
+    Ok(node! { "importTaskId": task.id })
+}
+
 /// The owner's operations.
 pub struct Owner {
     /// The state; `None`: nothing is kept.
@@ -42,6 +70,7 @@ pub struct Owner {
     /// The account that may have backups made.
     account: String,
     job: Mutex<Option<Job>>,
+    jobs: Jobs,
     began: Instant,
 }
 
@@ -53,7 +82,7 @@ impl Owner {
     /// The operations of a daemon on this state, whose administrator has this account.
     pub fn new(state: Option<&Path>, account: &str) -> Owner {
         let (state, account) = (state.map(Path::to_owned), account.to_owned());
-        Owner { state, account, job: Mutex::default(), began: Instant::now() }
+        Owner { state, account, job: Mutex::default(), jobs: Jobs::default(), began: Instant::now() }
     }
 
     /// Serves a call.
@@ -69,6 +98,14 @@ impl Owner {
                     "Backups are made by the administrator's access key, which is in keys.json of the state";
                 Err(Fault::new("UnauthorizedOperation", why))
             }
+            "CreateExport" | "ImportDisk" if call.identity.account != self.account => {
+                let why = "Files of this machine are the administrator's; that access key is in keys.json of the state";
+                Err(Fault::new("UnauthorizedOperation", why))
+            }
+            "CreateExport" => self.jobs.export(region(regions, call)?, call),
+            "CreateCheck" => self.jobs.check(region(regions, call)?, call),
+            "DescribeJob" => self.jobs.describe(call),
+            "ImportDisk" => import(region(regions, call)?, call),
             "CreateBackup" => self.begin(regions, call),
             "DescribeBackup" => self.describe(call),
             other => {
@@ -178,6 +215,7 @@ impl Owner {
 
     /// Ends a backup that is under way: guests that are held go on, and what there is of it is removed.
     pub fn end(&self) {
+        self.jobs.end();
         let thread = lock(&self.job).as_mut().and_then(|job| {
             job.progress.stop();
             job.thread.take()

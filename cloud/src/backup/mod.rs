@@ -137,11 +137,11 @@ impl Progress {
         self.stopped.store(true, Ordering::Relaxed);
     }
 
-    fn expect(&self, bytes: u64) {
+    pub(crate) fn expect(&self, bytes: u64) {
         self.total.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    fn advance(&self, bytes: u64) -> Result<()> {
+    pub(crate) fn advance(&self, bytes: u64) -> Result<()> {
         self.done.fetch_add(bytes, Ordering::Relaxed);
         match self.stopped.load(Ordering::Relaxed) {
             true => Err(BackupError::Stopped),

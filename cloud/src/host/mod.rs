@@ -16,6 +16,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hutch_blockdev::Disk;
 use hutch_imagestore::import::{self, ImportError, Limits, Target};
 use hutch_imagestore::store::{Format, Image, Kind};
 use hutch_vmm::config::Rate;
@@ -142,6 +143,16 @@ pub enum Content {
     },
     /// So many bytes of nothing: a simulated host's.
     Bytes(u64),
+}
+
+/// A snapshot that is read.
+pub struct Reader {
+    /// What it holds.
+    pub disk: Arc<dyn Disk>,
+    /// Its layers, the top one first, by their names; a simulated host has none.
+    pub layers: Vec<(String, File, hutch_blockdev::Format)>,
+    /// Who keeps them as they are.
+    _reading: Option<local::Reading>,
 }
 
 /// A template that can be launched.
@@ -334,6 +345,12 @@ pub trait Host: Send + Sync {
         format: Option<Format>,
         go_on: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<u64>;
+
+    /// What a snapshot or a template holds, to be read here: also when it is deleted meanwhile. What is encrypted of it is read as its guest wrote it.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`] source; it cannot be read.
+    fn read(&self, source: &Source) -> Result<Reader>;
 
     /// Removes a snapshot, if it is there. Volumes made of it stay whole.
     ///

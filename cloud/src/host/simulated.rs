@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use hutch_blockdev::open_layers;
 use hutch_imagestore::import;
 use hutch_imagestore::store::{Format, Store};
 use hutch_netfw::VPC;
@@ -22,7 +23,8 @@ use serde::{Deserialize, Serialize};
 use crate::backup::{self, Captured, Target};
 
 use super::{
-    BootFile, Content, End, Group, Host, HostError, Machine, Network, Result, Source, Status, Template,
+    BootFile, Content, End, Group, Host, HostError, Machine, Network, Reader, Result, Source, Status,
+    Template,
 };
 
 /// What is kept of a machine.
@@ -349,6 +351,18 @@ impl Host for Simulated {
         self.keep("snapshots", id, Some(bytes))?;
         self.lock().snapshots.insert(id.into(), *bytes);
         Ok(())
+    }
+
+    fn read(&self, source: &Source) -> Result<Reader> {
+        let Content::Bytes(bytes) = self.content(source)? else {
+            return Err(HostError::Missing(format!("{source:?}")));
+        };
+        let failed = |e: &dyn std::fmt::Display| HostError::Failed(format!("{source:?}: {e}"));
+        let file = rustix::fs::memfd_create("snapshot", rustix::fs::MemfdFlags::CLOEXEC);
+        let file = File::from(file.map_err(|e| failed(&e))?);
+        file.set_len(bytes).map_err(|e| failed(&e))?;
+        let disk = open_layers(vec![(file, hutch_blockdev::Format::Raw)], true).map_err(|e| failed(&e))?;
+        Ok(Reader { disk, layers: Vec::new(), _reading: None })
     }
 
     fn import_snapshot(

@@ -118,6 +118,9 @@ fn format(name: &str) -> Result<Option<Format>> {
     Ok(Some(match name.to_ascii_lowercase().as_str() {
         "" => return Ok(None),
         "raw" => Format::Raw,
+        "raw.gz" => Format::RawGz,
+        "raw.xz" => Format::RawXz,
+        "raw.zst" => Format::RawZst,
         "vmdk" => Format::Vmdk,
         "vhd" => Format::Vhd,
         "vhdx" => Format::Vhdx,

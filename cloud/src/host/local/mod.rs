@@ -36,8 +36,8 @@ use crate::backup::Captured;
 use crate::keyring::Keyring;
 
 use super::{
-    BootFile, Content, End, Figures, Group, Host, HostError, Machine, Network, Result, Source, Status,
-    Template, Usage,
+    BootFile, Content, End, Figures, Group, Host, HostError, Machine, Network, Reader, Result, Source,
+    Status, Template, Usage,
 };
 use machine::{ANSWER, Dir, FLUSH, Kept, Live, Phase, end_of};
 use volumes::{Running, Volumes, failed};
@@ -402,6 +402,10 @@ impl Host for Local {
 
     fn copy_snapshot(&self, id: &str, content: &Content, key: Option<&str>) -> Result<()> {
         self.shared.volumes.copy_snapshot(id, content, key)
+    }
+
+    fn read(&self, source: &Source) -> Result<Reader> {
+        self.shared.volumes.read(source)
     }
 
     fn import_snapshot(

@@ -15,7 +15,7 @@ use hutch_blockdev::{DiskErrorKind, Format, SECTOR, open_layers};
 use hutch_imagestore::import::Target;
 use serde::{Deserialize, Serialize};
 
-use super::super::super::{Content, HostError, Layer, Result, Source};
+use super::super::super::{Content, HostError, Layer, Reader, Result, Source};
 use super::chains::{self, Chain, Chains, MOST};
 use super::files::{copy, disk_failed, failed, link, path, remove, sync_dir, write};
 use super::{Place, Record, Running, Volumes, open_sealed, read_record, template_layer, write_record};
@@ -281,6 +281,39 @@ impl Volumes {
         drop(chains);
         self.keep(id, Kept { size, layers: names })?;
         Ok(true)
+    }
+
+    /// See [`Host::read`](super::super::super::Host::read).
+    ///
+    /// # Errors
+    /// [`HostError::Missing`]; it cannot be read.
+    pub fn read(&self, source: &Source) -> Result<Reader> {
+        let id = match source {
+            Source::Snapshot(id) => id,
+            Source::Empty => return Err(HostError::Missing("content of an empty volume".into())),
+            Source::Template(name) => {
+                let path = self.template(name)?.disk();
+                let open = || File::open(&path).map_err(|e| failed(&path, e));
+                let disk =
+                    open_layers(vec![(open()?, Format::Raw)], true).map_err(|e| disk_failed(name, &e))?;
+                let layers = vec![(name.clone(), open()?, Format::Raw)];
+                return Ok(Reader { disk, layers, _reading: None });
+            }
+        };
+        let (names, reading) = {
+            let mut chains = self.chains();
+            let names = chains.snapshots.get(id).filter(|names| !names.is_empty()).cloned();
+            let names = names.ok_or_else(|| HostError::Missing(format!("snapshot {id}")))?;
+            (names.clone(), Reading::new(self, &mut chains, names))
+        };
+        let places = self.places(&names)?;
+        let disk = open_layers(open_sealed(&places)?, true).map_err(|e| disk_failed(id, &e))?;
+        let layer = |(name, place): (&String, &Place)| {
+            let opened = place.open(false)?;
+            Ok((name.clone(), opened.file, opened.format))
+        };
+        let layers = names.iter().zip(&places).map(layer).collect::<Result<_>>()?;
+        Ok(Reader { disk, layers, _reading: Some(reading) })
     }
 
     /// See [`Host::import_snapshot`](super::super::super::Host::import_snapshot). `fill` makes the raw disk.

@@ -10,6 +10,7 @@ use super::*;
 use crate::host::{Content, Layer};
 
 mod encrypted;
+mod exported;
 
 const MIB: u64 = 1 << 20;
 
