@@ -161,6 +161,9 @@ pub struct Instance {
     pub reboots: (u64, u64),
     /// The root's device name.
     pub root_device: String,
+    /// What its launch calls the devices of instance stores, by their names, such as `ephemeral0`.
+    #[serde(default)]
+    pub stores: BTreeMap<String, String>,
     /// Its disks, root first.
     pub devices: Vec<Device>,
     /// What the guest's own shutdown means.

@@ -7,6 +7,11 @@ use serde::Deserialize;
 /// The table that hutch comes with, `instance-types.toml`.
 const BUILT_IN: &str = include_str!("../instance-types.toml");
 
+/// The most instance stores of a type.
+const STORES: usize = 4;
+/// Bytes of a GB, which instance stores are measured in.
+pub const GB: u64 = 1_000_000_000;
+
 /// What an instance of a type gets.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -25,6 +30,9 @@ pub struct InstanceType {
     /// Operations a second of all volumes together, likewise.
     #[serde(default)]
     pub volume_iops: Option<Span>,
+    /// Its instance stores, in GB each.
+    #[serde(default)]
+    pub instance_store: Vec<u64>,
 }
 
 /// A speed that an instance always has, and the one that it has for a while: `64` or `[64, 5000]`.
@@ -58,6 +66,10 @@ impl InstanceType {
     fn wrong(&self) -> Option<&'static str> {
         if !(1..=32).contains(&self.vcpus) || !(128..=1 << 20).contains(&self.memory_mib) {
             return Some("has 1 to 32 vcpus and a memory of 128 to 1048576 MiB");
+        }
+        let stored = |gb: &u64| (1..=16_000).contains(gb);
+        if self.instance_store.len() > STORES || !self.instance_store.iter().all(stored) {
+            return Some("has at most 4 instance stores of 1 to 16000 GB");
         }
         let speeds = [self.network_mbit, self.volume_mbit, self.volume_iops];
         let sane = |span: Span| (1..=10_000_000).contains(&span.baseline) && span.baseline <= span.burst;
@@ -150,6 +162,7 @@ mod tests {
             network_mbit: span(64, 5000),
             volume_mbit: span(87, 2085),
             volume_iops: span(500, 11_800),
+            instance_store: Vec::new(),
         };
         assert_eq!(table.get("t3.micro"), Ok(&micro));
         for (family, sizes) in &table.0 {
@@ -180,6 +193,12 @@ mod tests {
         let kind = table.get("a.b").unwrap();
         assert_eq!(kind.network_mbit, Some(Span { baseline: 100, burst: 100 }));
         assert_eq!(kind.volume_iops, Some(Span { baseline: 10, burst: 100 }));
+        let table = speed("instance-store = [75, 150]").unwrap();
+        assert_eq!(table.get("a.b").unwrap().instance_store, [75, 150]);
+        assert_eq!(Table::built_in().get("m5d.large").unwrap().instance_store, [75]);
+        for bad in ["instance-store = 75", "instance-store = [0]", "instance-store = [1, 1, 1, 1, 1]"] {
+            assert!(speed(bad).is_err(), "{bad}");
+        }
         for bad in
             ["network-mbit = 0", "volume-mbit = [2, 1]", "volume-iops = [1]", "volume-mbit = -1", "iops = 1"]
         {

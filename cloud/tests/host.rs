@@ -46,6 +46,7 @@ fn machine(id: &str, run: u64, volumes: &[&str]) -> Machine {
         kernel: None,
         ramdisk: None,
         volumes: volumes.iter().map(|volume| (*volume).into()).collect(),
+        stores: vec![],
         interfaces: vec![Interface {
             id: "eni-12345678".into(),
             mac: "02:00:00:00:00:01".into(),

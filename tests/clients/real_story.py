@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -55,8 +56,8 @@ done 2>/dev/null) &
   done
 done 2>/dev/null) &
 (for d in /sys/block/vd?; do
-  # The disk of 2 GiB: what is on it, and then something that no file of the host may hold.
-  read n <$d/size; [ "$n" = 4194304 ] || continue
+  # The disk of 2 GiB, or of 1 GB: what is on it, and then something that no file of the host may hold.
+  read n <$d/size; [ "$n" = 4194304 ] || [ "$n" = 1953125 ] || continue
   d=/dev/${d##*/}; echo "found: $(dd if=$d bs=512 count=1 skip=5000 | tr -d '\0');"
   (echo "plain-$((41 + 1))-for-all-to-see"; cat /dev/zero) | dd of=$d bs=512 count=1 seek=5000 iflag=fullblock conv=notrunc,fsync && echo "marked;"
 done 2>/dev/null) &
@@ -100,6 +101,8 @@ class Cloud:
         self.log = tempfile.TemporaryFile("w+")
         self.url = f"http://127.0.0.1:{PORT}"
         self.process = None
+        types = "[own]\nstored = { vcpus = 1, memory = 512, instance-store = [1] }\n"
+        host("bash", "-c", f"printf %s {shlex.quote(types)} > {self.state}/instance-types.toml")
 
     def image(self):
         """An image of ext4 with a boot loader's configuration, as the template `micro`; and `bare`, whose kernel is gone."""
@@ -346,6 +349,36 @@ class Story(unittest.TestCase):
         self.assertNotEqual(files_with(marker), "0")
         self.becomes(three, "terminated")
         ec2.delete_snapshot(SnapshotId=snapshot)
+
+    def test_an_instance_store_is_a_runs_own(self):
+        ec2, cloud, marker = self.ec2, self.cloud, "plain-42-for-all-to-see"
+        image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+        made = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="own.stored")
+        one = made["Instances"][0]["InstanceId"]
+        machine = f"{cloud.state}/{REGION}/host/machines/{one}"
+        files_with = lambda: host("bash", "-c", f"grep -l -a -r {marker} {machine} --include=*.raw | wc -l").strip()
+        times = lambda text: self.console(one).count(text)
+        self.becomes(one, "running")
+        self.prints(one, "found: ;")
+        self.prints(one, "marked;")
+        # A reboot, of which another daemon sees the end.
+        ec2.reboot_instances(InstanceIds=[one])
+        cloud.end("KILL")
+        cloud.start()
+        self.prints(one, f"found: {marker};")
+        self.eventually(lambda: times("marked;") == 2, "it is marked again")
+        self.assertEqual(files_with(), "1")
+        ec2.stop_instances(InstanceIds=[one])
+        self.becomes(one, "stopped")
+        self.assertEqual(files_with(), "0")
+        self.assertEqual(host("bash", "-c", f"ls {machine}/store* 2>/dev/null | wc -l").strip(), "0")
+        ec2.start_instances(InstanceIds=[one])
+        self.becomes(one, "running")
+        self.eventually(lambda: times("found: ;") == 2, "zeros in the next run")
+        self.eventually(lambda: times("marked;") == 3, "it is marked once more")
+        ec2.terminate_instances(InstanceIds=[one])
+        self.becomes(one, "terminated")
+        self.assertEqual(host("bash", "-c", f"ls -d {machine} 2>/dev/null | wc -l").strip(), "0")
 
     def test_killed_at_any_moment_the_daemon_carries_on(self):
         ec2, cloud = self.ec2, self.cloud

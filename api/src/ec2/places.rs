@@ -106,6 +106,21 @@ fn ebs(kind: &InstanceType) -> Node {
     }
 }
 
+/// Disks that are alike are told as one, with their number.
+fn stores(kind: &InstanceType) -> Option<Node> {
+    let alike = kind.instance_store.chunk_by(|one, next| one == next);
+    let disk = |disks: &[u64]| {
+        node! { "sizeInGB": disks.first().copied(), "count": disks.len() as u64, "type": "ssd" }
+    };
+    let info = node! {
+        "totalSizeInGB": kind.instance_store.iter().sum::<u64>(),
+        "disks": Node::List(alike.map(disk).collect()),
+        "nvmeSupport": "unsupported",
+        "encryptionSupport": "unsupported",
+    };
+    (!kind.instance_store.is_empty()).then_some(info)
+}
+
 fn told(name: &str, kind: &InstanceType) -> Node {
     let list = |items: &[&'static str]| Node::list(items, |item| Node::Text((*item).into()));
     let burstable = name.starts_with('t');
@@ -123,7 +138,8 @@ fn told(name: &str, kind: &InstanceType) -> Node {
             "defaultVCpus": kind.vcpus, "defaultCores": kind.vcpus, "defaultThreadsPerCore": 1u32,
         },
         "memoryInfo": node! { "sizeInMiB": kind.memory_mib },
-        "instanceStorageSupported": false,
+        "instanceStorageSupported": !kind.instance_store.is_empty(),
+        "instanceStorageInfo": stores(kind),
         "ebsInfo": ebs(kind),
         "networkInfo": node! {
             "networkPerformance": performance(kind.network_mbit),

@@ -52,6 +52,10 @@ pub struct Machine {
     pub ramdisk: Option<String>,
     /// The disks in the order the guest sees them; the first is the root.
     pub volumes: Vec<String>,
+    /// The sizes in bytes of its instance stores, which come behind the root. They are zeros when a run begins, and gone
+    /// when it has ended; a reboot is no end.
+    #[serde(default)]
+    pub stores: Vec<u64>,
     /// The interfaces in the order the guest sees them.
     pub interfaces: Vec<Interface>,
     /// What it may do.

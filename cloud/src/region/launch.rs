@@ -274,6 +274,7 @@ impl Region {
                 force: false,
                 reboots: (0, 0),
                 root_device: image.root_device.clone(),
+                stores: stores(&launch.devices),
                 devices,
                 shutdown_terminates: launch.shutdown_terminates,
                 termination_protection: launch.termination_protection,
@@ -429,6 +430,11 @@ impl Region {
             source,
         })
     }
+}
+
+/// What instance stores are called.
+fn stores(asks: &[DeviceAsk]) -> BTreeMap<String, String> {
+    asks.iter().filter_map(|ask| Some((ask.ephemeral.clone()?, ask.name.clone()))).collect()
 }
 
 /// There is no address left for one more instance.

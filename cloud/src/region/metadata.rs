@@ -55,6 +55,15 @@ pub(super) fn describe(
     disks.extend(
         more.map(|(n, device)| (format!("ebs{}", n + 1), device.name.trim_start_matches("/dev/").to_owned())),
     );
+    let kind = region.settings().types.get(&instance.instance_type);
+    for index in 0..kind.map_or(0, |kind| kind.instance_store.len()) {
+        let name = format!("ephemeral{index}");
+        // By default as on EC2: behind the root.
+        let own = format!("sd{}", char::from(b'b'.saturating_add(index as u8)));
+        let device =
+            instance.stores.get(&name).map_or(own, |device| device.trim_start_matches("/dev/").to_owned());
+        disks.push((name, device));
+    }
     Metadata {
         options: Options {
             enabled: instance.metadata.enabled,

@@ -21,6 +21,7 @@ use crate::model::{
     VolumeState,
 };
 use crate::store::StoreError;
+use crate::types::GB;
 
 use super::encryption::NO_KEY;
 use super::instances::PATIENCE;
@@ -577,6 +578,7 @@ impl Region {
             kernel: instance.kernel.clone(),
             ramdisk: instance.ramdisk.clone(),
             volumes: instance.devices.iter().map(|device| device.volume.clone()).collect(),
+            stores: kind.instance_store.iter().map(|gb| gb * GB).collect(),
             interfaces,
             speed: self.speed_of(kind),
             metadata,

@@ -31,6 +31,7 @@ use super::super::{End, HostError, Interface, Machine, Public, Result, Status};
 use super::Together;
 use super::boot;
 use super::process::{Identity, Process, Waiting};
+use super::stores;
 use super::volumes::{Volumes, chain, failed, remove, serial, write};
 use crate::metadata::Metadata;
 
@@ -385,7 +386,17 @@ pub fn launch(kept: &mut Kept, dir: &Dir, volumes: &Volumes, means: &Means) -> R
         let (files, rate) = volumes.ready(id)?;
         Ok(Disk { serial: serial(id), layers: files.open()?, top: files.top, rate })
     };
-    let disks = machine.volumes.iter().map(|id| open(id)).collect::<Result<Vec<_>>>()?;
+    let mut disks = machine.volumes.iter().map(|id| open(id)).collect::<Result<Vec<_>>>()?;
+    let store = |(index, layer)| Disk {
+        serial: stores::serial(index),
+        layers: vec![layer],
+        top: String::new(),
+        rate: Rate::default(),
+    };
+    let stores = stores::open(kept, &dir.0)?.into_iter().enumerate().map(store);
+    // Behind the root, where programs look for them.
+    let behind = disks.len().min(1);
+    disks.splice(behind..behind, stores);
     let mut inherit = Inherit::default();
     boot::keep(&machine, dir, volumes)?;
     let boot = boot::config(&machine, dir, disks.first().map(|disk| disk.layers.as_slice()), &mut inherit)?;

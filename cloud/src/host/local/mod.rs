@@ -6,6 +6,7 @@
 //!   machine   a machine's directory and record; how a run of it is started, and adopted
 //!   boot      what a machine boots: kernels and RAM disks that were named, or what is on its root volume
 //!   disks     volumes that come and go while it runs
+//!   stores    disks that one run has for itself
 //!   together  what it has together with the other regions of this machine
 //!   backup    what there is at one moment, and how it is copied; volumes held still
 //! ```
@@ -17,6 +18,7 @@ mod boot;
 mod disks;
 mod machine;
 mod process;
+mod stores;
 mod together;
 mod volumes;
 
@@ -196,7 +198,11 @@ impl Shared {
     /// Takes up what an earlier daemon left of a machine.
     fn find(self: Arc<Shared>, id: &str, slot: Slot, kept: Kept) -> Result<()> {
         let live = match kept.end {
-            Some(_) => None,
+            Some(_) => {
+                // It ended, and then the daemon did.
+                stores::clear(&slot.dir.0)?;
+                None
+            }
             None => machine::adopt(&kept, &slot.dir, &self.means)?,
         };
         let slot = Arc::new(slot);
@@ -313,6 +319,9 @@ impl Shared {
         if let Err(error) = slot.dir.write(&kept) {
             // At the next start its process is not found, and it is known as ended again.
             tracing::warn!(instance = id, %error, "its end is not recorded");
+        } else if let Err(error) = stores::clear(&slot.dir.0) {
+            // Nobody is given them; they go with the next start of it, or of the daemon.
+            tracing::warn!(instance = id, %error, "what it had in its instance stores takes room still");
         }
         self.volumes.settle(&kept.machine.volumes);
         slot.state().kept = Some(kept);
@@ -476,7 +485,10 @@ impl Host for Local {
                 // As it was before: what an earlier run left, or nothing.
                 let before = slot.state().kept.clone();
                 match before.filter(|kept| kept.phase != Phase::Starting) {
-                    Some(before) => slot.dir.write(&before)?,
+                    Some(before) => {
+                        slot.dir.write(&before)?;
+                        stores::clear(&slot.dir.0)?;
+                    }
                     None => {
                         lock(&shared.slots).remove(&machine.id);
                         slot.dir.remove()?;
