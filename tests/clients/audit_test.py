@@ -40,7 +40,11 @@ EnableImageDeprecation DisableImageDeprecation EnableImage DisableImage EnableIm
 DisableImageBlockPublicAccess GetImageBlockPublicAccessState ListImagesInRecycleBin GetEbsEncryptionByDefault
 """.split()
 IMPORTS = "ImportImage DescribeImportImageTasks ImportSnapshot DescribeImportSnapshotTasks CancelImportTask".split()
-LISTS = {"must": (MUST, 65), "seen in traces": (SEEN, 15), "console": (CONSOLE, 9), "launch templates": (TEMPLATES, 8), "images": (IMAGES, 9), "imports": (IMPORTS, 5)}
+NETWORKS = """
+CreateVpc DeleteVpc CreateSubnet DeleteSubnet CreateNetworkInterface DeleteNetworkInterface AttachNetworkInterface
+DetachNetworkInterface AssignPrivateIpAddresses UnassignPrivateIpAddresses
+""".split()
+LISTS = {"networks": (NETWORKS, 10), "must": (MUST, 65), "seen in traces": (SEEN, 15), "console": (CONSOLE, 9), "launch templates": (TEMPLATES, 8), "images": (IMAGES, 9), "imports": (IMPORTS, 5)}
 
 # What hutch does not have yet. Whoever builds one takes it off this list: the test says so.
 TO_COME = {
@@ -51,6 +55,8 @@ TO_COME = {
 # What is asked with: ids that nothing has, so that nothing is changed and the error says who answered.
 HEX = "0123456789abcdef0"
 VALUES = {
+    "CidrBlock": "10.0.0.0/30", "SubnetId": f"subnet-{HEX}", "NetworkInterfaceId": f"eni-{HEX}", "AttachmentId": f"eni-attach-{HEX}",
+    "DeviceIndex": 1,
     "InstanceId": f"i-{HEX}", "ImageId": f"ami-{HEX}", "VolumeId": f"vol-{HEX}", "SnapshotId": f"snap-{HEX}", "GroupId": f"sg-{HEX}",
     "VpcId": f"vpc-{HEX}", "InstanceIds": [f"i-{HEX}"], "Resources": [f"i-{HEX}"], "SpotInstanceRequestIds": [f"sir-{HEX}"],
     "MinCount": 1, "MaxCount": 1, "InstanceCount": 1, "Attribute": None, "Name": "audit", "Device": "/dev/sdf",
@@ -64,6 +70,9 @@ ATTRIBUTES = {"DescribeVpcAttribute": "enableDnsSupport", "DescribeVolumeAttribu
               "DescribeImageAttribute": "description", "ResetImageAttribute": "launchPermission"}
 # What has to be said beside what the model requires.
 MORE = {
+    "CreateSubnet": {"CidrBlock": "10.0.0.0/30"},
+    "AssignPrivateIpAddresses": {"SecondaryPrivateIpAddressCount": 1},
+    "UnassignPrivateIpAddresses": {"PrivateIpAddresses": ["10.0.0.9"]}, "CreateVpc": {"CidrBlock": "10.0.0.0/30"},
     "ImportSnapshot": {"DiskContainer": {"Url": "file:///none"}}, "ImportImage": {"DiskContainers": [{"SnapshotId": f"snap-{HEX}"}]},
     "CancelImportTask": {"ImportTaskId": f"import-snap-{HEX}"},
     "RunInstances": {"ImageId": f"ami-{HEX}"}, "CreateVolume": {"Size": 1}, "DetachVolume": {"InstanceId": f"i-{HEX}"},

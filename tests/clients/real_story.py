@@ -692,6 +692,65 @@ class Story(unittest.TestCase):
         left = lambda: host("bash", "-c", f"cd {self.cloud.state}; ls {REGION}/host/layers {OTHER}/host/layers").split()
         self.eventually(lambda: left() == [f"{REGION}/host/layers:", f"{OTHER}/host/layers:"], "all of it is given back")
 
+    def test_a_network_of_ones_own_changes_under_its_guests(self):
+        here, there = self.ec2, self.cloud.client(OTHER)
+        self.addCleanup(there.close)
+
+        def run(ec2, subnet, **more):
+            image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+            cards = [{"DeviceIndex": n, "SubnetId": subnet, **more} for n in range(2)]
+            made = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="t3.nano", NetworkInterfaces=cards)
+            return made["Instances"][0]
+
+        vpc = here.create_vpc(CidrBlock="10.20.0.0/16")["Vpc"]["VpcId"]
+        subnet = here.create_subnet(VpcId=vpc, CidrBlock="10.20.1.0/24")["Subnet"]["SubnetId"]
+        group = here.create_security_group(GroupName="own-web", Description="port 80", VpcId=vpc)["GroupId"]
+        here.authorize_security_group_ingress(GroupId=group, IpProtocol="tcp", FromPort=80, ToPort=80, CidrIp="0.0.0.0/0")
+        made = run(here, subnet, Groups=[group])
+        one, ip = made["InstanceId"], made["PrivateIpAddress"]
+        self.becomes(one, "running")
+        self.prints(one, f"I am {one} at {ip}")
+        self.eventually(lambda: f"hello from {one}" in self.web(ip), "the host reaches it")
+
+        # Its routes are its subnet's, and change while it runs.
+        second = self.instance(one)["NetworkInterfaces"][1]["PrivateIpAddress"]
+        taps = ["hu" + "".join(f"{int(byte):02x}" for byte in at.split(".")) for at in (ip, second)]
+        routes = lambda: host("/usr/sbin/nft", "list", "set", "inet", "hutch", "routes")
+        out = lambda: all(f'"{tap}" . 0.0.0.0/0' in routes() for tap in taps)
+        self.assertNotIn("0.0.0.0/0", routes())
+        igw = here.create_internet_gateway()["InternetGateway"]["InternetGatewayId"]
+        here.attach_internet_gateway(InternetGatewayId=igw, VpcId=vpc)
+        table = here.describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])["RouteTables"][0]["RouteTableId"]
+        here.create_route(RouteTableId=table, DestinationCidrBlock="0.0.0.0/0", GatewayId=igw)
+        self.eventually(out, "both interfaces have a way out")
+        # One more address, which is its own from then on.
+        card = self.instance(one)["NetworkInterfaces"][0]["NetworkInterfaceId"]
+        here.assign_private_ip_addresses(NetworkInterfaceId=card, PrivateIpAddresses=["10.20.1.77"])
+        self.eventually(lambda: f"10.20.1.77 dev {taps[0]}" in host("ip", "route"), "it is routed")
+        # Whose addresses are in use here cannot run beside it, and changes nothing.
+        clash = there.create_vpc(CidrBlock="10.20.0.0/20")["Vpc"]["VpcId"]
+        within = there.create_subnet(VpcId=clash, CidrBlock="10.20.1.0/24")["Subnet"]["SubnetId"]
+        with self.assertRaises(botocore.exceptions.ClientError) as refused:
+            run(there, within)
+        self.assertEqual(refused.exception.response["Error"]["Code"], "Unsupported")
+        self.assertIn(vpc, str(refused.exception))
+        self.assertEqual(there.describe_network_interfaces()["NetworkInterfaces"], [])
+
+        # The daemon is killed, and all of it is as it was.
+        machines = self.cloud.machines()
+        self.cloud.end("KILL")
+        self.cloud.start()
+        self.assertEqual(self.cloud.machines(), machines)
+        self.eventually(lambda: f"hello from {one}" in self.web(ip), "the host reaches it as before")
+        self.assertTrue(out())
+        here.unassign_private_ip_addresses(NetworkInterfaceId=card, PrivateIpAddresses=["10.20.1.77"])
+        self.eventually(lambda: "10.20.1.77" not in host("ip", "route"), "it is routed no more")
+        here.delete_route(RouteTableId=table, DestinationCidrBlock="0.0.0.0/0")
+        self.eventually(lambda: "0.0.0.0/0" not in routes(), "there is no way out")
+        here.terminate_instances(InstanceIds=[one])
+        self.becomes(one, "terminated")
+        self.assertEqual(host("bash", "-c", "nft list tables | grep hutch; ls /sys/class/net | grep ^hu", check=False), "")
+
     def test_an_instance_lives_through_all_its_states(self):
         ec2, cloud = self.ec2, self.cloud
         image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]

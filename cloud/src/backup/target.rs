@@ -51,6 +51,11 @@ impl<'a> Target<'a> {
         Ok(self.root.join(name))
     }
 
+    /// Whether a directory or a file is there already: another host of this machine has the same templates.
+    pub fn has(&self, name: &str) -> bool {
+        self.directories.contains_key(name) || self.files.contains_key(name)
+    }
+
     /// Makes a directory that is to have this mode when it is restored.
     pub fn directory(&mut self, name: &str, mode: u32) -> Result<()> {
         let path = self.place(name)?;

@@ -32,8 +32,12 @@ impl MetadataService for Silent {
 type Regions = BTreeMap<String, Arc<Region>>;
 
 fn region(dir: &Path, host: Arc<dyn Host>) -> Regions {
+    region_called("home-1", dir, host)
+}
+
+fn region_called(name: &str, dir: &Path, host: Arc<dyn Host>) -> Regions {
     let settings = Settings {
-        name: "home-1".into(),
+        name: name.into(),
         zones: vec!['a'],
         types: Table::built_in(),
         limits: Limits::default(),
@@ -42,25 +46,30 @@ fn region(dir: &Path, host: Arc<dyn Host>) -> Regions {
         resume: false,
         import_dir: None,
     };
-    let store: Arc<dyn Store> = Arc::new(Sqlite::open(&dir.join("home-1/store.db")).unwrap());
+    let store: Arc<dyn Store> = Arc::new(Sqlite::open(&dir.join(name).join("store.db")).unwrap());
     let region = Region::new(settings, store, host);
     region.adopt_templates().unwrap();
-    [("home-1".to_owned(), Arc::new(region))].into()
+    [(name.to_owned(), Arc::new(region))].into()
 }
 
 fn local(state: &Path) -> Arc<Local> {
-    fs::create_dir_all(state.join("home-1/host")).unwrap();
+    local_of("home-1", state)
+}
+
+fn local_of(name: &str, state: &Path) -> Arc<Local> {
+    let dir = state.join(name).join("host");
+    fs::create_dir_all(&dir).unwrap();
     let networks = state.join("networks");
     let means = Means {
         vmm: "/nonexistent/hutch-vmm".into(),
         importer: "/nonexistent/importer".into(),
         networks,
-        region: "home-1".into(),
+        region: name.into(),
         together: Default::default(),
         metadata: Box::new(Silent),
     };
     let keyring = Keyring::open(&state.join("keys")).unwrap();
-    Arc::new(Local::open(&state.join("home-1/host"), Images::open(state).unwrap(), keyring, means).unwrap())
+    Arc::new(Local::open(&dir, Images::open(state).unwrap(), keyring, means).unwrap())
 }
 
 fn simulated(state: &Path) -> Arc<Simulated> {
@@ -148,7 +157,12 @@ fn this_machines_disks_are_there_again() {
     fs::create_dir_all(state.join("home-1/host/pinned/volumes")).unwrap();
     let host = local(&state);
     assert!(!state.join("home-1/host/pinned").exists());
-    let regions = region(&state, host.clone());
+    // A region beside it, with the same templates.
+    let beside = local_of("home-2", &state);
+    let mut regions = region(&state, host.clone());
+    regions.extend(region_called("home-2", &state, beside.clone()));
+    beside.create_volume("vol-c", 64 * MIB, &Source::Template("micro".into()), None).unwrap();
+    write_to(&state.join("home-2/host"), "vol-c", 0, b"beside");
     let dir = state.join("home-1/host");
     host.create_volume("vol-a", 64 * MIB, &Source::Template("micro".into()), None).unwrap();
     write_to(&dir, "vol-a", 0, b"written");
@@ -183,6 +197,9 @@ fn this_machines_disks_are_there_again() {
     assert_eq!(content(&host, "vol-a", MIB), b"template");
     assert_eq!(content(&host, "vol-b", 0), b"written\0");
     assert_eq!(content(&host, "vol-b", 2 * MIB), b"later\0\0\0");
+    let beside = local_of("home-2", &again);
+    assert_eq!(content(&beside, "vol-c", 0), b"beside\0\0");
+    assert_eq!(content(&beside, "vol-c", MIB), b"template");
     let kept = host.machine("i-a").unwrap().unwrap();
     assert_eq!((kept.run, kept.end), (3, Some(End::PowerOff)));
     assert_eq!(host.console("i-a").unwrap(), b"login: ");

@@ -135,9 +135,15 @@ impl Captured for Moment {
     fn copy(&self, target: &mut Target<'_>, dir: &str) -> backup::Result<()> {
         // Templates first: volumes and snapshots are other names of their bytes, mostly.
         for (id, mode) in &self.images {
-            target.directory(&format!("{IMAGES}/{id}"), *mode)?;
+            let to = format!("{IMAGES}/{id}");
+            if !target.has(&to) {
+                target.directory(&to, *mode)?;
+            }
             for file in files(&self.pinned.join(IMAGES).join(id))? {
-                target.file(&file, &below(&format!("{IMAGES}/{id}"), &file), true)?;
+                let name = below(&to, &file);
+                if !target.has(&name) {
+                    target.file(&file, &name, true)?;
+                }
             }
         }
         self.copy_layers(target, dir)?;
