@@ -377,3 +377,23 @@ fn hold<'a>(rate: &Rate, limits: impl IntoIterator<Item = &'a Arc<Limiter>>) -> 
     limits.into_iter().for_each(|limit| limit.set(rate, Instant::now()));
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use hutch_blockdev::Key;
+
+    use super::*;
+
+    #[test]
+    fn each_layer_has_its_key_or_none() {
+        let fds = |count| (0..count).map(|_| tempfile::tempfile().unwrap().into()).collect::<Vec<OwnedFd>>();
+        let key = || Some(DiskKey(Key::new(&std::array::from_fn::<u8, 64, _>(|i| i as u8)).unwrap()));
+        let formats = || vec![DiskFormat::Qcow2, DiskFormat::Raw];
+        let of = |keys| layers(fds(2), formats(), keys).unwrap();
+        assert!(of(vec![]).iter().all(|layer| layer.key.is_none()));
+        let keys = of(vec![key(), None]).into_iter().map(|layer| layer.key.is_some()).collect::<Vec<_>>();
+        assert_eq!(keys, [true, false]);
+        assert!(layers(fds(2), formats(), vec![key()]).is_err_and(|why| why.contains("1 keys")));
+        assert!(layers(fds(1), formats(), vec![key(), None]).is_err());
+    }
+}

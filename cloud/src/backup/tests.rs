@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::time::{Duration, Instant};
 
-use crate::keyring::Keyring;
+use crate::keyring::{Keyring, Wrapped};
 use hutch_imagestore::store::{Architecture, Format, Kind, Origin, Store as Images};
 
 use super::target::copy;
@@ -386,4 +386,61 @@ fn copies_have_the_same_bytes_and_holes() {
         assert!(allocated(&about) < 4 * MIB, "{} bytes", allocated(&about));
         assert!(copy(&path("from"), &to, fixed, &Progress::default()).is_err(), "nothing is written over");
     }
+}
+
+/// A volume of this machine that is encrypted, opened by what wraps its key.
+fn encrypted(state: &Path, id: &str) -> Arc<dyn hutch_blockdev::Disk> {
+    let host = state.join("home-1/host");
+    let read = |path: PathBuf| fs::read(path).unwrap();
+    let wrapped: Wrapped = serde_json::from_slice(&read(host.join(format!("keys/{id}.json")))).unwrap();
+    let key = Keyring::open(&state.join("keys")).unwrap().unwrap(&wrapped, id).unwrap();
+    let record: serde_json::Value =
+        serde_json::from_slice(&read(host.join(format!("volumes/{id}.json")))).unwrap();
+    let open = |(depth, name): (usize, &serde_json::Value)| {
+        let path = host.join("layers").join(name.as_str().unwrap());
+        let file = File::options().read(true).write(depth == 0).open(path).unwrap();
+        hutch_blockdev::Layer { file, format: hutch_blockdev::Format::Qcow2, key: Some(key.clone()) }
+    };
+    let layers = record["layers"].as_array().unwrap().iter().enumerate().map(open).collect::<Vec<_>>();
+    hutch_blockdev::open_layers(layers, false).unwrap()
+}
+
+#[test]
+fn an_encrypted_volume_is_in_it_and_what_wraps_its_key_is_not() {
+    let home = tempfile::tempdir().unwrap();
+    let state = home.path().join("state");
+    let host = local(&state);
+    let secret = b"nobody may read this".repeat(32);
+    host.create_volume("vol-a", MIB, &Source::Empty, Some(&host.keys()[0])).unwrap();
+    let disk = encrypted(&state, "vol-a");
+    disk.write_at(0, &secret[..512]).unwrap();
+    disk.flush().unwrap();
+    drop(disk);
+    let regions = region(&state, host.clone());
+    let to = home.path().join("backup");
+    let manifest = run(&regions, &state, &to, &Progress::default()).unwrap();
+    assert_eq!(manifest.keys(), 1);
+    assert!(!manifest.files.keys().any(|name| name.starts_with("keys")), "{:?}", manifest.files.keys());
+    let wrapping = fs::read_to_string(state.join("keys/ebs.json")).unwrap();
+    let wrapping: serde_json::Value = serde_json::from_str(&wrapping).unwrap();
+    for name in manifest.files.keys() {
+        let bytes = fs::read(to.join("state").join(name)).unwrap();
+        for text in [&secret[..64], wrapping["key"].as_str().unwrap().as_bytes()] {
+            assert!(!bytes.windows(text.len()).any(|part| part == text), "{name}");
+        }
+    }
+    drop((regions, host));
+    // Without the key that was kept apart it is no volume to read; with it, it is.
+    let again = home.path().join("new/state");
+    restore(&to, &again, &Progress::default()).unwrap();
+    let host = local(&again);
+    let refused = host.create_snapshots(&[("snap-a", "vol-a")]).unwrap_err();
+    assert!(matches!(refused, HostError::Key(_)), "{refused}");
+    drop(host);
+    fs::remove_dir_all(again.join("keys")).unwrap();
+    fs::rename(state.join("keys"), again.join("keys")).unwrap();
+    local(&again).create_snapshots(&[("snap-a", "vol-a")]).unwrap();
+    let mut found = vec![0; 512];
+    encrypted(&again, "vol-a").read_at(0, &mut found).unwrap();
+    assert!(found == secret[..512]);
 }
