@@ -356,7 +356,7 @@ class Story(unittest.TestCase):
         made = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="own.stored")
         one = made["Instances"][0]["InstanceId"]
         machine = f"{cloud.state}/{REGION}/host/machines/{one}"
-        files_with = lambda: host("bash", "-c", f"grep -l -a -r {marker} {machine} --include=*.raw | wc -l").strip()
+        files_with = lambda: host("bash", "-c", f"grep -l -a -r {marker} {machine} --include=*.store | wc -l").strip()
         times = lambda text: self.console(one).count(text)
         self.becomes(one, "running")
         self.prints(one, "found: ;")
@@ -371,7 +371,7 @@ class Story(unittest.TestCase):
         ec2.stop_instances(InstanceIds=[one])
         self.becomes(one, "stopped")
         self.assertEqual(files_with(), "0")
-        self.assertEqual(host("bash", "-c", f"ls {machine}/store* 2>/dev/null | wc -l").strip(), "0")
+        self.assertEqual(host("bash", "-c", f"ls {machine}/*.store 2>/dev/null | wc -l").strip(), "0")
         ec2.start_instances(InstanceIds=[one])
         self.becomes(one, "running")
         self.eventually(lambda: times("found: ;") == 2, "zeros in the next run")

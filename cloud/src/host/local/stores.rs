@@ -2,9 +2,10 @@
 //! and is gone when the run has ended, however it did.
 //!
 //! ```text
-//!   machines/i-…/store0.3.raw     the first one of run 3
+//!   machines/i-…/0.3.store     the first one of run 3
 //! ```
-//! A run's file is made anew and is no other's: the next guest cannot read what was in it.
+//! A run's file is made anew and is no other's: the next guest cannot read what was in it. Its extension is its own: those of
+//! other files of a machine are swept and backed up.
 
 use std::fs::File;
 use std::io;
@@ -23,8 +24,11 @@ pub fn serial(index: usize) -> String {
     format!("ephemeral{index}")
 }
 
+/// The extension of stores in a machine's directory.
+const EXTENSION: &str = "store";
+
 fn path(dir: &Path, machine: &Machine, index: usize) -> PathBuf {
-    dir.join(format!("store{index}.{}.raw", machine.run))
+    dir.join(format!("{index}.{}.{EXTENSION}", machine.run))
 }
 
 /// The stores of a machine that is being started, locked: new ones for a new run, its own where its guest reboots.
@@ -61,11 +65,7 @@ pub fn open(kept: &Kept, dir: &Path) -> Result<Vec<Layer>> {
 /// # Errors
 /// One cannot be removed.
 pub fn clear(dir: &Path) -> Result<()> {
-    let is = |path: &PathBuf| {
-        let named = path.file_name().and_then(|name| name.to_str());
-        has_extension(path, "raw") && named.is_some_and(|name| name.starts_with("store"))
-    };
-    files(dir)?.iter().filter(|path| is(path)).try_for_each(|path| remove(path))
+    files(dir)?.iter().filter(|path| has_extension(path, EXTENSION)).try_for_each(|path| remove(path))
 }
 
 #[cfg(test)]
