@@ -454,6 +454,17 @@ class Story(unittest.TestCase):
         self.becomes(one, "running")
         self.prints(one, f"own RAM disk: {aki} {ari}")
         self.prints(one, "boots: 1 disks: 1 READY")
+        # Its disk is checked and written to a file while it runs: what it wrote is there.
+        root = self.instance(one)["BlockDeviceMappings"][0]["Ebs"]["VolumeId"]
+        say(self.hutch("volume", "check", root))
+        self.hutch("volume", "export", root, f"{cloud.state}/exported.raw")
+        copy = self.work / "exported.raw"
+        host("sh", "-c", f"cd {cloud.state} && sha256sum -c exported.raw.sha256 && cp --sparse=always exported.raw {copy} && rm exported.raw*")
+        # As after a loss of power: the journal is replayed first.
+        self.assertIn(subprocess.run(["e2fsck", "-fy", copy], stdout=subprocess.DEVNULL).returncode, (0, 1))
+        boots = subprocess.run(["debugfs", "-R", "cat boots", copy], check=True, capture_output=True, text=True).stdout
+        self.assertEqual(boots, "boot\n")
+        say("what it wrote is in a file")
         # The images go; who was started with them starts again, also after a reboot.
         ec2.deregister_image(ImageId=aki)
         for name in ("own-kernel", "own-ramdisk"):
