@@ -268,7 +268,9 @@ class Story(unittest.TestCase):
         self.assertGreater(row["memory"], 10 << 20)
         self.assertTrue(all(row[name] is not None for name in ["cpu", "disk_read", "disk_written", "net_received", "net_sent"]))
         machines = cloud.machines()
-        told = json.loads(self.hutch("backup", f"{cloud.state}.backup", "-o", "json"))
+        # What it says of its progress comes before.
+        told = self.hutch("backup", f"{cloud.state}.backup", "-o", "json")
+        told = json.loads(told[told.index("{"):])
         say(f"backup: {told}")
         self.assertEqual((told["instances"], told["volumes"]), (1, 2))
         self.assertEqual(cloud.machines(), machines, "it runs on")
