@@ -72,6 +72,8 @@ pub fn clear(dir: &Path) -> Result<()> {
 mod tests {
     use std::os::unix::fs::{FileExt, PermissionsExt};
 
+    use super::super::boot;
+    use super::super::machine::Dir;
     use super::*;
 
     fn kept(run: u64, phase: Phase) -> Kept {
@@ -115,6 +117,8 @@ mod tests {
         // While a process has it nobody else does.
         assert!(open(&kept(1, Phase::Restarting), dir).is_err());
         drop(first);
+        // What else of the machine's directory is swept is not it.
+        boot::let_go(&kept(1, Phase::Running).machine, &Dir(dir.to_owned())).unwrap();
         let again = open(&kept(1, Phase::Restarting), dir).unwrap();
         assert!(start(&again[0]).starts_with(SECRET));
         assert_eq!(seen(dir, &[], SECRET), 1);
