@@ -6,6 +6,8 @@ use std::process::Command;
 use super::*;
 
 const MIB: u64 = 1 << 20;
+/// Of a VHD's table: a block that was never written.
+const NOWHERE: u32 = u32::MAX;
 
 /// A file of the format, which holds a disk of 9 MiB and half a KiB with data in a few places.
 fn made(room: &Path, format: Format) -> (Vec<u8>, Vec<u8>) {
@@ -121,6 +123,21 @@ fn damaged_files_never_panic() {
         // What else is damaged is data, or a name that qemu-img makes up anew each time.
         assert!(refused > 0, "{made_as:?}: none of 80 is refused");
     }
+}
+
+/// A VHD's blocks may lead anywhere, to the file's begin too; what is there does not depend on what was read before.
+#[test]
+fn blocks_that_lead_to_one_place_hold_the_same() {
+    let room = tempfile::tempdir().unwrap();
+    let (_, mut file) = made(room.path(), Format::Vhd);
+    let table = be64(&file, 512 + 16) as usize;
+    for block in [0, 2] {
+        file[table + block * 4..][..4].fill(0);
+    }
+    assert_ne!(be32(&file, table + 4), NOWHERE, "a block between them is another");
+    let disk = read(&file, Format::Vhd).unwrap();
+    let block = be32(&file, 512 + 32) as usize;
+    assert!(disk[..block] == disk[2 * block..3 * block]);
 }
 
 #[test]

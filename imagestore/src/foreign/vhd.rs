@@ -28,7 +28,7 @@ struct Blocks {
     block: u64,
     bitmap: u64,
     /// The bitmap that was read last, by its offset in bytes.
-    last: (u64, Vec<u8>),
+    last: Option<(u64, Vec<u8>)>,
 }
 
 /// Whether a structure's checksum, at `at`, is its own: the complement of the sum of all its other bytes.
@@ -75,7 +75,7 @@ fn blocks(bytes: &Bytes, at: u64) -> Result<Blocks> {
     let block = u64::from(block);
     // A bit a sector, in whole sectors.
     let bitmap = (block / SECTOR).div_ceil(8).next_multiple_of(SECTOR);
-    Ok(Blocks { table, entries, block, bitmap, last: (0, Vec::new()) })
+    Ok(Blocks { table, entries, block, bitmap, last: None })
 }
 
 impl Blocks {
@@ -89,12 +89,16 @@ impl Blocks {
             return Ok(());
         }
         let place = u64::from(sector) * SECTOR;
-        if self.last.0 != place {
-            let mut bitmap = vec![0; self.bitmap as usize];
-            bytes.fill(place, &mut bitmap, "a block")?;
-            self.last = (place, bitmap);
-        }
-        let (bitmap, data) = (&self.last.1, place + self.bitmap);
+        let bitmap = match self.last.take() {
+            Some((at, bitmap)) if at == place => bitmap,
+            _ => {
+                let mut bitmap = vec![0; self.bitmap as usize];
+                bytes.fill(place, &mut bitmap, "a block")?;
+                bitmap
+            }
+        };
+        let (_, bitmap) = self.last.insert((place, bitmap));
+        let data = place + self.bitmap;
         let written = |sector: u64| {
             let byte = bitmap.get((sector / 8) as usize).copied().unwrap_or(0);
             byte & (0x80 >> (sector % 8)) != 0
