@@ -215,7 +215,8 @@ impl Core {
                     _ => self.request(bytes, &readable, &into, through, &held),
                 };
                 writable.write(&[status]);
-                Ok(if status == S_OK { into.len() as u32 + 1 } else { 1 })
+                let told = u32::try_from(into.len()).unwrap_or(u32::MAX).saturating_add(1);
+                Ok(if status == S_OK { told } else { 1 })
             });
             match served {
                 Ok(found) => manners.visited(found, Instant::now()),
