@@ -61,6 +61,23 @@ done 2>/dev/null) &
   d=/dev/${d##*/}; echo "found: $(dd if=$d bs=512 count=1 skip=5000 | tr -d '\0');"
   (echo "plain-$((41 + 1))-for-all-to-see"; cat /dev/zero) | dd of=$d bs=512 count=1 seek=5000 iflag=fullblock conv=notrunc,fsync && echo "marked;"
 done 2>/dev/null) &
+(for d in /sys/block/vd?; do
+  # The disk of 7 GiB: a file system with a database that tells what it has committed, and with the programs for both.
+  read n <$d/size; [ "$n" = 14680064 ] || continue
+  d=/dev/${d##*/}; boot=$(wc -l </root/boots); mkdir /data
+  mount -t ext4 $d /data; [ -e /tmp/lib ] || cp -r /data/lib /tmp; umount /data
+  use() { program=$1; shift; /tmp/lib/ld.so --library-path /tmp/lib /tmp/lib/$program "$@"; }
+  use e2fsck -fn $d >/tmp/fsck; echo "fsck $boot: $?;"
+  mount -t ext4 $d /data; mode=wal; [ $((boot % 2)) = 0 ] || mode=delete
+  (echo "PRAGMA journal_mode = $mode; PRAGMA synchronous = EXTRA; CREATE TABLE IF NOT EXISTS t (n INTEGER PRIMARY KEY, d BLOB, h BLOB);
+    SELECT 'database $boot: '||group_concat(integrity_check)||', '||(SELECT count(*) FROM t WHERE h IS NOT sha3(d))||' spoilt, '
+      ||'has '||(SELECT coalesce(max(n), 0) FROM t)||';' FROM pragma_integrity_check;"
+  while :; do
+    echo "BEGIN; INSERT INTO t VALUES ((SELECT coalesce(max(n), 0) + 1 FROM t), randomblob(abs(random()) % 60000), NULL);
+      UPDATE t SET h = sha3(d) WHERE h IS NULL; DELETE FROM t WHERE n < (SELECT max(n) FROM t) - abs(random()) % 200; COMMIT;
+      SELECT 'committed $boot: '||max(n)||';' FROM t;"
+  done) | use sqlite3 -batch /data/db
+done 2>/tmp/problems; cat /tmp/problems) &
 (while sleep 2; do
   # Whoever this one is to reach, if it can.
   for to in $(wget -qO- http://169.254.169.254/latest/meta-data/tags/instance/reach); do
@@ -589,6 +606,74 @@ class Story(unittest.TestCase):
         for snapshot, _ in taken[2:]:
             ec2.delete_snapshot(SnapshotId=snapshot)
         self.eventually(lambda: layers() == ["total 0", ""], "all of it is given back")
+
+    def test_a_database_has_all_it_committed_however_often_its_machine_is_killed(self):
+        ec2, cloud = self.ec2, self.cloud
+        kills, dice = int(os.environ.get("HUTCH_KILLS", "6")), random.Random()
+        seed = os.environ.get("HUTCH_SEED") or dice.randrange(1 << 32)
+        dice.seed(int(seed))
+        say(f"{kills} kills, HUTCH_SEED={seed}")
+        # A file system with the programs, which the guest does not have.
+        tree = self.work / "data"
+        (tree / "lib").mkdir(parents=True)
+        for program in ("sqlite3", "e2fsck"):
+            path = shutil.which(program)
+            shutil.copy(path, tree / "lib")
+            for library in re.findall(r"(/\S+) \(", subprocess.run(["ldd", path], check=True, capture_output=True, text=True).stdout):
+                shutil.copy(library, tree / "lib" / ("ld.so" if "/ld-" in library else pathlib.Path(library).name))
+        subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, self.work / "data.raw", "7G"], check=True)
+        subprocess.run(["qemu-img", "convert", "-O", "qcow2", self.work / "data.raw", self.work / "data.qcow2"], check=True)
+        self.hutch("volume", "import", "--name", "database", self.work / "data.qcow2")
+        (volume,) = ec2.describe_volumes(Filters=[{"Name": "tag:Name", "Values": ["database"]}])["Volumes"]
+        image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+        one = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="t3.nano")["Instances"][0]["InstanceId"]
+        self.becomes(one, "running")
+        ec2.stop_instances(InstanceIds=[one], Force=True)
+        self.becomes(one, "stopped")
+        ec2.attach_volume(InstanceId=one, VolumeId=volume["VolumeId"], Device="/dev/sdf")
+        layers = f"{cloud.state}/{REGION}/host/layers"
+        committed, snapshots, boot = 0, [], 0
+        said = lambda what: re.findall(what, self.console(one))
+        for kill in range(kills):
+            ec2.start_instances(InstanceIds=[one])
+            self.becomes(one, "running")
+            boot = self.eventually(lambda: max([int(n) for n in said(r"committed (\d+): ") if int(n) > boot], default=0), "it commits")
+            self.assertEqual(said(rf"fsck {boot}: (.*);"), ["0"], self.console(one))
+            ((sound, has),) = said(rf"database {boot}: (.*), has (\d+);")
+            self.assertEqual(sound, "ok, 0 spoilt")
+            self.assertGreaterEqual(int(has), committed)
+            if dice.random() < 0.6:
+                time.sleep(dice.uniform(0, 2))
+                made = ec2.create_snapshot(VolumeId=volume["VolumeId"])["SnapshotId"]
+                snapshots.append(made)
+            if len(snapshots) > 1 and dice.random() < 0.5:
+                ec2.delete_snapshot(SnapshotId=snapshots.pop(dice.randrange(len(snapshots))))
+            time.sleep(dice.uniform(0, 5))
+            host("kill", "-9", *cloud.machines())
+            self.becomes(one, "stopped")
+            committed = int(said(rf"committed {boot}: (\d+);")[-1])
+            say(f"kill {kill}: it had {has}, and committed {committed}")
+            # 3: clusters that nothing names, which the next opening frees.
+            check = f"for f in {layers}/*.qcow2; do qemu-img check -q -f qcow2 $f >&2; s=$?; [ $s = 0 ] || [ $s = 3 ] || exit $s; done"
+            host("bash", "-c", check)
+        # What it had at the end it has on a volume of a snapshot, and gives all of it back.
+        last = ec2.create_snapshot(VolumeId=volume["VolumeId"])["SnapshotId"]
+        for snapshot in snapshots:
+            ec2.delete_snapshot(SnapshotId=snapshot)
+        mapping = {"DeviceName": "/dev/sdf", "Ebs": {"SnapshotId": last, "DeleteOnTermination": True}}
+        two = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="t3.nano", BlockDeviceMappings=[mapping])["Instances"][0]["InstanceId"]
+        self.becomes(two, "running")
+        self.prints(two, "fsck 1: 0;")
+        self.prints(two, "database 1: ok, 0 spoilt, has")
+        has = int(re.search(r"spoilt, has (\d+);", self.console(two)).group(1))
+        self.assertGreaterEqual(has, committed)
+        ec2.terminate_instances(InstanceIds=[one, two])
+        for instance in (one, two):
+            self.becomes(instance, "terminated")
+        host("bash", "-c", f"for f in {layers}/*.qcow2; do qemu-img check -q -f qcow2 $f || exit; done")
+        ec2.delete_snapshot(SnapshotId=last)
+        ec2.delete_volume(VolumeId=volume["VolumeId"])
+        self.eventually(lambda: host("ls", layers) == "", "all of it is given back")
 
     def test_a_guest_waits_while_the_host_is_full(self):
         # hutchd on a file system of its own, which is small.

@@ -5,6 +5,7 @@ declare -A need=(
   [qemu-system-x86_64]=qemu-system-x86 [qemu-img]=qemu-utils [mmdebstrap]=mmdebstrap [nft]=nftables [ip]=iproute2
   [mke2fs]=e2fsprogs [sfdisk]=fdisk [mformat]=mtools [mkfs.vfat]=dosfstools [cpio]=cpio [zstd]=zstd [gcc]=gcc
   [iasl]=acpica-tools [busybox]=busybox-static [modprobe]=kmod [ssh-keygen]=openssh-client
+  [sqlite3]=sqlite3
 )
 missing=()
 for tool in "${!need[@]}"; do
