@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::Later;
+
 /// The result of a disk operation.
 pub type Result<T> = std::result::Result<T, DiskError>;
 
@@ -121,6 +123,21 @@ pub trait Disk: Send + Sync {
     /// Each buffer must point to memory that stays mapped and writable until the call returns. It may be shared
     /// with a running guest.
     unsafe fn read_vectored(&self, offset: u64, bufs: &[IoBufMut]) -> Result<()>;
+
+    /// Reads `bufs` from `offset` as far as that needs no waiting for the host's disk; what does is added to `later`, and the
+    /// read is done when all of that [is finished](Later::finish). What is read in pieces is ordered with requests that
+    /// overlap as if each piece were a request.
+    ///
+    /// # Errors
+    /// The read failed; what is in `later` then has still to be waited for, if the kernel was given it, and else dropped.
+    ///
+    /// # Safety
+    /// Each buffer must point to memory that stays mapped and writable until the read is done. It may be shared with a
+    /// running guest.
+    unsafe fn read_or_later(&self, offset: u64, bufs: &[IoBufMut], _later: &mut Vec<Later>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.read_vectored(offset, bufs) }
+    }
 
     /// Writes `bufs` at `offset`.
     ///

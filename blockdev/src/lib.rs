@@ -15,7 +15,9 @@
 //! Nothing here knows about instances or KVM, and nothing here opens a path that an image's header names.
 
 pub mod crypt;
+mod cursor;
 pub mod disk;
+pub mod later;
 pub mod layers;
 pub mod qcow2;
 pub mod raw;
@@ -24,6 +26,7 @@ pub mod store;
 
 pub use crypt::Key;
 pub use disk::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Result, SECTOR};
+pub use later::Later;
 pub use layers::{Format, Layer, Opened, open_layers};
 pub use qcow2::Qcow2Disk;
 pub use raw::RawDisk;

@@ -1,14 +1,16 @@
 //! The guest's bytes as they are, in a file or on a block device.
 
 use std::fs::File;
+use std::sync::Arc;
 
 use crate::disk::{check_range, check_write};
+use crate::later::{self, Later, Room};
 use crate::store::{Store, lock};
 use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Result, SECTOR};
 
 /// A raw disk.
-pub struct RawDisk<S = File> {
-    store: S,
+pub struct RawDisk {
+    store: Arc<dyn Store>,
     size: std::sync::atomic::AtomicU64,
     read_only: bool,
 }
@@ -22,16 +24,23 @@ impl RawDisk {
         lock(&file, read_only)?;
         RawDisk::on(file, read_only)
     }
-}
 
-impl<S: Store> RawDisk<S> {
     /// A disk on any store.
     ///
     /// # Errors
     /// `Io` when the store does not tell its size.
-    pub fn on(store: S, read_only: bool) -> Result<RawDisk<S>> {
+    pub fn on(store: impl Store + 'static, read_only: bool) -> Result<RawDisk> {
         let len = store.size().map_err(|e| DiskError::io("find the disk's size", e))?;
-        Ok(RawDisk { store, size: (len / SECTOR * SECTOR).into(), read_only })
+        Ok(RawDisk { store: Arc::new(store), size: (len / SECTOR * SECTOR).into(), read_only })
+    }
+
+    /// # Safety
+    /// As [`Disk::read_or_later`].
+    unsafe fn read(&self, offset: u64, bufs: &[IoBufMut], room: Room<'_>) -> Result<()> {
+        check_range(offset, total(bufs), self.size())?;
+        // SAFETY: the caller's promise.
+        let read = unsafe { later::read(&self.store, offset, bufs, room, None) };
+        read.map_err(|e| DiskError::io("read the disk", e))
     }
 
     fn writable(&self, offset: u64, len: u64) -> Result<()> {
@@ -40,7 +49,7 @@ impl<S: Store> RawDisk<S> {
     }
 }
 
-impl<S: Store> Disk for RawDisk<S> {
+impl Disk for RawDisk {
     fn size(&self) -> u64 {
         self.size.load(std::sync::atomic::Ordering::Acquire)
     }
@@ -54,9 +63,13 @@ impl<S: Store> Disk for RawDisk<S> {
     }
 
     unsafe fn read_vectored(&self, offset: u64, bufs: &[IoBufMut]) -> Result<()> {
-        check_range(offset, total(bufs), self.size())?;
         // SAFETY: the caller's promise.
-        unsafe { self.store.read(offset, bufs) }.map_err(|e| DiskError::io("read the disk", e))
+        unsafe { self.read(offset, bufs, None) }
+    }
+
+    unsafe fn read_or_later(&self, offset: u64, bufs: &[IoBufMut], later: &mut Vec<Later>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.read(offset, bufs, Some(later)) }
     }
 
     unsafe fn write_vectored(&self, offset: u64, bufs: &[IoBuf]) -> Result<()> {

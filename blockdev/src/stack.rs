@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::qcow2::{Chain, Sealed};
 use crate::store::Store;
-use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Key, Qcow2Disk, Result};
+use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Key, Later, Qcow2Disk, Result};
 
 /// What lies under a top layer.
 #[derive(Clone, Default)]
@@ -204,6 +204,11 @@ impl Disk for Stack {
     unsafe fn read_vectored(&self, offset: u64, bufs: &[IoBufMut]) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.state().top.read_vectored(offset, bufs) }
+    }
+
+    unsafe fn read_or_later(&self, offset: u64, bufs: &[IoBufMut], later: &mut Vec<Later>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.state().top.read_or_later(offset, bufs, later) }
     }
 
     unsafe fn write_vectored(&self, offset: u64, bufs: &[IoBuf]) -> Result<()> {

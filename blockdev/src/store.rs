@@ -18,6 +18,17 @@ pub trait Store: Send + Sync {
     /// # Safety
     /// Each buffer stays mapped and writable until the call returns.
     unsafe fn read(&self, offset: u64, bufs: &[iovec]) -> io::Result<()>;
+    /// Reads as much of `bufs`, from their beginning, as the host has in memory; returns how many bytes.
+    ///
+    /// # Safety
+    /// As [`read`](Store::read).
+    unsafe fn read_now(&self, _offset: u64, _bufs: &[iovec]) -> usize {
+        0
+    }
+    /// The file, for reads that the kernel does meanwhile. `None`: reads are done by [`read`](Store::read) only.
+    fn file(&self) -> Option<&File> {
+        None
+    }
     /// Writes `bufs`, growing the file where needed.
     ///
     /// # Safety
@@ -47,6 +58,12 @@ pub trait Store: Send + Sync {
         // SAFETY: the slice is exclusively borrowed until the call returns.
         unsafe { self.read(offset, &[buf]) }
     }
+    /// Reads into ordinary memory what the host has in its own; returns how many bytes.
+    fn read_bytes_now(&self, offset: u64, bytes: &mut [u8]) -> usize {
+        let buf = iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        // SAFETY: the slice is exclusively borrowed until the call returns.
+        unsafe { self.read_now(offset, &[buf]) }
+    }
     /// Writes from ordinary memory.
     fn write_bytes(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let buf = iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
@@ -61,7 +78,7 @@ const PIECES: usize = 1024;
 const ZEROS: usize = 1 << 20;
 
 /// Drops the first `count` bytes of `bufs`.
-fn advance(bufs: &mut Vec<iovec>, mut count: usize) {
+pub(crate) fn advance(bufs: &mut Vec<iovec>, mut count: usize) {
     let mut whole = 0;
     for buf in bufs.iter_mut() {
         if count < buf.iov_len {
@@ -113,6 +130,19 @@ impl Store for File {
             unsafe { rest.iov_base.cast::<u8>().write_bytes(0, rest.iov_len) };
         }
         Ok(())
+    }
+
+    unsafe fn read_now(&self, offset: u64, bufs: &[iovec]) -> usize {
+        let Ok(at) = libc::off_t::try_from(offset) else { return 0 };
+        let pieces = bufs.len().min(PIECES) as libc::c_int;
+        // SAFETY: the caller's promise.
+        let done = unsafe { libc::preadv2(self.as_raw_fd(), bufs.as_ptr(), pieces, at, libc::RWF_NOWAIT) };
+        // Also where the file system knows no such thing.
+        usize::try_from(done).unwrap_or(0)
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(self)
     }
 
     unsafe fn write(&self, offset: u64, bufs: &[iovec]) -> io::Result<()> {

@@ -11,14 +11,15 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::cursor::{self, Cursor};
 use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, ENTRIES, L2_REACH};
 use super::payload::Payload;
 use super::{Header, LOOK, OFFSET, ZERO, cipher, read_base, read_l1};
+use crate::cursor::{self, Cursor};
 use crate::disk::{check_range, check_write};
+use crate::later::Room;
 use crate::raw::total;
 use crate::store::Store;
-use crate::{Disk, DiskError, IoBuf, IoBufMut, Key, Result};
+use crate::{Disk, DiskError, IoBuf, IoBufMut, Key, Later, Result};
 
 /// Clusters of a piece: those of 4 KiB of an L2 table.
 const WIDTH: u64 = 512;
@@ -228,6 +229,35 @@ impl Chain {
     }
 }
 
+impl Chain {
+    /// # Safety
+    /// As [`Disk::read_or_later`].
+    unsafe fn read(&self, offset: u64, bufs: &[IoBufMut], mut room: Room<'_>) -> Result<()> {
+        check_range(offset, total(bufs), self.size)?;
+        let (mut at, end) = (offset, offset.saturating_add(total(bufs)));
+        let mut cursor = Cursor::new(bufs);
+        while at < end {
+            let (place, len) = self.run(at, end)?;
+            let (part, room) = (cursor.take(len), room.as_deref_mut());
+            // SAFETY: the parts are of the caller's buffers; that holds for each of these.
+            unsafe {
+                match place {
+                    Place::Bottom => read_base(self.bottom.as_ref(), at, &part, room)?,
+                    Place::Zero => cursor::zero(&part),
+                    Place::Data(layer, host) => {
+                        let layer = self.layers.get(layer).ok_or_else(|| wrong(at))?;
+                        let read = layer.payload.read(host + at % CLUSTER, at, &part, room, None);
+                        read.map_err(|e| DiskError::io("read the disk", e))?;
+                    }
+                    Place::Wrong => return Err(wrong(at)),
+                }
+            }
+            at += len;
+        }
+        Ok(())
+    }
+}
+
 impl Sealed {
     fn end(&self) -> u64 {
         self.end.load(Relaxed)
@@ -269,28 +299,13 @@ impl Disk for Chain {
     }
 
     unsafe fn read_vectored(&self, offset: u64, bufs: &[IoBufMut]) -> Result<()> {
-        check_range(offset, total(bufs), self.size)?;
-        let (mut at, end) = (offset, offset.saturating_add(total(bufs)));
-        let mut cursor = Cursor::new(bufs);
-        while at < end {
-            let (place, len) = self.run(at, end)?;
-            let part = cursor.take(len);
-            // SAFETY: the parts are of the caller's buffers; that holds for each of these.
-            unsafe {
-                match place {
-                    Place::Bottom => read_base(self.bottom.as_ref(), at, &part)?,
-                    Place::Zero => cursor::zero(&part),
-                    Place::Data(layer, host) => {
-                        let layer = self.layers.get(layer).ok_or_else(|| wrong(at))?;
-                        let read = layer.payload.read(host + at % CLUSTER, at, &part);
-                        read.map_err(|e| DiskError::io("read the disk", e))?;
-                    }
-                    Place::Wrong => return Err(wrong(at)),
-                }
-            }
-            at += len;
-        }
-        Ok(())
+        // SAFETY: the caller's promise.
+        unsafe { self.read(offset, bufs, None) }
+    }
+
+    unsafe fn read_or_later(&self, offset: u64, bufs: &[IoBufMut], later: &mut Vec<Later>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.read(offset, bufs, Some(later)) }
     }
 
     unsafe fn write_vectored(&self, _offset: u64, _bufs: &[IoBuf]) -> Result<()> {

@@ -11,14 +11,14 @@
 //! take is here.
 //!
 //! One request at a time holds the metadata: it looks up, allocates and links. The bytes of clusters that are mapped move
-//! outside of that, many at a time; each holds `moving`, and a cluster is used anew only when nobody does.
+//! outside of that, many at a time; each holds the `moving` of the time when it looked, and a cluster that was freed is used
+//! anew only when nobody has one that is as old as that.
 
 mod base;
 mod cache;
 mod chain;
 mod check;
 mod compressed;
-mod cursor;
 mod header;
 mod layout;
 mod merge;
@@ -27,7 +27,8 @@ mod volume;
 
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 pub use chain::{Chain, Sealed};
 pub use check::{Checked, check};
@@ -36,14 +37,15 @@ pub use layout::{create, create_encrypted};
 pub use merge::{commit, pull};
 
 use crate::crypt::Cipher;
+use crate::cursor::{self, Cursor};
 use crate::disk::{check_range, check_write};
+use crate::later::{Moving, Room};
 use crate::raw::total;
 use crate::store::{Store, lock};
-use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Key, Result};
+use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Key, Later, Result};
 use base::Base;
 use cache::Cache;
 use chain::zeros_below;
-use cursor::Cursor;
 use payload::Payload;
 use volume::Volume;
 
@@ -73,17 +75,38 @@ pub struct Qcow2Disk {
     inner: Mutex<Inner>,
     payload: Payload,
     base: Arc<Base>,
-    /// Shared by whoever reads or writes mapped clusters; taken while `inner` is held, so that the mapping still holds.
-    moving: Arc<RwLock<()>>,
     size: AtomicU64,
     read_only: bool,
+}
+
+/// The file's way to the disk.
+struct Syncs {
+    store: Arc<dyn Store>,
+    /// A sync failed. The kernel tells that once and forgets what it did not write: there is no second try, and no other one
+    /// may pass meanwhile that began later.
+    failed: Mutex<bool>,
+}
+
+impl Syncs {
+    fn sync(&self) -> Result<()> {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if *failed {
+            return alive(true);
+        }
+        self.store.sync().map_err(|e| {
+            *failed = true;
+            DiskError { kind: DiskErrorKind::Io, context: "cannot flush the disk".into(), source: Some(e) }
+        })
+    }
 }
 
 /// What a request holds.
 struct Inner {
     store: Arc<dyn Store>,
+    syncs: Arc<Syncs>,
     payload: Payload,
-    moving: Arc<RwLock<()>>,
+    /// Held by whoever moves bytes of clusters that were mapped when it was taken; another one from each commit on.
+    moving: Moving,
     header: Header,
     l1: Vec<u64>,
     base: Arc<Base>,
@@ -136,11 +159,12 @@ impl Qcow2Disk {
         let file = store.size().map_err(|e| DiskError::io("find the image's size", e))?;
         let end = read_only.then_some(file);
         let size = AtomicU64::new(header.size);
-        let moving = Arc::<RwLock<()>>::default();
+        let syncs = Arc::new(Syncs { store: store.clone(), failed: Mutex::default() });
         let inner = Inner {
             store,
+            syncs,
             payload: payload.clone(),
-            moving: moving.clone(),
+            moving: Moving::default(),
             header,
             l1,
             base: base.clone(),
@@ -150,7 +174,7 @@ impl Qcow2Disk {
             end,
             failed: false,
         };
-        Ok(Qcow2Disk { inner: Mutex::new(inner), payload, base, moving, size, read_only })
+        Ok(Qcow2Disk { inner: Mutex::new(inner), payload, base, size, read_only })
     }
 
     /// Lays it on something else, which must hold the same bytes.
@@ -174,8 +198,17 @@ impl Qcow2Disk {
     /// # Errors
     /// `Format`: hutch did not lay it out. `Failed`, `Io`.
     pub fn sealed(&self) -> Result<Sealed> {
-        let inner = self.lock();
+        let mut inner = self.lock();
         inner.alive()?;
+        // What was freed is punched while the file is still ours; a read that takes for ever costs only space.
+        let until = Instant::now() + Duration::from_secs(5);
+        while !inner.reclaim()? && Instant::now() < until {
+            drop(inner);
+            std::thread::sleep(Duration::from_millis(1));
+            inner = self.lock();
+        }
+        inner.sync()?;
+        inner.volume = None;
         let sealed =
             Sealed::new(inner.store.clone(), inner.payload.clone(), inner.header.clone(), inner.l1.clone())?;
         sealed.ok_or_else(|| DiskError::format("the image was not made by hutch, so it has no layers"))
@@ -193,11 +226,40 @@ impl Qcow2Disk {
         Ok(inner)
     }
 
-    /// Lets the metadata go, and keeps the clusters it told of from being used anew.
-    fn moving(&self, inner: MutexGuard<'_, Inner>) -> RwLockReadGuard<'_, ()> {
-        let moving = self.moving.read().unwrap_or_else(PoisonError::into_inner);
-        drop(inner);
-        moving
+    /// # Safety
+    /// As [`Disk::read_or_later`].
+    unsafe fn read(&self, offset: u64, bufs: &[IoBufMut], mut room: Room<'_>) -> Result<()> {
+        check_range(offset, total(bufs), self.size())?;
+        let (mut at, end) = (offset, offset.saturating_add(total(bufs)));
+        let mut cursor = Cursor::new(bufs);
+        while at < end {
+            let mut inner = self.lock();
+            let cluster = inner.header.cluster();
+            let (mapping, len) = inner.run(at, end)?;
+            let (part, room) = (cursor.take(len), room.as_deref_mut());
+            // SAFETY: the parts are of the caller's buffers; that holds for each of these.
+            unsafe {
+                match mapping {
+                    Mapping::Hole => {
+                        drop(inner);
+                        read_base(self.base.get().as_ref(), at, &part, room)?;
+                    }
+                    Mapping::Zero(_) => {
+                        drop(inner);
+                        cursor::zero(&part);
+                    }
+                    Mapping::Data(host) => {
+                        let moving = inner.moving.clone();
+                        drop(inner);
+                        let read = self.payload.read(host + at % cluster, at, &part, room, Some(&moving));
+                        read.map_err(|e| DiskError::io("read the disk", e))?;
+                    }
+                    Mapping::Compressed(entry) => inner.read_packed(entry, at, &part)?,
+                }
+            }
+            at += len;
+        }
+        Ok(())
     }
 
     /// Zeros for a part of a cluster.
@@ -243,14 +305,19 @@ fn read_l1(store: &dyn Store, header: &Header) -> Result<Vec<u64>> {
     entries.enumerate().map(check).collect()
 }
 
+/// Refuses to go on with a disk that `failed`.
+fn alive(failed: bool) -> Result<()> {
+    let context =
+        "an earlier error left the disk in doubt; stop the machine, check the host's disk, start again";
+    match failed {
+        true => Err(DiskError { kind: DiskErrorKind::Failed, context: context.into(), source: None }),
+        false => Ok(()),
+    }
+}
+
 impl Inner {
     fn alive(&self) -> Result<()> {
-        let context =
-            "an earlier error left the disk in doubt; stop the machine, check the host's disk, start again";
-        match self.failed {
-            true => Err(DiskError { kind: DiskErrorKind::Failed, context: context.into(), source: None }),
-            false => Ok(()),
-        }
+        alive(self.failed)
     }
 
     /// Where guest cluster `index` is.
@@ -339,13 +406,19 @@ impl Inner {
 /// Reads the base; past its end, zeros.
 ///
 /// # Safety
-/// As [`Disk::read_vectored`].
-unsafe fn read_base(base: Option<&Arc<dyn Disk>>, at: u64, bufs: &[IoBufMut]) -> Result<()> {
+/// As [`Disk::read_or_later`].
+unsafe fn read_base(base: Option<&Arc<dyn Disk>>, at: u64, bufs: &[IoBufMut], room: Room<'_>) -> Result<()> {
     let have = base.map_or(0, |b| b.size().saturating_sub(at)).min(total(bufs));
     let mut cursor = Cursor::new(bufs);
     if let Some(base) = base.filter(|_| have > 0) {
+        let part = cursor.take(have);
         // SAFETY: the caller's promise; the rest below likewise.
-        unsafe { base.read_vectored(at, &cursor.take(have)) }?;
+        unsafe {
+            match room {
+                None => base.read_vectored(at, &part),
+                Some(later) => base.read_or_later(at, &part, later),
+            }
+        }?;
     }
     // SAFETY: as above.
     unsafe { cursor::zero(&cursor.rest()) };
@@ -366,36 +439,13 @@ impl Disk for Qcow2Disk {
     }
 
     unsafe fn read_vectored(&self, offset: u64, bufs: &[IoBufMut]) -> Result<()> {
-        check_range(offset, total(bufs), self.size())?;
-        let (mut at, end) = (offset, offset.saturating_add(total(bufs)));
-        let mut cursor = Cursor::new(bufs);
-        while at < end {
-            let mut inner = self.lock();
-            let cluster = inner.header.cluster();
-            let (mapping, len) = inner.run(at, end)?;
-            let part = cursor.take(len);
-            // SAFETY: the parts are of the caller's buffers; that holds for each of these.
-            unsafe {
-                match mapping {
-                    Mapping::Hole => {
-                        drop(inner);
-                        read_base(self.base.get().as_ref(), at, &part)?;
-                    }
-                    Mapping::Zero(_) => {
-                        drop(inner);
-                        cursor::zero(&part);
-                    }
-                    Mapping::Data(host) => {
-                        let _moving = self.moving(inner);
-                        let read = self.payload.read(host + at % cluster, at, &part);
-                        read.map_err(|e| DiskError::io("read the disk", e))?;
-                    }
-                    Mapping::Compressed(entry) => inner.read_packed(entry, at, &part)?,
-                }
-            }
-            at += len;
-        }
-        Ok(())
+        // SAFETY: the caller's promise.
+        unsafe { self.read(offset, bufs, None) }
+    }
+
+    unsafe fn read_or_later(&self, offset: u64, bufs: &[IoBufMut], later: &mut Vec<Later>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.read(offset, bufs, Some(later)) }
     }
 
     unsafe fn write_vectored(&self, offset: u64, bufs: &[IoBuf]) -> Result<()> {
@@ -411,7 +461,8 @@ impl Disk for Qcow2Disk {
             at += unsafe {
                 match mapping {
                     Mapping::Data(host) => {
-                        let _moving = self.moving(inner);
+                        let _moving = inner.moving.clone();
+                        drop(inner);
                         let written = self.payload.write(host + at % cluster, at, &cursor.take(len));
                         written.map_err(|e| DiskError::io("write the disk", e))?;
                         len
@@ -437,7 +488,12 @@ impl Disk for Qcow2Disk {
         if self.read_only {
             return Ok(());
         }
-        self.writable(0, 0)?.flush()
+        let mut inner = self.writable(0, 0)?;
+        inner.commit()?;
+        // The rest is only bytes of mapped clusters, which nobody else has to wait for.
+        let syncs = inner.syncs.clone();
+        drop(inner);
+        syncs.sync().inspect_err(|_| self.lock().failed = true)
     }
 
     fn zeros_at(&self, offset: u64) -> Result<u64> {
@@ -470,7 +526,7 @@ impl Drop for Qcow2Disk {
         let mut inner = self.lock();
         if inner.volume.is_some() && !inner.failed {
             // Nothing was promised beyond the last flush; what can be kept is.
-            let _ = inner.flush();
+            let _ = inner.commit().and_then(|()| inner.sync());
         }
     }
 }

@@ -6,8 +6,9 @@
 use std::io;
 use std::sync::Arc;
 
-use super::cursor::{self, Cursor};
 use crate::crypt::Cipher;
+use crate::cursor::{self, Cursor};
+use crate::later::{self, Later, Moving, Room};
 use crate::raw::total;
 use crate::store::Store;
 use crate::{IoBuf, IoBufMut, SECTOR};
@@ -32,21 +33,39 @@ impl Payload {
         self.cipher.is_some()
     }
 
-    /// Reads what lies at `host` in the file, and is the guest's at `guest`. Whole sectors in all.
+    /// Reads what lies at `host` in the file, and is the guest's at `guest`: at once, or by way of `room` what the host's
+    /// memory does not hold. Whole sectors in all.
     ///
     /// # Safety
-    /// As [`crate::Disk::read_vectored`].
-    pub(super) unsafe fn read(&self, host: u64, guest: u64, bufs: &[IoBufMut]) -> io::Result<()> {
+    /// As [`crate::Disk::read_or_later`].
+    pub(super) unsafe fn read(
+        &self,
+        host: u64,
+        guest: u64,
+        bufs: &[IoBufMut],
+        mut room: Room<'_>,
+        moving: Option<&Moving>,
+    ) -> io::Result<()> {
         let Some(cipher) = &self.cipher else {
             // SAFETY: the caller's promise.
-            return unsafe { self.store.read(host, bufs) };
+            return unsafe { later::read(&self.store, host, bufs, room, moving) };
         };
         let mut cursor = Cursor::new(bufs);
         bounce(total(bufs), |done, bytes| {
-            self.store.read_bytes(host + done, bytes)?;
-            cipher.decrypt((guest + done) / SECTOR, bytes);
+            let (part, sector) = (cursor.take(bytes.len() as u64), (guest + done) / SECTOR);
+            match room.as_deref_mut().filter(|_| self.store.file().is_some()) {
+                None => self.store.read_bytes(host + done, bytes)?,
+                Some(room) => {
+                    if self.store.read_bytes_now(host + done, bytes) < bytes.len() {
+                        let key = (cipher.clone(), sector);
+                        room.push(Later::encrypted(&self.store, host + done, key, &part, moving));
+                        return Ok(());
+                    }
+                }
+            }
+            cipher.decrypt(sector, bytes);
             // SAFETY: the caller's promise; the bytes are ours, so they do not overlap.
-            unsafe { cursor::copy(bytes, &cursor.take(bytes.len() as u64)) };
+            unsafe { cursor::copy(bytes, &part) };
             Ok(())
         })
     }

@@ -8,14 +8,14 @@
 
 mod grow;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::PoisonError;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::cache::Slice;
-use super::cursor::{Cursor, buffer};
 use super::header::Header;
 use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, COUNTS, ENTRIES, L2_REACH};
 use super::{Inner, Mapping, OFFSET, ZERO};
+use crate::cursor::{Cursor, buffer};
+use crate::later::Moving;
 use crate::store::Store;
 use crate::{DiskError, DiskErrorKind, IoBuf, Result, SECTOR};
 
@@ -36,6 +36,8 @@ pub(super) struct Volume {
     free: BTreeMap<u64, u64>,
     /// Clusters that no entry in memory links to any more, but an entry on the disk may.
     leaving: Vec<u64>,
+    /// Those that no entry on the disk links to either, with what whoever may still move bytes of them holds; the oldest first.
+    resting: VecDeque<(Moving, Vec<u64>)>,
     /// Groups of counts that are not on the disk as they are here.
     counts: BTreeSet<u64>,
     /// The file's size.
@@ -70,6 +72,7 @@ impl Volume {
             fresh: 0,
             free: BTreeMap::new(),
             leaving: Vec::new(),
+            resting: VecDeque::new(),
             counts: BTreeSet::new(),
             len,
         };
@@ -341,11 +344,11 @@ impl Inner {
     }
 
     /// Makes all metadata durable, in the order that keeps the image whole at every step.
-    fn commit(&mut self) -> Result<()> {
+    pub(super) fn commit(&mut self) -> Result<()> {
         let Some(volume) = self.volume.as_mut() else { return Ok(()) };
         let dirty = !self.cache.dirty().is_empty();
         if !dirty && volume.counts.is_empty() && volume.leaving.is_empty() {
-            return Ok(());
+            return self.reclaim().map(|_| ());
         }
         if let Err(e) = volume.write_counts(&*self.store) {
             return Err(self.metadata_error(e));
@@ -367,40 +370,41 @@ impl Inner {
             self.sync()?;
         }
         let Some(volume) = self.volume.as_mut() else { return Ok(()) };
-        if volume.leaving.is_empty() {
-            return Ok(());
+        if !volume.leaving.is_empty() {
+            // Nothing on the disk links to these any more, and whoever looks from now on does not find them.
+            let moving = std::mem::take(&mut self.moving);
+            volume.resting.push_back((moving, std::mem::take(&mut volume.leaving)));
         }
-        // Nothing on the disk links to these any more, and when nobody moves bytes, nobody moves bytes of these: whoever
-        // starts has to wait for us first.
-        let moving = self.moving.clone();
-        let _alone = moving.write().unwrap_or_else(PoisonError::into_inner);
-        let mut leaving = std::mem::take(&mut volume.leaving);
-        leaving.sort_unstable();
-        for run in leaving.chunk_by(|a, b| a + 1 == *b) {
-            let (first, count) = (run.first().copied().unwrap_or(0), run.len() as u64);
-            // Space that the host does not take back is only that: the cluster is filled whole when it is used again.
-            let _ = self.store.zero(first * CLUSTER, count * CLUSTER, true);
-            volume.give_back(first, count);
+        self.reclaim().map(|_| ())
+    }
+
+    /// Gives the clusters back that nothing links to, and of which nobody moves bytes any more; whether that is all of them.
+    pub(super) fn reclaim(&mut self) -> Result<bool> {
+        let Some(volume) = self.volume.as_mut() else { return Ok(true) };
+        let mut changed = false;
+        while let Some((moving, _)) = volume.resting.front_mut()
+            && Moving::get_mut(moving).is_some()
+            && let Some((_, mut clusters)) = volume.resting.pop_front()
+        {
+            clusters.sort_unstable();
+            for run in clusters.chunk_by(|a, b| a + 1 == *b) {
+                let (first, count) = (run.first().copied().unwrap_or(0), run.len() as u64);
+                // Space that the host does not take back is only that: the cluster is filled whole when it is used again.
+                let _ = self.store.zero(first * CLUSTER, count * CLUSTER, true);
+                volume.give_back(first, count);
+            }
+            changed = true;
         }
+        let all = volume.resting.is_empty();
         // Durable with the next sync; until then they are counted, but not linked.
-        if let Err(e) = volume.write_counts(&*self.store) {
+        if changed && let Err(e) = volume.write_counts(&*self.store) {
             return Err(self.metadata_error(e));
         }
-        Ok(())
+        Ok(all)
     }
 
-    fn sync(&mut self) -> Result<()> {
-        // After a failed sync the kernel forgets what it did not write: there is no second try.
-        self.store.sync().map_err(|e| {
-            self.failed = true;
-            DiskError { kind: DiskErrorKind::Io, context: "cannot flush the disk".into(), source: Some(e) }
-        })
-    }
-
-    /// Everything so far survives loss of power.
-    pub(super) fn flush(&mut self) -> Result<()> {
-        self.commit()?;
-        self.sync()
+    pub(super) fn sync(&mut self) -> Result<()> {
+        self.syncs.sync().inspect_err(|_| self.failed = true)
     }
 
     /// Writes up to `len` bytes at `at` into clusters of their own; returns how many. What the first and the last of
@@ -414,10 +418,20 @@ impl Inner {
         let fresh = match self.volume()?.take(wanted) {
             Some(fresh) => fresh,
             None => {
-                // Freed clusters become usable once that is durable.
+                // Freed clusters become usable once that is durable, and nobody reads them any more.
                 self.commit()?;
-                let none = || DiskError::format("the volume has no cluster left to count; it is damaged");
-                self.volume()?.take(wanted).ok_or_else(none)?
+                let volume = self.volume()?;
+                match volume.take(wanted) {
+                    Some(fresh) => fresh,
+                    None if volume.resting.is_empty() => {
+                        let why = "the volume has no cluster left to count; it is damaged";
+                        return Err(DiskError::format(why));
+                    }
+                    None => {
+                        let context = "all free clusters are still being read".into();
+                        return Err(DiskError { kind: DiskErrorKind::NoSpace, context, source: None });
+                    }
+                }
             }
         };
         let (start, stop) = (index * CLUSTER, (index + fresh.count) * CLUSTER);
@@ -495,6 +509,7 @@ impl Inner {
                     self.base.get().as_ref(),
                     from,
                     &[libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }],
+                    None,
                 )
             }?;
         }

@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 
 use crate::All;
 use crate::machine::{DiskFile, Guest, Machine, Vmm};
-use crate::probe::{Done, END, LOADS, Load, REGION, START};
+use crate::probe::{Done, END, LOADS, Load, REGION, START, forget};
 use crate::table::{Better, Table};
 use crate::volume;
 
@@ -118,6 +118,11 @@ fn guest(who: Vmm, disk: &DiskFile, initrd: &Path, all: &All, table: &mut Table)
     let kind = if disk.base.is_some() { "volume" } else { "raw disk" };
     for load in &LOADS {
         machine.wait_line(&format!("{START} {}", load.name))?;
+        if load.cold {
+            for file in std::iter::once(&disk.path).chain(&disk.base) {
+                forget(&File::open(file)?)?;
+            }
+        }
         let before = machine.cpu()?;
         let line = machine.wait_line(&format!("{END} {}", load.name))?;
         let cpu = machine.cpu()? - before;

@@ -250,7 +250,7 @@ fn qemu(command: &mut Command, who: Vmm, guest: &Guest, all: &All) {
         let path = path.display();
         command.args([
             "-drive",
-            &format!("file={path},format={format},if=none,id=d,cache=writeback,discard=unmap"),
+            &format!("file={path},format={format},if=none,id=d,cache=writeback,aio=io_uring,discard=unmap"),
         ]);
         command.args(["-device", "virtio-blk-pci,drive=d"]);
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
 
@@ -35,14 +35,16 @@ pub struct Load {
     random: bool,
     /// Over the whole region once, instead of for a time.
     once: bool,
+    /// Of what the host does not have in memory.
+    pub cold: bool,
 }
 
 const SEQUENTIAL: Load =
-    Load { name: "", title: "", block: 1 << 20, threads: 1, write: false, random: false, once: false };
+    Load { name: "", title: "", block: 1 << 20, threads: 1, write: false, random: false, once: false, cold: false };
 const RANDOM: Load = Load { block: 4096, random: true, ..SEQUENTIAL };
 
 /// All loads, in their order. The first fills the region, so that the later ones find every block in its place.
-pub const LOADS: [Load; 9] = [
+pub const LOADS: [Load; 11] = [
     Load { name: "fill", title: "first write, 1 MiB", write: true, once: true, ..SEQUENTIAL },
     Load { name: "seq-write-1", title: "sequential write, 1 MiB, depth 1", write: true, ..SEQUENTIAL },
     Load {
@@ -64,6 +66,14 @@ pub const LOADS: [Load; 9] = [
     Load { name: "seq-read-32", title: "sequential read, 1 MiB, depth 32", threads: 32, ..SEQUENTIAL },
     Load { name: "rand-read-1", title: "random read, 4 KiB, depth 1", ..RANDOM },
     Load { name: "rand-read-32", title: "random read, 4 KiB, depth 32", threads: 32, ..RANDOM },
+    Load { name: "cold-read-1", title: "random read, 4 KiB, depth 1, from the host's disk", cold: true, ..RANDOM },
+    Load {
+        name: "cold-read-32",
+        title: "random read, 4 KiB, depth 32, from the host's disk",
+        threads: 32,
+        cold: true,
+        ..RANDOM
+    },
 ];
 
 /// What a load did.
@@ -102,6 +112,10 @@ pub fn run(path: &Path, time: Duration, direct: bool) -> anyhow::Result<()> {
     let file = File::options().read(true).write(true).custom_flags(flags.bits()).open(path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
     for load in &LOADS {
+        if load.cold {
+            // In a guest whoever watches does so.
+            forget(&file)?;
+        }
         println!("{START} {}", load.name);
         let done = load.run(&file, time).with_context(|| load.name)?;
         let (micros, cpu) = ((done.seconds * 1e6) as u64, (done.cpu * 1e6) as u64);
@@ -110,6 +124,15 @@ pub fn run(path: &Path, time: Duration, direct: bool) -> anyhow::Result<()> {
         file.sync_all().with_context(|| load.name)?;
     }
     Ok(())
+}
+
+/// Lets the host forget what it has in memory of a file, which is on the disk.
+///
+/// # Errors
+/// The file cannot be synced.
+pub fn forget(file: &File) -> anyhow::Result<()> {
+    file.sync_all()?;
+    Ok(posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?)
 }
 
 impl Load {

@@ -6,12 +6,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use hutch_blockdev::disk::SECTOR;
-use hutch_blockdev::{Disk, DiskError, DiskErrorKind};
+use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Later};
+use virtio_queue::QueueT;
 
-use super::chain::{self, Buffers, ChainError};
+use super::chain::{self, Buffers, Chain, ChainError};
 use super::pci::{EVENT_IDX, INDIRECT_DESC};
+use super::reads::Reads;
 use super::worker::{Control, Manners, Wake, Worker, bell};
-use super::{ActiveQueue, Memory, Notify, Start, VirtioDevice};
+use super::{ActiveQueue, Broken, Memory, Notify, Start, VirtioDevice};
 use crate::complaint::complain;
 use crate::rate::Limiter;
 
@@ -185,8 +187,209 @@ impl From<DiskError> for Refusal {
     }
 }
 
+/// What answers a read that waits for the host's disk.
+struct Answer<'a> {
+    head: u16,
+    status: Buffers<'a>,
+    /// Bytes of its data.
+    len: usize,
+}
+
+impl Answer<'_> {
+    /// The bytes that the driver is told were written.
+    fn told(&self, status: u8) -> u32 {
+        let all = u32::try_from(self.len).unwrap_or(u32::MAX).saturating_add(1);
+        if status == S_OK { all } else { 1 }
+    }
+}
+
+/// Who serves one queue.
+struct Server<'a> {
+    core: &'a Core,
+    memory: &'a Memory,
+    notify: &'a dyn Notify,
+    control: &'a Control,
+    /// The driver cannot flush, so every write is durable at once (5.2.5.2).
+    through: bool,
+    reads: Reads<Answer<'a>>,
+}
+
+impl<'a> Server<'a> {
+    /// Serves the queue until it is stopped.
+    ///
+    /// # Errors
+    /// The driver broke the rules, or the host's ring is broken.
+    fn serve(&mut self, active: &mut ActiveQueue) -> Result<(), Broken> {
+        let mut manners = Manners::new(Instant::now());
+        while let Wake::Ready(_) = self.wait(active, true, None)? {
+            let _ = active.kick.read();
+            let (memory, notify) = (self.memory, self.notify);
+            let answer = |active: &mut ActiveQueue, chain| self.answer(active, chain);
+            let found = super::drain(active, memory, notify, manners.long(), answer)?;
+            manners.visited(found, Instant::now());
+        }
+        self.settle(active)
+    }
+
+    /// Waits until the driver rang, if that is asked for, the time is over, or the thread is to leave. Reads that the host's
+    /// disk has answered meanwhile are answered to the driver.
+    fn wait(&mut self, active: &mut ActiveQueue, ring: bool, limit: Option<Duration>) -> Result<Wake, Broken> {
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        loop {
+            self.reads.submit()?;
+            let busy = self.reads.under_way();
+            let mut fds = Vec::with_capacity(2);
+            fds.extend(self.reads.bell().filter(|_| busy));
+            fds.extend(ring.then(|| bell(&active.kick)));
+            let left = deadline.map(|until| until.saturating_duration_since(Instant::now()));
+            match self.control.wait_with(&fds, left, busy) {
+                Wake::Ready(ready) => {
+                    let rang = ring && ready.last() == Some(&true);
+                    if busy {
+                        self.reap(active)?;
+                    }
+                    if rang {
+                        return Ok(Wake::Ready(ready));
+                    }
+                }
+                Wake::Pause => self.settle(active)?,
+                wake => return Ok(wake),
+            }
+        }
+    }
+
+    /// Answers the reads that are done.
+    fn reap(&mut self, active: &mut ActiveQueue) -> Result<(), Broken> {
+        let mut done = Vec::new();
+        self.reads.reap(|answer, failed| done.push((answer, failed)));
+        self.give(active, done)
+    }
+
+    /// Waits for all reads that are under way, and answers them.
+    fn settle(&mut self, active: &mut ActiveQueue) -> Result<(), Broken> {
+        let mut done = Vec::new();
+        self.reads.settle(|answer, failed| done.push((answer, failed)))?;
+        self.give(active, done)
+    }
+
+    fn give(
+        &self,
+        active: &mut ActiveQueue,
+        done: Vec<(Answer<'a>, Option<DiskError>)>,
+    ) -> Result<(), Broken> {
+        if done.is_empty() {
+            return Ok(());
+        }
+        for (answer, failed) in done {
+            let status = failed.map_or(S_OK, |e| self.core.failed(e.into()));
+            answer.status.write(&[status]);
+            active.queue.add_used(self.memory, answer.head, answer.told(status))?;
+        }
+        Ok(active.tell(self.memory, self.notify)?)
+    }
+
+    /// Carries one request out; `None`: it will be answered when the host's disk has.
+    fn answer(&mut self, active: &mut ActiveQueue, chain: Chain) -> Result<Option<u32>, Broken> {
+        let (mut readable, mut writable) = chain::split(self.memory, chain)?;
+        let header = readable.take(HEADER).ok_or(ChainError::Short)?;
+        let data = writable.len().checked_sub(1).ok_or(ChainError::Short)?;
+        let into = writable.take(data).ok_or(ChainError::Short)?;
+        let mut bytes = [0; HEADER];
+        header.read(&mut bytes);
+        let answer = Answer { head: chain.head, status: writable, len: into.len() };
+        let status = match self.rest(active, bytes, &readable, &into)? {
+            Wake::Stop => S_IOERR,
+            _ => {
+                let mut later = Vec::new();
+                let status = self.request(active, bytes, &readable, &into, &mut later)?;
+                if status == S_OK && !later.is_empty() {
+                    // SAFETY: the buffers are of guest memory, which is mapped until this thread has been joined, and it
+                    // waits for the reads before it ends.
+                    return match unsafe { self.reads.begin(answer, later) }? {
+                        None => Ok(None),
+                        Some((answer, failed)) => {
+                            let status = failed.map_or(S_OK, |e| self.core.failed(e.into()));
+                            answer.status.write(&[status]);
+                            Ok(Some(answer.told(status)))
+                        }
+                    };
+                }
+                status
+            }
+        };
+        answer.status.write(&[status]);
+        Ok(Some(answer.told(status)))
+    }
+
+    /// Waits until a request may begin, and takes what it costs out of the limits. The driver is told before of what was
+    /// answered; the queue's other requests wait behind this one.
+    fn rest(
+        &mut self,
+        active: &mut ActiveQueue,
+        header: [u8; HEADER],
+        from: &Buffers<'_>,
+        into: &Buffers<'_>,
+    ) -> Result<Wake, Broken> {
+        let [a, b, c, d, ..] = header;
+        let (ops, bytes) = match u32::from_le_bytes([a, b, c, d]) {
+            T_IN => (into.len().div_ceil(OPERATION).max(1), into.len()),
+            T_OUT => (from.len().div_ceil(OPERATION).max(1), from.len()),
+            T_DISCARD | T_WRITE_ZEROES => ((from.len() / RANGE).max(1), 0),
+            _ => return Ok(Wake::Timeout),
+        };
+        let (core, mut told) = (self.core, false);
+        while let Some(rest) = core.limits.iter().filter_map(|limit| limit.rest(Instant::now)).max() {
+            if !std::mem::replace(&mut told, true) {
+                self.notify.used(active.index);
+            }
+            if self.wait(active, false, Some(rest))? == Wake::Stop {
+                return Ok(Wake::Stop);
+            }
+        }
+        core.limits.iter().for_each(|limit| limit.charge(ops as u64, bytes as u64));
+        Ok(Wake::Timeout)
+    }
+
+    /// Carries one request out and returns its status; what is added to `later` is left to be read. A write that finds no room
+    /// on the host is held and tried again until there is room or the device is stopped: the guest sees a slow disk, not a
+    /// broken one.
+    fn request(
+        &mut self,
+        active: &mut ActiveQueue,
+        header: [u8; HEADER],
+        from: &Buffers<'_>,
+        into: &Buffers<'_>,
+        later: &mut Vec<Later>,
+    ) -> Result<u8, Broken> {
+        let core = self.core;
+        core.counts.requests.fetch_add(1, Relaxed);
+        let [a, b, c, d, _, _, _, _, sector @ ..] = header;
+        let (kind, sector) = (u32::from_le_bytes([a, b, c, d]), u64::from_le_bytes(sector));
+        loop {
+            match core.try_request(kind, sector, from, into, self.through, later) {
+                Ok(()) => {
+                    core.counts.no_space.store(false, Relaxed);
+                    return Ok(S_OK);
+                }
+                Err(Refusal::Disk(e)) if e.kind == DiskErrorKind::NoSpace => {
+                    if !core.counts.no_space.swap(true, Relaxed) {
+                        complain(format_args!(
+                            "{}: {e}; the guest's write waits: make room on the host and it goes on",
+                            core.id
+                        ));
+                    }
+                    self.notify.used(active.index);
+                    if self.wait(active, false, Some(RETRY))? == Wake::Stop {
+                        return Ok(S_IOERR);
+                    }
+                }
+                Err(refusal) => return Ok(core.failed(refusal)),
+            }
+        }
+    }
+}
+
 impl Core {
-    /// Serves one queue until it is stopped. `through`: the driver cannot flush, so every write is durable at once (5.2.5.2).
     fn serve(
         &self,
         mut active: ActiveQueue,
@@ -195,114 +398,25 @@ impl Core {
         through: bool,
         control: &Control,
     ) {
-        let index = active.index;
-        let held = || {
-            notify.used(index);
-            control.wait(&[], Some(RETRY)) == Wake::Stop
-        };
-        let mut manners = Manners::new(Instant::now());
-        while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
-            let _ = active.kick.read();
-            let served = super::drain(&mut active, memory, notify, manners.long(), |chain| {
-                let (mut readable, mut writable) = chain::split(memory, chain)?;
-                let header = readable.take(HEADER).ok_or(ChainError::Short)?;
-                let data = writable.len().checked_sub(1).ok_or(ChainError::Short)?;
-                let into = writable.take(data).ok_or(ChainError::Short)?;
-                let mut bytes = [0; HEADER];
-                header.read(&mut bytes);
-                let status = match self.rest(bytes, &readable, &into, notify, index, control) {
-                    Wake::Stop => S_IOERR,
-                    _ => self.request(bytes, &readable, &into, through, &held),
-                };
-                writable.write(&[status]);
-                let told = u32::try_from(into.len()).unwrap_or(u32::MAX).saturating_add(1);
-                Ok(if status == S_OK { told } else { 1 })
-            });
-            match served {
-                Ok(found) => manners.visited(found, Instant::now()),
-                Err(e) => return notify.needs_reset(&e.to_string()),
-            }
+        let mut server = Server { core: self, memory, notify, control, through, reads: Reads::default() };
+        if let Err(e) = server.serve(&mut active) {
+            notify.needs_reset(&e.to_string());
         }
     }
 
-    /// Waits until a request may begin, and takes what it costs out of the limits. The driver is told before of what was
-    /// answered; the queue's other requests wait behind this one.
-    fn rest(
-        &self,
-        header: [u8; HEADER],
-        from: &Buffers<'_>,
-        into: &Buffers<'_>,
-        notify: &dyn Notify,
-        index: u16,
-        control: &Control,
-    ) -> Wake {
-        let [a, b, c, d, ..] = header;
-        let (ops, bytes) = match u32::from_le_bytes([a, b, c, d]) {
-            T_IN => (into.len().div_ceil(OPERATION).max(1), into.len()),
-            T_OUT => (from.len().div_ceil(OPERATION).max(1), from.len()),
-            T_DISCARD | T_WRITE_ZEROES => ((from.len() / RANGE).max(1), 0),
-            _ => return Wake::Timeout,
-        };
-        let mut told = false;
-        while let Some(rest) = self.limits.iter().filter_map(|limit| limit.rest(Instant::now)).max() {
-            if !std::mem::replace(&mut told, true) {
-                notify.used(index);
-            }
-            if control.wait(&[], Some(rest)) == Wake::Stop {
-                return Wake::Stop;
-            }
+    /// The status of a request that failed.
+    fn failed(&self, refusal: Refusal) -> u8 {
+        if let Refusal::Unsupported = refusal {
+            return S_UNSUPP;
         }
-        self.limits.iter().for_each(|limit| limit.charge(ops as u64, bytes as u64));
-        Wake::Timeout
-    }
-
-    /// Carries one request out and returns its status. A write that finds no room on the host is held and tried again
-    /// until there is room or `held`, which waits a while, says that the device is stopped: the guest sees a slow disk, not a
-    /// broken one.
-    fn request(
-        &self,
-        header: [u8; HEADER],
-        from: &Buffers<'_>,
-        into: &Buffers<'_>,
-        through: bool,
-        held: &dyn Fn() -> bool,
-    ) -> u8 {
-        self.counts.requests.fetch_add(1, Relaxed);
-        let [a, b, c, d, _, _, _, _, sector @ ..] = header;
-        let (kind, sector) = (u32::from_le_bytes([a, b, c, d]), u64::from_le_bytes(sector));
-        loop {
-            let refusal = match self.try_request(kind, sector, from, into, through) {
-                Ok(()) => {
-                    self.counts.no_space.store(false, Relaxed);
-                    return S_OK;
-                }
-                Err(refusal) => refusal,
-            };
-            match refusal {
-                Refusal::Unsupported => return S_UNSUPP,
-                Refusal::Disk(e) if e.kind == DiskErrorKind::NoSpace => {
-                    if !self.counts.no_space.swap(true, Relaxed) {
-                        complain(format_args!(
-                            "{}: {e}; the guest's write waits: make room on the host and it goes on",
-                            self.id
-                        ));
-                    }
-                    if held() {
-                        return S_IOERR;
-                    }
-                }
-                refusal => {
-                    // A failing disk says so once, a wrong request of the guest is the guest's affair.
-                    if self.counts.errors.fetch_add(1, Relaxed) == 0
-                        && let Refusal::Disk(e) = refusal
-                    {
-                        let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
-                        complain(format_args!("{}: {e}{cause}; the guest sees an I/O error", self.id));
-                    }
-                    return S_IOERR;
-                }
-            }
+        // A failing disk says so once, a wrong request of the guest is the guest's affair.
+        if self.counts.errors.fetch_add(1, Relaxed) == 0
+            && let Refusal::Disk(e) = refusal
+        {
+            let cause = e.source.as_ref().map(|s| format!(": {s}")).unwrap_or_default();
+            complain(format_args!("{}: {e}{cause}; the guest sees an I/O error", self.id));
         }
+        S_IOERR
     }
 
     fn try_request(
@@ -312,6 +426,7 @@ impl Core {
         from: &Buffers<'_>,
         into: &Buffers<'_>,
         through: bool,
+        later: &mut Vec<Later>,
     ) -> Result<(), Refusal> {
         let at = sector.checked_mul(SECTOR).ok_or(Refusal::Invalid)?;
         let disk = &*self.disk;
@@ -320,7 +435,7 @@ impl Core {
                 self.check(at, into.len() as u64)?;
                 self.counts.bytes[0].fetch_add(into.len() as u64, Relaxed);
                 // SAFETY: the pieces are of guest memory, which the worker keeps mapped until it has been joined.
-                unsafe { disk.read_vectored(at, &into.iovecs()) }?;
+                unsafe { disk.read_or_later(at, &into.iovecs(), later) }?;
             }
             T_OUT => {
                 self.check(at, from.len() as u64)?;

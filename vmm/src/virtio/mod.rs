@@ -11,6 +11,7 @@ pub mod blk;
 pub mod chain;
 pub mod net;
 pub mod pci;
+mod reads;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -98,51 +99,59 @@ const LONG: Duration = Duration::from_millis(1);
 /// Answers of one visit to a queue, at most: who serves it has to look up now and then, whatever the driver does.
 const VISIT: u32 = 4096;
 
-/// Answers every available chain by `answer`, which returns the number of bytes it wrote, and tells the driver where it
-/// wants to know. Returns how many it answered when the queue is empty and the driver will ring for the next one, or
-/// after many, with the bell rung for the rest. An answer that waits for something tells the driver itself before: it may
-/// wait for those that came earlier. `long` is how old an answer may become before the driver is told.
+/// Answers every available chain by `answer`, which returns the number of bytes it wrote, or `None` where it will answer
+/// later by itself; and tells the driver where it wants to know. Returns how many it took when the queue is empty and the
+/// driver will ring for the next one, or after many, with the bell rung for the rest. An answer that waits for something tells
+/// the driver itself before: it may wait for those that came earlier. `long` is how old an answer may become before the driver
+/// is told.
 ///
 /// # Errors
-/// What is wrong with a chain or with the rings themselves.
+/// What is wrong with a chain or with the rings themselves, or with `answer`.
 fn drain(
     active: &mut ActiveQueue,
     memory: &Memory,
     notify: &dyn Notify,
     long: Duration,
-    mut answer: impl FnMut(chain::Chain) -> Result<u32, chain::ChainError>,
+    mut answer: impl FnMut(&mut ActiveQueue, chain::Chain) -> Result<Option<u32>, Broken>,
 ) -> Result<u32, Broken> {
-    let queue = &mut active.queue;
-    let (mut answers, mut untold, mut told) = (0, 0, Instant::now());
+    let (mut taken, mut untold, mut told) = (0, 0, Instant::now());
     loop {
-        queue.disable_notification(memory)?;
-        while answers < VISIT
-            && let Some(chain) = chain::next(queue, memory)?
+        active.queue.disable_notification(memory)?;
+        while taken < VISIT
+            && let Some(chain) = chain::next(&mut active.queue, memory)?
         {
-            let written = answer(chain)?;
-            queue.add_used(memory, chain.head, written)?;
-            (answers, untold) = (answers + 1, untold + 1);
-            if untold >= TOGETHER || told.elapsed() >= long {
+            taken += 1;
+            if let Some(written) = answer(active, chain)? {
+                active.queue.add_used(memory, chain.head, written)?;
+                untold += 1;
+            }
+            if untold >= TOGETHER || untold > 0 && told.elapsed() >= long {
                 (untold, told) = (0, Instant::now());
-                if queue.needs_notification(memory)? {
-                    notify.used(active.index);
-                }
+                active.tell(memory, notify)?;
             }
         }
         if untold > 0 {
             untold = 0;
-            if queue.needs_notification(memory)? {
-                notify.used(active.index);
-            }
+            active.tell(memory, notify)?;
         }
-        if answers >= VISIT {
+        if taken >= VISIT {
             // It fails only when the counter is full, and then the bell rings already.
             let _ = active.kick.write(1);
-            return Ok(answers);
+            return Ok(taken);
         }
-        if !queue.enable_notification(memory)? {
-            return Ok(answers);
+        if !active.queue.enable_notification(memory)? {
+            return Ok(taken);
         }
+    }
+}
+
+impl ActiveQueue {
+    /// Tells the driver of what was answered, if it wants to know.
+    fn tell(&mut self, memory: &Memory, notify: &dyn Notify) -> Result<(), virtio_queue::Error> {
+        if self.queue.needs_notification(memory)? {
+            notify.used(self.index);
+        }
+        Ok(())
     }
 }
 
@@ -153,6 +162,8 @@ enum Broken {
     Chain(#[from] chain::ChainError),
     #[error("a queue's rings are wrong: {0}")]
     Rings(#[from] virtio_queue::Error),
+    #[error("the host's io_uring failed: {0}")]
+    Reads(#[from] io::Error),
 }
 
 #[cfg(test)]
@@ -189,10 +200,10 @@ mod tests {
         let mut start = kept.0.unwrap();
         let active = &mut start.queues[0];
         driver.offer_writable(0, 1);
-        let answers = drain(active, &start.memory, &*start.notify, LONG, |_| {
+        let answers = drain(active, &start.memory, &*start.notify, LONG, |_, _| {
             driver.offer_again(0, 1);
             let _ = driver.bell(0).read();
-            Ok(0)
+            Ok(Some(0))
         });
         assert_eq!(answers.unwrap(), VISIT);
         assert!(active.kick.read().is_ok(), "the bell rings for what is left");

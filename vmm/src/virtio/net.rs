@@ -383,14 +383,14 @@ impl Port {
         let index = active.index;
         while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
             let _ = active.kick.read();
-            super::drain(&mut active, memory, notify, super::LONG, |chain| {
+            super::drain(&mut active, memory, notify, super::LONG, |_, chain| {
                 let (frame, _) = chain::split(memory, chain)?;
                 if frame.len() < HEADER {
-                    return Err(ChainError::Short);
+                    return Err(ChainError::Short.into());
                 }
                 if self.rest(notify, index, control) == Wake::Stop {
                     self.counts.dropped.fetch_add(1, Relaxed);
-                    return Ok(0);
+                    return Ok(Some(0));
                 }
                 self.limit.charge(1, (frame.len() - HEADER) as u64);
                 let mut iovecs = frame.iovecs();
@@ -406,7 +406,7 @@ impl Port {
                     self.counts.frames[1].fetch_add(1, Relaxed);
                     self.counts.bytes[1].fetch_add(sent as u64, Relaxed);
                 }
-                Ok(0)
+                Ok(Some(0))
             })?;
         }
         Ok(())
@@ -455,7 +455,7 @@ fn serve_control(
 ) {
     while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
         let _ = active.kick.read();
-        let served = super::drain(&mut active, memory, notify, super::LONG, |chain| {
+        let served = super::drain(&mut active, memory, notify, super::LONG, |_, chain| {
             let (readable, writable) = chain::split(memory, chain)?;
             let mut command = [0; 4];
             let known = readable.read(&mut command) == 4 && command[..2] == [CTRL_MQ, CTRL_MQ_PAIRS_SET];
@@ -463,7 +463,7 @@ fn serve_control(
             let count = usize::from(u16::from_le_bytes([command[2], command[3]]));
             let good = known && (1..=pairs.taps.len()).contains(&count) && pairs.set(count).is_ok();
             writable.write(&[if good { CTRL_OK } else { CTRL_ERR }]);
-            Ok(1)
+            Ok(Some(1))
         });
         if let Err(e) = served {
             return notify.needs_reset(&e.to_string());

@@ -53,13 +53,13 @@ impl VirtioDevice for Rng {
 fn serve(mut active: ActiveQueue, memory: &Memory, notify: &dyn Notify, control: &Control) {
     while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
         let _ = active.kick.read();
-        let answered = super::drain(&mut active, memory, notify, super::LONG, |chain| {
+        let answered = super::drain(&mut active, memory, notify, super::LONG, |_, chain| {
             let (_, mut buffers) = chain::split(memory, chain)?;
             let wanted = buffers.len().min(MOST);
             let mut bytes = vec![0; wanted];
             fill(&mut bytes);
             let to = buffers.take(wanted).ok_or(ChainError::Short)?;
-            Ok(to.write(&bytes) as u32)
+            Ok(Some(to.write(&bytes) as u32))
         });
         if let Err(e) = answered {
             return notify.needs_reset(&e.to_string());

@@ -66,6 +66,8 @@ pub enum Wake {
     Ready(Vec<bool>),
     /// The time is over.
     Timeout,
+    /// The machine is to be paused, and this thread has something under way that has to end before.
+    Pause,
     /// Leave.
     Stop,
 }
@@ -114,8 +116,16 @@ impl Drop for Worker {
 impl Control {
     /// Waits until one of `fds` is readable, `limit` is over, or the thread is to leave. Pauses happen here.
     pub fn wait(&self, fds: &[BorrowedFd<'_>], limit: Option<Duration>) -> Wake {
+        self.wait_with(fds, limit, false)
+    }
+
+    /// As [`wait`](Control::wait); who is `busy` is not held still, but told of a pause.
+    pub fn wait_with(&self, fds: &[BorrowedFd<'_>], limit: Option<Duration>, busy: bool) -> Wake {
         let deadline = limit.map(|limit| Instant::now() + limit);
         loop {
+            if busy && self.0.lock().order == Order::Pause {
+                return Wake::Pause;
+            }
             if !self.obey() {
                 return Wake::Stop;
             }

@@ -20,7 +20,8 @@ impl Inner {
         }
         // What the last cluster holds past the old end must be zeros when it comes into view.
         let hidden = old.next_multiple_of(CLUSTER).min(size);
-        self.flush()?;
+        self.commit()?;
+        self.sync()?;
         let missing: Vec<usize> =
             (0..size.div_ceil(L2_REACH) as usize).filter(|i| self.l1.get(*i) == Some(&0)).collect();
         let data = size.div_ceil(CLUSTER) - old.div_ceil(CLUSTER);

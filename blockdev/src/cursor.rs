@@ -3,19 +3,19 @@
 use libc::iovec;
 
 /// What is left of a list of buffers.
-pub(super) struct Cursor<'a> {
+pub(crate) struct Cursor<'a> {
     bufs: &'a [iovec],
     /// Bytes of the first buffer that are taken already.
     skip: usize,
 }
 
 impl<'a> Cursor<'a> {
-    pub(super) fn new(bufs: &'a [iovec]) -> Self {
+    pub(crate) fn new(bufs: &'a [iovec]) -> Self {
         Cursor { bufs, skip: 0 }
     }
 
     /// Takes the next `len` bytes off, or what there is.
-    pub(super) fn take(&mut self, len: u64) -> Vec<iovec> {
+    pub(crate) fn take(&mut self, len: u64) -> Vec<iovec> {
         let mut wanted = usize::try_from(len).unwrap_or(usize::MAX);
         let mut taken = Vec::new();
         while let Some((first, rest)) = self.bufs.split_first().filter(|_| wanted > 0) {
@@ -36,7 +36,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// All that is left.
-    pub(super) fn rest(mut self) -> Vec<iovec> {
+    pub(crate) fn rest(mut self) -> Vec<iovec> {
         self.take(u64::MAX)
     }
 }
@@ -45,7 +45,7 @@ impl<'a> Cursor<'a> {
 ///
 /// # Safety
 /// Each buffer is mapped and writable.
-pub(super) unsafe fn zero(bufs: &[iovec]) {
+pub(crate) unsafe fn zero(bufs: &[iovec]) {
     for buf in bufs {
         // SAFETY: the caller's promise.
         unsafe { buf.iov_base.cast::<u8>().write_bytes(0, buf.iov_len) };
@@ -56,7 +56,7 @@ pub(super) unsafe fn zero(bufs: &[iovec]) {
 ///
 /// # Safety
 /// Each buffer is mapped and writable, and none overlaps `from`.
-pub(super) unsafe fn copy(mut from: &[u8], bufs: &[iovec]) {
+pub(crate) unsafe fn copy(mut from: &[u8], bufs: &[iovec]) {
     for buf in bufs {
         let (now, later) = from.split_at(from.len().min(buf.iov_len));
         // SAFETY: the caller's promise; `now` is no longer than the buffer.
@@ -69,7 +69,7 @@ pub(super) unsafe fn copy(mut from: &[u8], bufs: &[iovec]) {
 ///
 /// # Safety
 /// Each buffer is mapped and readable, and none overlaps `to`.
-pub(super) unsafe fn gather(bufs: &[iovec], mut to: &mut [u8]) {
+pub(crate) unsafe fn gather(bufs: &[iovec], mut to: &mut [u8]) {
     for buf in bufs {
         let (now, later) = to.split_at_mut(to.len().min(buf.iov_len));
         // SAFETY: the caller's promise; `now` is no longer than the buffer.
@@ -79,6 +79,6 @@ pub(super) unsafe fn gather(bufs: &[iovec], mut to: &mut [u8]) {
 }
 
 /// A slice as a buffer to write from, or to read into if it was borrowed so.
-pub(super) fn buffer(bytes: &[u8]) -> iovec {
+pub(crate) fn buffer(bytes: &[u8]) -> iovec {
     iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }
 }
