@@ -9,7 +9,7 @@ const BAR: u32 = 0xc000_4000;
 fn transport(driver: &Driver) -> (VirtioPci, Arc<FakeVm>) {
     let vm = Arc::new(FakeVm::default());
     let device = Box::new(Rng::default());
-    let pci = VirtioPci::new("i-1/rng".into(), device, BAR, driver.memory.clone(), vm.clone()).unwrap();
+    let pci = VirtioPci::new("i-1/rng".into(), device, BAR, None, driver.memory.clone(), vm.clone()).unwrap();
     (pci, vm)
 }
 
@@ -57,7 +57,7 @@ fn a_driver_negotiates_and_is_answered_by_an_interrupt() {
     enable_queue(&mut pci);
     pci.bar_write(TABLE + 16, &0xfee0_0000_u64.to_le_bytes());
     pci.bar_write(TABLE + 24, &0x41_u64.to_le_bytes());
-    let control = pci.msix_at + 2;
+    let control = pci.msix_at.unwrap() + 2;
     pci.config_write(control, &0x8000u16.to_le_bytes());
     pci.bar_write(20, &[0xf]);
     assert_eq!(status(&mut pci), 0xf);
@@ -85,6 +85,46 @@ fn a_driver_negotiates_and_is_answered_by_an_interrupt() {
     assert!(vm.doorbells.lock().unwrap().is_empty());
     assert_eq!(status(&mut pci), 0);
     assert_eq!(read::<2>(&mut pci, 28), [0, 0], "the queue is off again");
+}
+
+#[test]
+fn a_device_with_a_pin_asserts_it_until_its_status_is_read() {
+    let (driver, vm) = (Driver::new(1), Arc::new(FakeVm::default()));
+    let lines = Arc::new(crate::pci::intx::Lines::new(vm.clone()));
+    let (device, pin) = (Box::new(Restless), Some(Pin::new(lines, 64 + 3)));
+    let mut pci =
+        VirtioPci::new("i-1/x".into(), device, BAR, pin, driver.memory.clone(), vm.clone()).unwrap();
+    let told = || std::mem::take(&mut *vm.lines.lock().unwrap());
+    let config = |pci: &mut VirtioPci, at| {
+        let mut byte = [0];
+        pci.config_read(at, &mut byte);
+        byte[0]
+    };
+    assert_eq!(config(&mut pci, 0x3d), 1, "pin A");
+    let first = usize::from(config(&mut pci, 0x34));
+    assert_eq!(config(&mut pci, first), VENDOR_CAPABILITY, "no MSI-X comes before them");
+    negotiate(&mut pci, VERSION_1);
+    enable_queue(&mut pci);
+    assert_eq!(read::<2>(&mut pci, 26), NO_VECTOR.to_le_bytes(), "there are no vectors");
+    pci.bar_write(20, &[0xf]);
+    pci.refresh();
+    pci.interrupts.used(0);
+    assert_eq!((told(), config(&mut pci, 6) & 8), (vec![(19, true)], 8));
+    assert_eq!((read::<1>(&mut pci, ISR), told()), ([3], vec![(19, false)]));
+    assert_eq!((read::<1>(&mut pci, ISR), config(&mut pci, 6) & 8), ([0], 0));
+
+    // The guest wants no lines (bit 10), and then again.
+    pci.config_write(4, &(6u16 | 1 << 10).to_le_bytes());
+    pci.interrupts.used(0);
+    assert!(told().is_empty());
+    pci.config_write(4, &6u16.to_le_bytes());
+    assert_eq!(told(), [(19, true)]);
+    pci.bar_write(20, &[0]);
+    assert_eq!(told(), [(19, false)], "a reset");
+    pci.interrupts.used(0);
+    drop(pci);
+    assert_eq!(told(), [(19, true), (19, false)], "who is gone asserts nothing");
+    assert!(vm.messages.lock().unwrap().is_empty());
 }
 
 #[test]
@@ -206,7 +246,8 @@ impl VirtioDevice for Restless {
 fn a_change_of_the_configuration_has_a_new_generation_and_an_interrupt() {
     let driver = Driver::new(1);
     let vm = Arc::new(FakeVm::default());
-    let made = VirtioPci::new("i-1/x".into(), Box::new(Restless), BAR, driver.memory.clone(), vm.clone());
+    let made =
+        VirtioPci::new("i-1/x".into(), Box::new(Restless), BAR, None, driver.memory.clone(), vm.clone());
     let mut pci = made.unwrap();
     let generation = |pci: &mut VirtioPci| read::<1>(pci, 21)[0];
     let first = generation(&mut pci);
@@ -218,7 +259,7 @@ fn a_change_of_the_configuration_has_a_new_generation_and_an_interrupt() {
     pci.bar_write(16, &0u16.to_le_bytes());
     pci.bar_write(TABLE, &0xfee0_0000_u64.to_le_bytes());
     pci.bar_write(TABLE + 8, &0x42_u64.to_le_bytes());
-    let control = pci.msix_at + 2;
+    let control = pci.msix_at.unwrap() + 2;
     pci.config_write(control, &0x8000u16.to_le_bytes());
     pci.bar_write(20, &[0xf]);
     pci.refresh();
