@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::crypt::Cipher;
 use crate::cursor;
 use crate::raw::total;
-use crate::store::{Store, advance};
+use crate::store::{PIECES, Store, advance};
 use crate::{DiskError, IoBufMut, Result};
 
 /// Where the parts of a read go that have to wait; `None`: whoever asks waits for them himself.
@@ -27,6 +27,8 @@ pub struct Later {
     encrypted: Option<Encrypted>,
     /// Keeps the cluster from being used anew.
     _moving: Option<Moving>,
+    /// Tells that it was asked for before a cut.
+    asked: Option<Moving>,
 }
 
 /// Held by whoever moves bytes of mapped clusters.
@@ -36,13 +38,13 @@ pub(crate) type Moving = Arc<()>;
 struct Encrypted {
     cipher: Arc<Cipher>,
     sector: u64,
-    /// What `bufs` points to. It is never moved in memory.
-    bytes: Box<[u8]>,
+    /// What `bufs` points to, never touched while the kernel may write there.
+    bytes: Vec<u8>,
     to: Vec<IoBufMut>,
 }
 
 // SAFETY: the pointers are to memory that may be used from any thread, as `read_or_later`'s caller promised, or to the
-// box beside them.
+// bytes beside them.
 unsafe impl Send for Later {}
 
 impl Later {
@@ -56,7 +58,7 @@ impl Later {
         let mut bufs = bufs.to_vec();
         advance(&mut bufs, done);
         let offset = offset + done as u64;
-        Later { store: store.clone(), offset, bufs, encrypted: None, _moving: moving.cloned() }
+        Later { store: store.clone(), offset, bufs, encrypted: None, _moving: moving.cloned(), asked: None }
     }
 
     /// The sectors from the guest's `sector` on, which are encrypted in the file.
@@ -67,10 +69,20 @@ impl Later {
         to: &[IoBufMut],
         moving: Option<&Moving>,
     ) -> Later {
-        let mut bytes = vec![0; total(to) as usize].into_boxed_slice();
+        let mut bytes = vec![0; total(to) as usize];
         let bufs = vec![libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
         let encrypted = Some(Encrypted { cipher, sector, bytes, to: to.to_vec() });
-        Later { store: store.clone(), offset, bufs, encrypted, _moving: moving.cloned() }
+        Later { store: store.clone(), offset, bufs, encrypted, _moving: moving.cloned(), asked: None }
+    }
+
+    /// Holds this too until it is done.
+    pub(crate) fn hold(&mut self, asked: &Moving) {
+        self.asked = Some(asked.clone());
+    }
+
+    /// Bytes of memory that it takes beside the buffers it was given.
+    pub fn weight(&self) -> usize {
+        self.encrypted.as_ref().map_or(0, |encrypted| encrypted.bytes.len())
     }
 
     /// The file; `None` only of a store that is none, which has nothing to wait for.
@@ -126,7 +138,8 @@ pub(crate) unsafe fn read(
     room: Room<'_>,
     moving: Option<&Moving>,
 ) -> io::Result<()> {
-    let Some(room) = room.filter(|_| store.file().is_some()) else {
+    // What has more pieces than the kernel takes at once is read in several steps.
+    let Some(room) = room.filter(|_| store.file().is_some() && bufs.len() <= PIECES) else {
         // SAFETY: the caller's promise.
         return unsafe { store.read(offset, bufs) };
     };

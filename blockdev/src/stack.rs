@@ -6,9 +6,11 @@
 //! ```
 
 use std::fs::File;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
+use std::time::{Duration, Instant};
 
-use crate::qcow2::{Chain, Sealed};
+use crate::later::Moving;
+use crate::qcow2::{Chain, PATIENCE, Sealed, slow};
 use crate::store::Store;
 use crate::{Disk, DiskError, DiskErrorKind, IoBuf, IoBufMut, Key, Later, Qcow2Disk, Result};
 
@@ -30,10 +32,20 @@ impl Under {
     }
 }
 
+#[derive(Clone)]
+struct Unsealed {
+    layer: Arc<Qcow2Disk>,
+    store: Arc<dyn Store>,
+    /// Held by reads from before the cut. They may be of clusters that a merge uses anew, once it is sealed.
+    asked: Weak<()>,
+}
+
 struct State {
     top: Arc<Qcow2Disk>,
     /// The layer that was the top, until it is sealed.
-    unsealed: Option<(Arc<Qcow2Disk>, Arc<dyn Store>)>,
+    unsealed: Option<Unsealed>,
+    /// Held by reads that wait for the host's disk; another one from each cut on.
+    asked: Moving,
     store: Arc<dyn Store>,
     /// The top layer's, and that of those to come.
     key: Option<Key>,
@@ -75,7 +87,7 @@ impl Stack {
     ) -> Result<Stack> {
         let under = Under { sealed, bottom };
         let top = Arc::new(Qcow2Disk::with_key(store.clone(), under.disk()?, key.as_ref(), false)?);
-        Ok(Stack(RwLock::new(State { top, unsealed: None, store, key, under })))
+        Ok(Stack(RwLock::new(State { top, unsealed: None, asked: Moving::default(), store, key, under })))
     }
 
     fn state(&self) -> RwLockReadGuard<'_, State> {
@@ -90,15 +102,25 @@ impl Stack {
     /// Makes the layer that was cut off last durable and seals it. Requests go on meanwhile.
     ///
     /// # Errors
-    /// Those of [`Disk::flush`]. It is not sealed then; one that [`Failed`](DiskErrorKind::Failed) never will be.
+    /// Those of [`Disk::flush`]. It is not sealed then; one that [`Failed`](DiskErrorKind::Failed) never will be. `Busy`: reads from
+    /// before the cut are still being waited for.
     pub fn seal(&self) -> Result<()> {
-        let Some((old, store)) = self.state().unsealed.clone() else { return Ok(()) };
+        let Some(Unsealed { layer: old, store, asked }) = self.state().unsealed.clone() else {
+            return Ok(());
+        };
         old.flush()?;
+        let until = Instant::now() + PATIENCE;
+        while asked.strong_count() > 0 {
+            if Instant::now() > until {
+                return Err(slow());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let sealed = Arc::new(old.sealed()?);
         // Others may read it from now on.
         store.share()?;
         let mut state = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if state.unsealed.as_ref().is_none_or(|(have, _)| !Arc::ptr_eq(have, &old)) {
+        if state.unsealed.as_ref().is_none_or(|have| !Arc::ptr_eq(&have.layer, &old)) {
             return Ok(());
         }
         let mut under = state.under.clone();
@@ -181,9 +203,10 @@ pub fn cut(cuts: Vec<(&Stack, Arc<dyn Store>)>) -> Result<()> {
         }
     }
     for ((state, top), (_, store)) in states.iter_mut().zip(tops).zip(cuts) {
-        let old = std::mem::replace(&mut state.top, top);
-        let was = std::mem::replace(&mut state.store, store);
-        state.unsealed = Some((old, was));
+        let layer = std::mem::replace(&mut state.top, top);
+        let store = std::mem::replace(&mut state.store, store);
+        let asked = Arc::downgrade(&std::mem::take(&mut state.asked));
+        state.unsealed = Some(Unsealed { layer, store, asked });
     }
     Ok(())
 }
@@ -207,8 +230,11 @@ impl Disk for Stack {
     }
 
     unsafe fn read_or_later(&self, offset: u64, bufs: &[IoBufMut], later: &mut Vec<Later>) -> Result<()> {
+        let (state, before) = (self.state(), later.len());
         // SAFETY: the caller's promise.
-        unsafe { self.state().top.read_or_later(offset, bufs, later) }
+        unsafe { state.top.read_or_later(offset, bufs, later) }?;
+        later.iter_mut().skip(before).for_each(|piece| piece.hold(&state.asked));
+        Ok(())
     }
 
     unsafe fn write_vectored(&self, offset: u64, bufs: &[IoBuf]) -> Result<()> {
@@ -230,8 +256,8 @@ impl Disk for Stack {
             let state = self.state();
             (state.top.clone(), state.unsealed.clone())
         };
-        if let Some((old, _)) = unsealed {
-            old.flush()?;
+        if let Some(old) = unsealed {
+            old.layer.flush()?;
         }
         top.flush()
     }

@@ -73,7 +73,7 @@ pub trait Store: Send + Sync {
 }
 
 /// The most pieces the kernel takes at once (UIO_MAXIOV).
-const PIECES: usize = 1024;
+pub(crate) const PIECES: usize = 1024;
 /// Zeros are written in steps of this where the file system has no holes.
 const ZEROS: usize = 1 << 20;
 
@@ -162,10 +162,13 @@ impl Store for File {
             true => FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
             false => FallocateFlags::FALLOC_FL_ZERO_RANGE,
         };
-        match fallocate(self.as_fd(), mode, at, count) {
-            Ok(()) => return Ok(()),
-            Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOSYS | nix::errno::Errno::EINVAL) => {}
-            Err(e) => return Err(e.into()),
+        loop {
+            match fallocate(self.as_fd(), mode, at, count) {
+                Ok(()) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => break,
+                Err(e) => return Err(e.into()),
+            }
         }
         // The file system has none of that: zeros it is.
         let zeros = vec![0; ZEROS.min(len as usize)];

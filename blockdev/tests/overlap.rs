@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use common::rw;
 use hutch_blockdev::store::Store;
-use hutch_blockdev::{Disk, Key, Qcow2Disk, RawDisk, qcow2};
+use hutch_blockdev::{Disk, Key, Qcow2Disk, RawDisk, Stack, qcow2, stack};
 use libc::iovec;
 
 const CLUSTER: u64 = 64 << 10;
@@ -183,4 +183,35 @@ fn read_later(key: Option<Key>) {
     assert_eq!(wrong, None, "{key:?}", key = key.is_some());
     drop(disk);
     common::assert_clean(&path);
+}
+
+#[test]
+fn a_layer_is_sealed_when_reads_from_before_the_cut_are_done() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let layer = |name: &str| {
+        let path = dir.path().join(name);
+        qcow2::create(&rw(&path), 8 * CLUSTER).expect("create");
+        Arc::new(Gated { file: rw(&path), gate: Mutex::new(None) })
+    };
+    let stack = Stack::on(layer("first"), vec![], None).expect("open");
+    stack.write_at(0, &[1; 512]).expect("write");
+    let mut found = [0u8; 512];
+    let buf = iovec { iov_base: found.as_mut_ptr().cast(), iov_len: found.len() };
+    let mut later = Vec::new();
+    // SAFETY: the buffer outlives what is left for later.
+    unsafe { stack.read_or_later(0, &[buf], &mut later) }.expect("read");
+    stack::cut(vec![(&stack, layer("second"))]).expect("a cut waits for no read");
+    stack.write_at(0, &[2; 512]).expect("write");
+    std::thread::scope(|scope| {
+        let sealed = scope.spawn(|| stack.seal());
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        assert!(!stack.is_sealed() && !sealed.is_finished(), "its clusters could be another's now");
+        for piece in later {
+            // SAFETY: as above; the kernel was not asked.
+            unsafe { piece.finish(0) }.expect("finish");
+        }
+        sealed.join().expect("no panic").expect("sealed");
+    });
+    assert_eq!(found, [1; 512], "what was there when it was asked for");
+    assert!(stack.is_sealed());
 }

@@ -89,14 +89,20 @@ struct Syncs {
 
 impl Syncs {
     fn sync(&self) -> Result<()> {
+        let context = "cannot flush the disk";
+        self.try_sync().map_err(|e| DiskError {
+            kind: DiskErrorKind::Io,
+            context: context.into(),
+            source: Some(e),
+        })
+    }
+
+    fn try_sync(&self) -> std::io::Result<()> {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         if *failed {
-            return alive(true);
+            return Err(std::io::Error::other("an earlier flush failed"));
         }
-        self.store.sync().map_err(|e| {
-            *failed = true;
-            DiskError { kind: DiskErrorKind::Io, context: "cannot flush the disk".into(), source: Some(e) }
-        })
+        self.store.sync().inspect_err(|_| *failed = true)
     }
 }
 
@@ -200,9 +206,12 @@ impl Qcow2Disk {
     pub fn sealed(&self) -> Result<Sealed> {
         let mut inner = self.lock();
         inner.alive()?;
-        // What was freed is punched while the file is still ours; a read that takes for ever costs only space.
-        let until = Instant::now() + Duration::from_secs(5);
-        while !inner.reclaim()? && Instant::now() < until {
+        // What was freed is punched while the file is still ours.
+        let until = Instant::now() + PATIENCE;
+        while !inner.reclaim()? {
+            if Instant::now() > until {
+                return Err(slow());
+            }
             drop(inner);
             std::thread::sleep(Duration::from_millis(1));
             inner = self.lock();
@@ -273,6 +282,15 @@ impl Qcow2Disk {
     }
 }
 
+/// How long a layer that is to be sealed waits for who still reads it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Somebody still reads it.
+pub(crate) fn slow() -> DiskError {
+    let context = "the host's disk has not answered reads from before the cut for 5 s; try again";
+    DiskError { kind: DiskErrorKind::Busy, context: context.into(), source: None }
+}
+
 /// What a layer is encrypted with.
 fn cipher(header: &Header, key: Option<&Key>) -> Result<Option<Arc<Cipher>>> {
     let wrong = match (key.map(Cipher::new), header.key_check) {
@@ -305,19 +323,14 @@ fn read_l1(store: &dyn Store, header: &Header) -> Result<Vec<u64>> {
     entries.enumerate().map(check).collect()
 }
 
-/// Refuses to go on with a disk that `failed`.
-fn alive(failed: bool) -> Result<()> {
-    let context =
-        "an earlier error left the disk in doubt; stop the machine, check the host's disk, start again";
-    match failed {
-        true => Err(DiskError { kind: DiskErrorKind::Failed, context: context.into(), source: None }),
-        false => Ok(()),
-    }
-}
-
 impl Inner {
     fn alive(&self) -> Result<()> {
-        alive(self.failed)
+        let context =
+            "an earlier error left the disk in doubt; stop the machine, check the host's disk, start again";
+        match self.failed {
+            true => Err(DiskError { kind: DiskErrorKind::Failed, context: context.into(), source: None }),
+            false => Ok(()),
+        }
     }
 
     /// Where guest cluster `index` is.

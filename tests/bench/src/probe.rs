@@ -39,8 +39,16 @@ pub struct Load {
     pub cold: bool,
 }
 
-const SEQUENTIAL: Load =
-    Load { name: "", title: "", block: 1 << 20, threads: 1, write: false, random: false, once: false, cold: false };
+const SEQUENTIAL: Load = Load {
+    name: "",
+    title: "",
+    block: 1 << 20,
+    threads: 1,
+    write: false,
+    random: false,
+    once: false,
+    cold: false,
+};
 const RANDOM: Load = Load { block: 4096, random: true, ..SEQUENTIAL };
 
 /// All loads, in their order. The first fills the region, so that the later ones find every block in its place.
@@ -66,7 +74,12 @@ pub const LOADS: [Load; 11] = [
     Load { name: "seq-read-32", title: "sequential read, 1 MiB, depth 32", threads: 32, ..SEQUENTIAL },
     Load { name: "rand-read-1", title: "random read, 4 KiB, depth 1", ..RANDOM },
     Load { name: "rand-read-32", title: "random read, 4 KiB, depth 32", threads: 32, ..RANDOM },
-    Load { name: "cold-read-1", title: "random read, 4 KiB, depth 1, from the host's disk", cold: true, ..RANDOM },
+    Load {
+        name: "cold-read-1",
+        title: "random read, 4 KiB, depth 1, from the host's disk",
+        cold: true,
+        ..RANDOM
+    },
     Load {
         name: "cold-read-32",
         title: "random read, 4 KiB, depth 32, from the host's disk",

@@ -50,6 +50,8 @@ const RANGE_SECTORS_MAX: u32 = 4 << 20;
 const FLAG_UNMAP: u32 = 1;
 /// So many bytes of a read or a write are one operation (EC2 counts those of its SSDs so).
 const OPERATION: usize = 256 << 10;
+/// A read of more than this waits by itself: what it takes meanwhile is bounded, whatever a guest asks for.
+const LATER_MAX: usize = 4 << 20;
 /// How long a guest's write waits for room on the host before it is tried again.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -233,10 +235,18 @@ impl<'a> Server<'a> {
 
     /// Waits until the driver rang, if that is asked for, the time is over, or the thread is to leave. Reads that the host's
     /// disk has answered meanwhile are answered to the driver.
-    fn wait(&mut self, active: &mut ActiveQueue, ring: bool, limit: Option<Duration>) -> Result<Wake, Broken> {
+    fn wait(
+        &mut self,
+        active: &mut ActiveQueue,
+        ring: bool,
+        limit: Option<Duration>,
+    ) -> Result<Wake, Broken> {
         let deadline = limit.map(|limit| Instant::now() + limit);
         loop {
             self.reads.submit()?;
+            if self.reads.some_done() {
+                self.reap(active)?;
+            }
             let busy = self.reads.under_way();
             let mut fds = Vec::with_capacity(2);
             fds.extend(self.reads.bell().filter(|_| busy));
@@ -260,15 +270,13 @@ impl<'a> Server<'a> {
 
     /// Answers the reads that are done.
     fn reap(&mut self, active: &mut ActiveQueue) -> Result<(), Broken> {
-        let mut done = Vec::new();
-        self.reads.reap(|answer, failed| done.push((answer, failed)));
+        let done = self.reads.reap();
         self.give(active, done)
     }
 
     /// Waits for all reads that are under way, and answers them.
     fn settle(&mut self, active: &mut ActiveQueue) -> Result<(), Broken> {
-        let mut done = Vec::new();
-        self.reads.settle(|answer, failed| done.push((answer, failed)))?;
+        let done = self.reads.settle()?;
         self.give(active, done)
     }
 
@@ -297,6 +305,13 @@ impl<'a> Server<'a> {
         let mut bytes = [0; HEADER];
         header.read(&mut bytes);
         let answer = Answer { head: chain.head, status: writable, len: into.len() };
+        if !bytes.starts_with(&T_IN.to_le_bytes()) {
+            // It may take a while.
+            self.reads.submit()?;
+        }
+        if self.reads.some_done() {
+            self.reap(active)?;
+        }
         let status = match self.rest(active, bytes, &readable, &into)? {
             Wake::Stop => S_IOERR,
             _ => {
@@ -305,14 +320,8 @@ impl<'a> Server<'a> {
                 if status == S_OK && !later.is_empty() {
                     // SAFETY: the buffers are of guest memory, which is mapped until this thread has been joined, and it
                     // waits for the reads before it ends.
-                    return match unsafe { self.reads.begin(answer, later) }? {
-                        None => Ok(None),
-                        Some((answer, failed)) => {
-                            let status = failed.map_or(S_OK, |e| self.core.failed(e.into()));
-                            answer.status.write(&[status]);
-                            Ok(Some(answer.told(status)))
-                        }
-                    };
+                    unsafe { self.reads.begin(answer, later) }?;
+                    return Ok(None);
                 }
                 status
             }
@@ -366,7 +375,11 @@ impl<'a> Server<'a> {
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;
         let (kind, sector) = (u32::from_le_bytes([a, b, c, d]), u64::from_le_bytes(sector));
         loop {
-            match core.try_request(kind, sector, from, into, self.through, later) {
+            let done = core.try_request(kind, sector, from, into, self.through, later);
+            if done.is_err() {
+                later.clear();
+            }
+            match done {
                 Ok(()) => {
                     core.counts.no_space.store(false, Relaxed);
                     return Ok(S_OK);
@@ -435,7 +448,12 @@ impl Core {
                 self.check(at, into.len() as u64)?;
                 self.counts.bytes[0].fetch_add(into.len() as u64, Relaxed);
                 // SAFETY: the pieces are of guest memory, which the worker keeps mapped until it has been joined.
-                unsafe { disk.read_or_later(at, &into.iovecs(), later) }?;
+                unsafe {
+                    match into.len() > LATER_MAX {
+                        true => disk.read_vectored(at, &into.iovecs()),
+                        false => disk.read_or_later(at, &into.iovecs(), later),
+                    }
+                }?;
             }
             T_OUT => {
                 self.check(at, from.len() as u64)?;

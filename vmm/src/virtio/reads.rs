@@ -16,19 +16,24 @@ use crate::complaint::complain;
 
 /// Pieces that the kernel is given at a time.
 const ENTRIES: u32 = 256;
-/// Pieces that are under way at most: as many as it has room to answer. What a queue asks for beyond that waits.
+/// Pieces that are under way at most: as many as it has room to answer. Who asks for more waits.
 const MOST: u32 = 4 * ENTRIES;
+/// Bytes of our own that reads under way may take, beside those of the last one.
+const WEIGHT: usize = 8 << 20;
 
 /// The reads of one queue. `R` is what a request is answered with when it is done.
 ///
-/// Whoever drops it has waited for all of them, since the kernel writes to their memory until then.
+/// Whoever drops it waits for all of them, since the kernel writes to their memory until then.
 pub(super) struct Reads<R> {
     /// Made when it is first needed; `Some(None)`: this kernel has none.
     ring: Option<Option<Ring>>,
     requests: Slab<Request<R>>,
+    /// What the kernel was given, or is about to be.
     pieces: Slab<(usize, Later)>,
-    /// Given to the ring, but not yet to the kernel.
-    unsaid: bool,
+    /// Bytes of our own that these take.
+    weight: usize,
+    /// Requests that are done, and not yet answered.
+    done: Vec<(R, Option<DiskError>)>,
 }
 
 struct Ring {
@@ -45,14 +50,15 @@ struct Request<R> {
 
 impl<R> Default for Reads<R> {
     fn default() -> Self {
-        Reads { ring: None, requests: Slab::default(), pieces: Slab::default(), unsaid: false }
+        let (requests, pieces) = (Slab::default(), Slab::default());
+        Reads { ring: None, requests, pieces, weight: 0, done: Vec::new() }
     }
 }
 
 impl<R> Reads<R> {
-    /// Requests that are not done.
+    /// Requests that are not answered.
     pub(super) fn under_way(&self) -> bool {
-        self.requests.used > 0
+        self.requests.used > 0 || !self.done.is_empty()
     }
 
     /// Readable when a piece is done; `None` while there never was one.
@@ -60,30 +66,36 @@ impl<R> Reads<R> {
         self.ring.as_ref()?.as_ref().map(|ring| bell(&ring.bell))
     }
 
-    /// Begins to read all `pieces` of a request; [`submit`](Reads::submit) tells the kernel. Gives the answer back at once, with
-    /// how it went, where this kernel cannot read meanwhile, or has enough to do.
+    /// Begins to read all `pieces` of a request; [`submit`](Reads::submit) tells the kernel. Where this kernel cannot read
+    /// meanwhile it waits for them here.
     ///
     /// # Errors
     /// The ring cannot be used any more.
     ///
     /// # Safety
     /// The buffers of the pieces stay mapped and writable until the request is done.
-    pub(super) unsafe fn begin(&mut self, answer: R, pieces: Vec<Later>) -> io::Result<Option<(R, Option<DiskError>)>> {
-        let full = self.pieces.used + pieces.len() > MOST as usize;
-        if full || self.ring.get_or_insert_with(ring).is_none() {
+    pub(super) unsafe fn begin(&mut self, answer: R, pieces: Vec<Later>) -> io::Result<()> {
+        let possible = self.ring.get_or_insert_with(ring).is_some() && pieces.len() <= MOST as usize;
+        if !possible {
             let mut failed = None;
             for piece in pieces {
                 // SAFETY: the caller's promise.
                 failed = unsafe { piece.finish(0) }.err().or(failed);
             }
-            return Ok(Some((answer, failed)));
+            self.done.push((answer, failed));
+            return Ok(());
+        }
+        while self.pieces.used + pieces.len() > MOST as usize || self.weight > WEIGHT {
+            self.enter(1)?;
+            self.take();
         }
         let request = self.requests.add(Request { answer, left: pieces.len(), failed: None });
         for piece in pieces {
+            self.weight += piece.weight();
             let place = self.pieces.add((request, piece));
             self.push(place)?;
         }
-        Ok(None)
+        Ok(())
     }
 
     /// Puts a piece on the ring.
@@ -99,7 +111,6 @@ impl<R> Reads<R> {
             // SAFETY: the buffers stay mapped by the promise made to `begin`; they and the list of them stay in their place
             // in the piece, which is kept until the kernel is done.
             if unsafe { ring.uring.submission().push(&entry) }.is_ok() {
-                self.unsaid = true;
                 return Ok(());
             }
             self.submit()?;
@@ -111,33 +122,49 @@ impl<R> Reads<R> {
     /// # Errors
     /// The ring cannot be used any more.
     pub(super) fn submit(&mut self) -> io::Result<()> {
-        if std::mem::take(&mut self.unsaid) {
-            self.enter(0)?;
-        }
-        Ok(())
+        self.enter(0)
     }
 
+    /// Tells the kernel what to read, all of it, and waits until so many are done.
     fn enter(&mut self, wanted: usize) -> io::Result<()> {
         let Some(Some(ring)) = &mut self.ring else { return Ok(()) };
-        loop {
+        let mut waits = wanted > 0;
+        while waits || !ring.uring.submission().is_empty() {
             match ring.uring.submit_and_wait(wanted) {
-                Ok(_) => return Ok(()),
+                // It may have taken only some of them.
+                Ok(_) => waits = false,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 // The kernel has no memory at the moment.
                 Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => std::thread::yield_now(),
                 Err(e) => return Err(e),
             }
         }
+        Ok(())
     }
 
-    /// Takes what is done off; requests of which nothing is left are given to `done`, with how they went.
-    pub(super) fn reap(&mut self, mut done: impl FnMut(R, Option<DiskError>)) {
+    /// Whether there is something to [`reap`](Reads::reap).
+    pub(super) fn some_done(&mut self) -> bool {
+        let ready = |ring: &mut Ring| !ring.uring.completion().is_empty();
+        !self.done.is_empty() || self.ring.as_mut().and_then(Option::as_mut).is_some_and(ready)
+    }
+
+    /// The requests that are done, with how they went.
+    pub(super) fn reap(&mut self) -> Vec<(R, Option<DiskError>)> {
+        self.take();
+        std::mem::take(&mut self.done)
+    }
+
+    /// Takes what is done off the ring.
+    fn take(&mut self) {
         let Some(Some(ring)) = &mut self.ring else { return };
         let _ = ring.bell.read();
-        while let Some((place, result)) = ring.uring.completion().next().map(|c| (c.user_data(), c.result())) {
-            let Some((request, piece)) = usize::try_from(place).ok().and_then(|at| self.pieces.take(at)) else {
+        while let Some((place, result)) = ring.uring.completion().next().map(|c| (c.user_data(), c.result()))
+        {
+            let Some((request, piece)) = usize::try_from(place).ok().and_then(|at| self.pieces.take(at))
+            else {
                 continue;
             };
+            self.weight -= piece.weight();
             // What the kernel could not read is read once more by the piece, which tells the error: it may only have wanted
             // a short read, a file's end, or to be asked again.
             let read = usize::try_from(result).unwrap_or(0);
@@ -149,30 +176,30 @@ impl<R> Reads<R> {
             if open.left == 0
                 && let Some(whole) = self.requests.take(request)
             {
-                done(whole.answer, whole.failed);
+                self.done.push((whole.answer, whole.failed));
             }
         }
     }
 
-    /// Waits for all that is under way.
+    /// Waits for all that is under way, and returns it as [`reap`](Reads::reap) does.
     ///
     /// # Errors
     /// The ring cannot be used any more.
-    pub(super) fn settle(&mut self, mut done: impl FnMut(R, Option<DiskError>)) -> io::Result<()> {
-        while self.under_way() {
-            self.unsaid = false;
+    pub(super) fn settle(&mut self) -> io::Result<Vec<(R, Option<DiskError>)>> {
+        while self.pieces.used > 0 {
             self.enter(1)?;
-            self.reap(&mut done);
+            self.take();
         }
-        Ok(())
+        Ok(self.reap())
     }
 }
 
 impl<R> Drop for Reads<R> {
     fn drop(&mut self) {
-        if self.settle(|_, _| {}).is_err() {
-            // The kernel may still write there.
-            std::mem::forget(std::mem::take(&mut self.pieces));
+        if let Err(e) = self.settle() {
+            // The kernel may still write to memory that is about to be somebody else's.
+            complain(format_args!("io_uring failed with reads under way ({e}); the machine ends here"));
+            std::process::abort();
         }
     }
 }
@@ -193,8 +220,8 @@ fn without(e: &io::Error) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         complain(format_args!(
-            "there is no io_uring ({e}), so that reads of a queue that the host's disk has to answer wait for each other; \
-             allow it (sysctl kernel.io_uring_disabled=0)"
+            "no io_uring ({e}): reads of a queue that the host's disk has to answer wait for each other. Where it is \
+             forbidden, allow it (sysctl kernel.io_uring_disabled=0)"
         ));
     });
 }

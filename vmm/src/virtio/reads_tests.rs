@@ -117,7 +117,11 @@ fn a_pause_and_a_stop_wait_for_reads_that_write_to_the_guest() {
             let (still, blk) = (still.clone(), &mut blk);
             let held = still.clone();
             scope.spawn(move || {
-                if stop { blk.stop() } else { blk.pause() }
+                if stop {
+                    blk.stop()
+                } else {
+                    blk.pause()
+                }
                 still.store(true, Ordering::SeqCst);
             });
             std::thread::sleep(MOMENT);

@@ -133,11 +133,10 @@ impl Control {
     pub fn wait_with(&self, fds: &[BorrowedFd<'_>], limit: Option<Duration>, busy: bool) -> Wake {
         let deadline = limit.map(|limit| Instant::now() + limit);
         loop {
-            if busy && self.0.lock().order == Order::Pause {
-                return Wake::Pause;
-            }
-            if !self.obey() {
-                return Wake::Stop;
+            match self.obey(busy) {
+                Order::Run => {}
+                Order::Pause => return Wake::Pause,
+                Order::Stop => return Wake::Stop,
             }
             let timeout = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
                 None => PollTimeout::NONE,
@@ -160,16 +159,16 @@ impl Control {
         }
     }
 
-    /// Holds still while paused; whether to go on.
-    fn obey(&self) -> bool {
+    /// Holds still while paused, unless `busy`; what to do now.
+    fn obey(&self, busy: bool) -> Order {
         let mut state = self.0.lock();
-        while state.order == Order::Pause {
+        while state.order == Order::Pause && !busy {
             state.still = true;
             self.0.changed.notify_all();
             state = self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.still = false;
-        state.order != Order::Stop
+        state.order
     }
 }
 

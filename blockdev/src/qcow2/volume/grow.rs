@@ -82,9 +82,9 @@ impl Inner {
             return Err(self.metadata_error(e));
         }
         let result = (|| {
-            self.store.sync()?;
+            self.syncs.try_sync()?;
             self.store.write_bytes(reftable.0 + had * 8, &list)?;
-            self.store.sync()?;
+            self.syncs.try_sync()?;
             for (i, index) in missing.iter().enumerate() {
                 let offset = (first + blocks + i as u64) * CLUSTER;
                 let at = self.header.l1_offset + *index as u64 * 8;
@@ -93,7 +93,7 @@ impl Inner {
                     *entry = offset;
                 }
             }
-            self.store.sync()
+            self.syncs.try_sync()
         })();
         result.map_err(|e| {
             // Half grown: what was written is consistent, but not known exactly.
