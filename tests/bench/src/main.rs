@@ -17,6 +17,7 @@ mod machine;
 mod net;
 mod peers;
 mod probe;
+mod snapshots;
 mod table;
 mod volume;
 
@@ -80,7 +81,12 @@ struct All {
     #[arg(long, env = "HUTCH_BENCH_ROUNDS", default_value_t = 5)]
     rounds: usize,
     /// Measure only these parts.
-    #[arg(long, env = "HUTCH_BENCH_PARTS", value_delimiter = ',', default_value = "boot,volume,disk,net")]
+    #[arg(
+        long,
+        env = "HUTCH_BENCH_PARTS",
+        value_delimiter = ',',
+        default_value = "boot,volume,snapshots,disk,net"
+    )]
     parts: Vec<Part>,
     /// Other VMMs in the boot part: programs that take --kernel, --initrd, --append, --cpus and --memory.
     #[arg(long, env = "HUTCH_BENCH_PEERS", value_delimiter = ',', value_name = "NAME=PROGRAM")]
@@ -94,6 +100,8 @@ enum Part {
     Boot,
     /// A volume, made.
     Volume,
+    /// Snapshots, taken and read through.
+    Snapshots,
     /// The guest's disk: requests and CPU.
     Disk,
     /// The guest's network: TCP and CPU. It is the last.
@@ -117,6 +125,7 @@ fn measure(all: &All) -> anyhow::Result<()> {
     let result = parts.iter().try_for_each(|part| match part {
         Part::Boot => boot::measure(all, &mut table),
         Part::Volume => volume::measure(all, &mut table),
+        Part::Snapshots => snapshots::measure(all, &mut table),
         Part::Disk => disk::measure(all, &mut table),
         Part::Net => net::measure(all, &mut table),
     });

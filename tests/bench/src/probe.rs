@@ -203,7 +203,7 @@ fn cpu() -> anyhow::Result<f64> {
     Ok(seconds(used.user_time()) + seconds(used.system_time()))
 }
 
-fn xorshift(mut x: u64) -> u64 {
+pub(crate) fn xorshift(mut x: u64) -> u64 {
     x ^= x << 13;
     x ^= x >> 7;
     x ^ (x << 17)
