@@ -11,7 +11,7 @@ use hutch_blockdev::{Disk, DiskError, DiskErrorKind};
 use super::chain::{self, Buffers, ChainError};
 use super::pci::{EVENT_IDX, INDIRECT_DESC};
 use super::worker::{Control, Manners, Wake, Worker, bell};
-use super::{ActiveQueue, Memory, Notify, Start, VirtioDevice};
+use super::{ActiveQueue, Broken, Memory, Notify, Start, VirtioDevice};
 use crate::complaint::complain;
 use crate::rate::Limiter;
 
@@ -98,6 +98,20 @@ impl Blk {
         let capacity = disk.size() / SECTOR;
         let core = Core { id: serial.to_owned(), disk, serial: bytes, counts, limits };
         Blk { core: Arc::new(core), queues, capacity, workers: Vec::new() }
+    }
+
+    /// Answers what is in a queue, once, on the caller's thread: what the device's own threads do each time that the bell
+    /// rings. What would have to wait for the host fails.
+    ///
+    /// # Errors
+    /// The driver broke the rules.
+    pub fn visit(
+        &self,
+        active: &mut ActiveQueue,
+        memory: &Memory,
+        notify: &dyn Notify,
+    ) -> Result<u32, Broken> {
+        self.core.visit(active, memory, notify, false, super::LONG, &|_| Wake::Stop)
     }
 
     /// The device's configuration (5.2.4), as far as features here fill it.
@@ -195,34 +209,47 @@ impl Core {
         through: bool,
         control: &Control,
     ) {
-        let index = active.index;
-        let held = || {
-            notify.used(index);
-            control.wait(&[], Some(RETRY)) == Wake::Stop
-        };
+        let wait = |long| control.wait(&[], Some(long));
         let mut manners = Manners::new(Instant::now());
         while let Wake::Ready(_) = control.wait(&[bell(&active.kick)], None) {
             let _ = active.kick.read();
-            let served = super::drain(&mut active, memory, notify, manners.long(), |chain| {
-                let (mut readable, mut writable) = chain::split(memory, chain)?;
-                let header = readable.take(HEADER).ok_or(ChainError::Short)?;
-                let data = writable.len().checked_sub(1).ok_or(ChainError::Short)?;
-                let into = writable.take(data).ok_or(ChainError::Short)?;
-                let mut bytes = [0; HEADER];
-                header.read(&mut bytes);
-                let status = match self.rest(bytes, &readable, &into, notify, index, control) {
-                    Wake::Stop => S_IOERR,
-                    _ => self.request(bytes, &readable, &into, through, &held),
-                };
-                writable.write(&[status]);
-                let told = u32::try_from(into.len()).unwrap_or(u32::MAX).saturating_add(1);
-                Ok(if status == S_OK { told } else { 1 })
-            });
-            match served {
+            match self.visit(&mut active, memory, notify, through, manners.long(), &wait) {
                 Ok(found) => manners.visited(found, Instant::now()),
                 Err(e) => return notify.needs_reset(&e.to_string()),
             }
         }
+    }
+
+    /// Answers what is in a queue. `wait` waits so long, and says whether to go on.
+    fn visit(
+        &self,
+        active: &mut ActiveQueue,
+        memory: &Memory,
+        notify: &dyn Notify,
+        through: bool,
+        long: Duration,
+        wait: &dyn Fn(Duration) -> Wake,
+    ) -> Result<u32, Broken> {
+        let index = active.index;
+        let held = || {
+            notify.used(index);
+            wait(RETRY) == Wake::Stop
+        };
+        super::drain(active, memory, notify, long, |chain| {
+            let (mut readable, mut writable) = chain::split(memory, chain)?;
+            let header = readable.take(HEADER).ok_or(ChainError::Short)?;
+            let data = writable.len().checked_sub(1).ok_or(ChainError::Short)?;
+            let into = writable.take(data).ok_or(ChainError::Short)?;
+            let mut bytes = [0; HEADER];
+            header.read(&mut bytes);
+            let status = match self.rest(bytes, &readable, &into, notify, index, wait) {
+                Wake::Stop => S_IOERR,
+                _ => self.request(bytes, &readable, &into, through, &held),
+            };
+            writable.write(&[status]);
+            let told = u32::try_from(into.len()).unwrap_or(u32::MAX).saturating_add(1);
+            Ok(if status == S_OK { told } else { 1 })
+        })
     }
 
     /// Waits until a request may begin, and takes what it costs out of the limits. The driver is told before of what was
@@ -234,7 +261,7 @@ impl Core {
         into: &Buffers<'_>,
         notify: &dyn Notify,
         index: u16,
-        control: &Control,
+        wait: &dyn Fn(Duration) -> Wake,
     ) -> Wake {
         let [a, b, c, d, ..] = header;
         let (ops, bytes) = match u32::from_le_bytes([a, b, c, d]) {
@@ -248,7 +275,7 @@ impl Core {
             if !std::mem::replace(&mut told, true) {
                 notify.used(index);
             }
-            if control.wait(&[], Some(rest)) == Wake::Stop {
+            if wait(rest) == Wake::Stop {
                 return Wake::Stop;
             }
         }

@@ -148,9 +148,11 @@ fn drain(
 
 /// Why a queue cannot be served any more.
 #[derive(Debug, thiserror::Error)]
-enum Broken {
+pub enum Broken {
+    /// A chain is wrong.
     #[error(transparent)]
     Chain(#[from] chain::ChainError),
+    /// The rings are.
     #[error("a queue's rings are wrong: {0}")]
     Rings(#[from] virtio_queue::Error),
 }
