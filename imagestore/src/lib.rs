@@ -18,7 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod boot;
-mod foreign;
+pub mod foreign;
 pub mod import;
 pub mod kernels;
 pub mod partition;

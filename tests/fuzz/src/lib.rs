@@ -5,8 +5,14 @@
 //!   cargo test      some thousand inputs of a fixed sequence, in seconds
 //! ```
 
+#[path = "../../../blockdev/tests/replay/engine.rs"]
+mod engine;
+mod foreign;
+mod queue;
 mod store;
-mod volumes;
+mod wire;
+#[path = "../../../blockdev/tests/replay/world.rs"]
+mod world;
 
 use std::sync::Arc;
 
@@ -14,12 +20,31 @@ use hutch_blockdev::qcow2::{Chain, Sealed};
 use hutch_blockdev::{Disk, Qcow2Disk, RawDisk};
 use store::Memory;
 
+/// The most that is done to a volume by one input.
+const STEPS: usize = 200;
 /// No disk here is read beyond so many bytes.
 const LOOK: u64 = 4 << 20;
 
-/// Operations on a volume and its layers, against what the disk has to hold.
+/// Operations on a volume and its layers, against what the disk has to hold, with losses of power: at each operation, or where
+/// the bytes say so. After each the files' reference counts are right.
 pub fn volume(bytes: &[u8]) {
-    volumes::run(bytes);
+    let crash_always = bytes.first().is_some_and(|first| first & 0x10 != 0);
+    engine::run(bytes, engine::Run { steps: STEPS, crash_always, judge: &mut |_, _| {} });
+}
+
+/// A disk in the format of another program, damaged: it is read, the same however it is read, or refused.
+pub fn foreign(bytes: &[u8]) {
+    foreign::run(bytes);
+}
+
+/// A driver that keeps no rules: its queue is served or given up, and the disk serves the next one.
+pub fn queue(bytes: &[u8]) {
+    queue::run(bytes);
+}
+
+/// What clients and guests send: forms, signatures, DHCP.
+pub fn wire(bytes: &[u8]) {
+    wire::run(bytes);
 }
 
 /// A qcow2 file that anybody may have made: it is read, or refused. One that can be written to keeps what is written, and

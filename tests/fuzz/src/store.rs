@@ -17,11 +17,6 @@ impl Memory {
         Memory(Arc::new(Mutex::new(bytes.to_vec())))
     }
 
-    /// Whether both are the same file.
-    pub fn is(&self, other: &Memory) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
-    }
-
     #[cfg(test)]
     pub fn to_vec(&self) -> Vec<u8> {
         self.bytes().clone()

@@ -63,3 +63,32 @@ fn damaged_disks_are_booted_from_or_refused() {
         boot(&random.damage(&disk, 4096));
     }
 }
+
+#[test]
+fn disks_of_others_are_read_or_refused() {
+    let mut random = Random(0x6a09_e667);
+    (0..4).for_each(|format| foreign(&[format]));
+    (0..3000).for_each(|_| foreign(&random.bytes(40)));
+}
+
+#[test]
+fn a_driver_without_rules_breaks_nothing_but_its_queue() {
+    let mut random = Random(0xbb67_ae85);
+    (0..3000).for_each(|_| queue(&random.bytes(200)));
+}
+
+#[test]
+fn what_is_sent_is_read_or_refused() {
+    let mut random = Random(0x3c6e_f372);
+    let texts: [&[u8]; 3] = [
+        b"\0Action=RunInstances&ImageId=ami-1&Filter.1.Name=a%20b&Filter.1.Value.1=x+y&TagSpecification.1.Tag.1.Key=k",
+        b"\x01X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA/20260101/r/ec2/aws4_request&X-Amz-SignedHeaders=host&\
+          X-Amz-Signature=00&X-Amz-Date=20260101T000000Z&X-Amz-Expires=60\nhost:x",
+        b"\x03\x35\x01\x03\x32\x04\xac\x1f\0\x05\xff",
+    ];
+    for text in texts {
+        wire(text);
+        (0..1000).for_each(|_| wire(&random.damage(text, 400)));
+    }
+    (0..1000).for_each(|_| wire(&random.bytes(300)));
+}

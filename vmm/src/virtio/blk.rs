@@ -104,6 +104,24 @@ impl Blk {
         Blk { core: Arc::new(core), queues, capacity, workers: Vec::new() }
     }
 
+    /// Answers what is in a queue, once, on the caller's thread: what the device's own threads do each time that the bell
+    /// rings. What would have to wait for the limits or for room fails.
+    ///
+    /// # Errors
+    /// The driver broke the rules.
+    pub fn visit(
+        &self,
+        active: &mut ActiveQueue,
+        memory: &Memory,
+        notify: &dyn Notify,
+    ) -> Result<u32, Broken> {
+        let control = Control::stopped()?;
+        let mut server = Server::new(&self.core, memory, notify, false, &control);
+        let found = server.visit(active, super::LONG)?;
+        server.settle(active)?;
+        Ok(found)
+    }
+
     /// The device's configuration (5.2.4), as far as features here fill it.
     fn config(&self) -> [u8; 60] {
         let mut config = [0; 60];
@@ -217,6 +235,16 @@ struct Server<'a> {
 }
 
 impl<'a> Server<'a> {
+    fn new(
+        core: &'a Core,
+        memory: &'a Memory,
+        notify: &'a dyn Notify,
+        through: bool,
+        control: &'a Control,
+    ) -> Server<'a> {
+        Server { core, memory, notify, control, through, reads: Reads::default() }
+    }
+
     /// Serves the queue until it is stopped.
     ///
     /// # Errors
@@ -225,12 +253,16 @@ impl<'a> Server<'a> {
         let mut manners = Manners::new(Instant::now());
         while let Wake::Ready(_) = self.wait(active, true, None)? {
             let _ = active.kick.read();
-            let (memory, notify) = (self.memory, self.notify);
-            let answer = |active: &mut ActiveQueue, chain| self.answer(active, chain);
-            let found = super::drain(active, memory, notify, manners.long(), answer)?;
+            let found = self.visit(active, manners.long())?;
             manners.visited(found, Instant::now());
         }
         self.settle(active)
+    }
+
+    /// Answers what is in the queue, and returns how many requests that were.
+    fn visit(&mut self, active: &mut ActiveQueue, long: Duration) -> Result<u32, Broken> {
+        let (memory, notify) = (self.memory, self.notify);
+        super::drain(active, memory, notify, long, |active, chain| self.answer(active, chain))
     }
 
     /// Waits until the driver rang, if that is asked for, the time is over, or the thread is to leave. Reads that the host's
@@ -411,7 +443,7 @@ impl Core {
         through: bool,
         control: &Control,
     ) {
-        let mut server = Server { core: self, memory, notify, control, through, reads: Reads::default() };
+        let mut server = Server::new(self, memory, notify, through, control);
         if let Err(e) = server.serve(&mut active) {
             notify.needs_reset(&e.to_string());
         }

@@ -157,11 +157,14 @@ impl ActiveQueue {
 
 /// Why a queue cannot be served any more.
 #[derive(Debug, thiserror::Error)]
-enum Broken {
+pub enum Broken {
+    /// A chain is wrong.
     #[error(transparent)]
     Chain(#[from] chain::ChainError),
+    /// The rings are.
     #[error("a queue's rings are wrong: {0}")]
     Rings(#[from] virtio_queue::Error),
+    /// The host does not do what the device needs.
     #[error("the host's io_uring failed: {0}")]
     Reads(#[from] io::Error),
 }

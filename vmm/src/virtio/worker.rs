@@ -30,6 +30,11 @@ struct Shared {
 }
 
 impl Shared {
+    fn new(order: Order) -> io::Result<Shared> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Shared { state: Mutex::new(State { order, still: false }), changed: Condvar::new(), wake })
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -75,11 +80,7 @@ pub enum Wake {
 impl Worker {
     /// Starts `body`, which must return once [`Control::wait`] says [`Wake::Stop`].
     pub fn spawn(name: String, body: impl FnOnce(&Control) + Send + 'static) -> io::Result<Worker> {
-        let shared = Arc::new(Shared {
-            state: Mutex::new(State { order: Order::Run, still: false }),
-            changed: Condvar::new(),
-            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-        });
+        let shared = Arc::new(Shared::new(Order::Run)?);
         let control = Control(shared.clone());
         let run = move || {
             // Also where the body panics: else a pause would wait for it for ever.
@@ -124,6 +125,11 @@ impl Drop for Gone {
 }
 
 impl Control {
+    /// Of no thread: whoever waits is to leave.
+    pub(super) fn stopped() -> io::Result<Control> {
+        Ok(Control(Arc::new(Shared::new(Order::Stop)?)))
+    }
+
     /// Waits until one of `fds` is readable, `limit` is over, or the thread is to leave. Pauses happen here.
     pub fn wait(&self, fds: &[BorrowedFd<'_>], limit: Option<Duration>) -> Wake {
         self.wait_with(fds, limit, false)
