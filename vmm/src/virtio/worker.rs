@@ -80,9 +80,9 @@ impl Worker {
         });
         let control = Control(shared.clone());
         let run = move || {
+            // Also where the body panics: else a pause would wait for it for ever.
+            let _gone = Gone(control.0.clone());
             body(&control);
-            control.0.lock().still = true;
-            control.0.changed.notify_all();
         };
         let thread = std::thread::Builder::new().name(name).spawn(run)?;
         Ok(Worker { shared, thread: Some(thread) })
@@ -108,6 +108,16 @@ impl Drop for Worker {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// Says, when it is dropped, that the thread holds still for good.
+struct Gone(Arc<Shared>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.lock().still = true;
+        self.0.changed.notify_all();
     }
 }
 
@@ -254,6 +264,14 @@ mod tests {
         worker.pause();
         drop(worker);
         assert_eq!(Arc::strong_count(&served), 1, "its thread is gone");
+    }
+
+    #[test]
+    fn a_thread_that_panicked_holds_nobody_up() {
+        let worker = Worker::spawn("test".into(), |_| panic!("as a test wants it")).unwrap();
+        worker.pause();
+        worker.resume();
+        worker.pause();
     }
 
     #[test]
