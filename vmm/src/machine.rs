@@ -29,7 +29,7 @@ use crate::drives::{Drive, Drives};
 use crate::ending::{Ending, Outcome};
 use crate::gate::Gate;
 use crate::memory;
-use crate::plan::{ECAM, PCI_WINDOW, Plan};
+use crate::plan::{ECAM, PCI_BUSES, Plan, bus_window};
 use crate::rate::Limiter;
 use crate::vcpu;
 use crate::x86_64::{acpi, cpuid, regs, smbios};
@@ -347,7 +347,6 @@ impl Machine {
         let loaded = boot::load(&self.plan, &memory, &mut self.kernel, self.initrd.as_mut())
             .map_err(|source| MachineError::Boot { id: id(), source })?;
         regs::write_tables(&memory, loaded.protocol).map_err(self.host("page tables"))?;
-        acpi::write(&self.plan, &memory).map_err(self.host("ACPI tables"))?;
         memory
             .write_slice(&power::RESET_CODE, GuestAddress(power::RESET_ENTRY))
             .map_err(self.host("reset entry"))?;
@@ -360,13 +359,15 @@ impl Machine {
         let mut current = reach.board();
         let board = Board::new(&self.plan, &self.backends, &memory, Arc::new(KvmVm(vm.clone())));
         let board = Arc::new(board.map_err(self.host("devices"))?);
+        let spread = board.buses.spread();
+        acpi::write(&self.plan, &memory, spread).map_err(self.host("ACPI tables"))?;
         vm.register_irqfd(board.hotplug.line(), acpi::HOTPLUG_GSI).map_err(self.error("KVM_IRQFD"))?;
         let ports = Arc::new(self.ports(&vm, ending, &board)?);
         let mut mmio = Bus::default();
-        for (region, device) in [
-            (ECAM, Arc::new(Mutex::new(board.bus.ecam())) as Shared),
-            (PCI_WINDOW, Arc::new(Mutex::new(board.bus.window(PCI_WINDOW.start)))),
-        ] {
+        let ecam: Shared = Arc::new(Mutex::new(board.buses.ecam()));
+        let windows = (0..PCI_BUSES)
+            .map(|bus| (bus_window(bus), Arc::new(Mutex::new(board.buses.window(bus))) as Shared));
+        for (region, device) in windows.chain([(ECAM, ecam)]) {
             mmio.insert(region.start, region.len, device).map_err(self.host("memory layout"))?;
         }
         let mmio = Arc::new(mmio);

@@ -10,8 +10,8 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// The most descriptors that come with one request.
-pub const MAX: usize = 64;
+/// The most descriptors that come with one request: one for each disk, or each layer of one.
+pub const MAX: usize = crate::plan::MAX_DEVICES;
 
 /// Reads a stream and keeps what descriptors come with it.
 pub struct Receiver {

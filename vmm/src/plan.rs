@@ -8,14 +8,22 @@ use crate::x86_64::smbios::parse_uuid;
 pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// Where RAM above the hole begins.
 pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
-/// The 32-bit window that PCI BARs are given from.
-pub const PCI_WINDOW: Region = Region { start: 0xc000_0000, len: 0x2000_0000 };
-/// ECAM of one bus: 32 devices × 8 functions × 4 KiB (PCIe 5.0, 7.2.2).
-pub const ECAM: Region = Region { start: 0xe800_0000, len: 0x10_0000 };
-/// Slots on the one PCI bus.
+/// Root buses that a machine may have. The first is always there, the others once it is full (see `x86_64::slots`).
+pub const PCI_BUSES: usize = 5;
+/// Slots of a bus.
 pub const PCI_SLOTS: usize = 32;
-/// Disks and network interfaces of a machine: a bus has 32 slots, of which the host bridge and the entropy device take two.
-pub const MAX_DEVICES: usize = PCI_SLOTS - 2;
+/// Slots of all buses: that of number `n` is slot `n % PCI_SLOTS` of bus `n / PCI_SLOTS`.
+pub const ALL_SLOTS: usize = PCI_BUSES * PCI_SLOTS;
+/// The 32-bit windows that PCI BARs are given from, of all buses.
+pub const PCI_WINDOW: Region = Region { start: 0xc000_0000, len: PCI_BUSES as u64 * BUS_WINDOW };
+/// A bus's part of [`PCI_WINDOW`].
+const BUS_WINDOW: u64 = 0x400_0000;
+/// ECAM of a bus: 32 devices × 8 functions × 4 KiB (PCIe 5.0, 7.2.2).
+pub const BUS_ECAM: u64 = 0x10_0000;
+/// ECAM of all buses.
+pub const ECAM: Region = Region { start: 0xe800_0000, len: PCI_BUSES as u64 * BUS_ECAM };
+/// Disks and network interfaces of a machine: the host bridge and the entropy device take two slots.
+pub const MAX_DEVICES: usize = ALL_SLOTS - 2;
 /// The longest kernel command line, without its NUL (COMMAND_LINE_SIZE of x86 Linux is 2048).
 pub const CMDLINE_MAX: usize = 2047;
 
@@ -26,6 +34,11 @@ pub struct Region {
     pub start: u64,
     /// Bytes.
     pub len: u64,
+}
+
+/// The window that the BARs of a bus are given from.
+pub const fn bus_window(bus: usize) -> Region {
+    Region { start: PCI_WINDOW.start + bus as u64 * BUS_WINDOW, len: BUS_WINDOW }
 }
 
 impl Region {
@@ -281,8 +294,8 @@ mod tests {
             let good = good.clone();
             assert!(matches!(refused(|c| c.disks = vec![good, bad]), PlanError::Disk { index: 1, .. }));
         }
-        let thirty = vec![disk("v", 1); 31];
-        assert!(matches!(refused(|c| c.disks = thirty), PlanError::Slots { count: 31, .. }));
+        let all = vec![disk("v", 1); MAX_DEVICES + 1];
+        assert!(matches!(refused(|c| c.disks = all), PlanError::Slots { count: 159, .. }));
         let net = |mac: &str, taps: usize, mtu| NetConfig {
             mac: mac.into(),
             taps: vec![6; taps],

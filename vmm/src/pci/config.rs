@@ -9,12 +9,15 @@ const COMMAND: usize = 0x04;
 const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_MASTER: u16 = 1 << 2;
 const COMMAND_NO_INTX: u16 = 1 << 10;
+/// The status register's bit for an interrupt that pends, whether or not the line may be asserted.
+const STATUS_INTERRUPT: u8 = 1 << 3;
 /// The status register's bit for a capability list (6.2.3).
 const STATUS: usize = 0x06;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 const BAR0: usize = 0x10;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
+const INTERRUPT_PIN: usize = 0x3d;
 const FIRST_CAPABILITY: usize = 0x40;
 
 /// Who a function is.
@@ -73,6 +76,22 @@ impl ConfigSpace {
         self.bar_size = size;
         self.put(BAR0, &address.to_le_bytes());
         self.allow(BAR0, &(!(size - 1)).to_le_bytes());
+    }
+
+    /// Gives the function the interrupt pin A.
+    pub fn set_pin(&mut self) {
+        self.put(INTERRUPT_PIN, &[1]);
+    }
+
+    /// Whether the guest wants no interrupt of the pin.
+    pub fn pin_is_off(&self) -> bool {
+        self.word(COMMAND) & COMMAND_NO_INTX != 0
+    }
+
+    /// Tells whether an interrupt of the pin pends.
+    pub fn set_pending(&mut self, pending: bool) {
+        let status = self.word(STATUS).to_le_bytes()[0] & !STATUS_INTERRUPT;
+        self.put(STATUS, &[status | if pending { STATUS_INTERRUPT } else { 0 }]);
     }
 
     /// Appends a capability and returns its offset. `body` begins after the id and the link; `writable` says which of

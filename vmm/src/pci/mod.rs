@@ -1,11 +1,13 @@
-//! PCI (PCI Local Bus 3.0, PCIe 5.0): one bus, configured through ECAM, every device with one memory BAR and MSI-X.
+//! PCI (PCI Local Bus 3.0, PCIe 5.0): root buses, configured through ECAM, every device with one memory BAR and MSI-X, or a
+//! line where a guest has no vectors for so many.
 //!
 //! ```text
-//!   guest ─┬─ ECAM ────► config space of a slot ─► the device's header, BAR, MSI-X control
-//!          └─ window ──► the slot whose BAR decodes the address
+//!   guest ─┬─ ECAM ───────► config space of a slot ─► the device's header, BAR, MSI-X control
+//!          └─ a bus's window ─► the slot on it whose BAR decodes the address
 //! ```
 
 pub mod config;
+pub mod intx;
 pub mod msix;
 
 use std::io;
@@ -14,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Registers;
-use crate::plan::{PCI_SLOTS, Region};
+use crate::plan::{ALL_SLOTS, PCI_BUSES, PCI_SLOTS, Region, bus_window};
 
 /// What PCI devices need of the hypervisor.
 pub trait Vm: Send + Sync {
@@ -24,6 +26,8 @@ pub trait Vm: Send + Sync {
     fn attach_doorbell(&self, doorbell: &EventFd, address: u64) -> io::Result<()>;
     /// Undoes [`Vm::attach_doorbell`].
     fn detach_doorbell(&self, doorbell: &EventFd, address: u64);
+    /// Sets the level of the interrupt line `gsi`.
+    fn set_line(&self, gsi: u32, high: bool);
 }
 
 /// A function on the bus. Whatever a guest does, no method may panic.
@@ -43,29 +47,46 @@ pub trait PciDevice: Send {
 /// A device in its slot.
 pub type Slot = Arc<Mutex<dyn PciDevice>>;
 
-/// The bus, shared by all that hold it: slot 0 is the host bridge, devices come and go in the others.
+/// All buses, shared by all that hold them: slot 0 is the host bridge, devices come and go in the others. Slots are
+/// numbered over all buses.
 #[derive(Clone)]
-pub struct PciBus(Arc<RwLock<[Option<Slot>; PCI_SLOTS]>>);
+pub struct PciBuses(Arc<RwLock<[Option<Slot>; ALL_SLOTS]>>);
 
-impl Default for PciBus {
-    fn default() -> PciBus {
-        PciBus::new()
+impl Default for PciBuses {
+    fn default() -> PciBuses {
+        PciBuses::new()
     }
 }
 
-impl PciBus {
-    /// A bus with its host bridge.
-    pub fn new() -> PciBus {
-        let mut slots: [Option<Slot>; PCI_SLOTS] = Default::default();
-        slots[0] = Some(Arc::new(Mutex::new(HostBridge(config::ConfigSpace::host_bridge()))));
-        PciBus(Arc::new(RwLock::new(slots)))
+impl PciBuses {
+    /// Buses with their host bridge: one, on the first of them.
+    pub fn new() -> PciBuses {
+        let mut slots = [const { None }; ALL_SLOTS];
+        slots[0] = Some(Arc::new(Mutex::new(HostBridge(config::ConfigSpace::host_bridge()))) as Slot);
+        PciBuses(Arc::new(RwLock::new(slots)))
     }
 
-    /// The first free slot from `from` on, or before it.
-    pub fn free(&self, from: usize) -> Option<usize> {
+    /// A free slot of the first bus that has one, for which `other` does not hold while there are others: the first behind
+    /// the slot of that bus that `last` tells, or before it.
+    pub fn free(
+        &self,
+        last: impl Fn(usize) -> Option<usize>,
+        other: impl Fn(usize) -> bool,
+    ) -> Option<usize> {
         let slots = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let free = |slot: &usize| slots.get(*slot).is_some_and(Option::is_none);
-        (from..PCI_SLOTS).chain(0..from).find(free)
+        let in_turn = (0..PCI_BUSES).flat_map(|bus| {
+            let from = last(bus).map_or(0, |slot| slot % PCI_SLOTS + 1);
+            (from..PCI_SLOTS).chain(0..from).map(move |slot| bus * PCI_SLOTS + slot)
+        });
+        let mut free: Vec<_> = in_turn.filter(|slot| slots.get(*slot).is_some_and(Option::is_none)).collect();
+        free.sort_by_key(|slot| other(*slot));
+        free.first().copied()
+    }
+
+    /// Whether there is a device on another bus than the first.
+    pub fn spread(&self) -> bool {
+        let slots = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        slots.iter().skip(PCI_SLOTS).any(Option::is_some)
     }
 
     /// Puts a device into a slot that is free; else it is handed back.
@@ -92,25 +113,25 @@ impl PciBus {
         Some(act(&mut *device))
     }
 
-    /// The bus's config space, as memory-mapped registers.
+    /// The config space of all buses, as memory-mapped registers.
     pub fn ecam(&self) -> Ecam {
         Ecam(self.clone())
     }
 
-    /// The window that BARs lie in, as memory-mapped registers; `start` is its address.
-    pub fn window(&self, start: u64) -> Window {
-        Window { bus: self.clone(), start }
+    /// The window that the BARs of a bus lie in, as memory-mapped registers.
+    pub fn window(&self, bus: usize) -> Window {
+        Window { buses: self.clone(), bus, start: bus_window(bus).start }
     }
 }
 
-/// ECAM of one bus (PCIe 5.0, 7.2.2): 4 KiB for each of 32 devices × 8 functions.
-pub struct Ecam(PciBus);
+/// ECAM (PCIe 5.0, 7.2.2): 4 KiB for each of 32 devices × 8 functions of each bus.
+pub struct Ecam(PciBuses);
 
 impl Ecam {
     /// The slot and register; conventional functions have 256 bytes, and only function 0 is there.
     fn find(offset: u64, len: usize) -> Option<(usize, usize)> {
-        let (slot, function, register) = (offset >> 15 & 0x1f, offset >> 12 & 7, (offset & 0xfff) as usize);
-        (function == 0 && register + len <= config::SIZE).then_some((slot as usize, register))
+        let (slot, function, register) = (offset >> 15, offset >> 12 & 7, (offset & 0xfff) as usize);
+        (function == 0 && register + len <= config::SIZE).then_some((usize::try_from(slot).ok()?, register))
     }
 }
 
@@ -131,9 +152,10 @@ impl Registers for Ecam {
     }
 }
 
-/// The memory window of the bus: hands an access to the device that decodes it.
+/// The memory window of a bus: hands an access to the device on it that decodes it.
 pub struct Window {
-    bus: PciBus,
+    buses: PciBuses,
+    bus: usize,
     start: u64,
 }
 
@@ -141,8 +163,8 @@ impl Window {
     fn with(&self, offset: u64, len: usize, act: impl FnOnce(&mut dyn PciDevice, u64)) -> bool {
         let Some(first) = self.start.checked_add(offset) else { return false };
         let Some(end) = first.checked_add(len as u64) else { return false };
-        let slots = self.bus.0.read().unwrap_or_else(PoisonError::into_inner);
-        for slot in slots.iter().flatten() {
+        let slots = self.buses.0.read().unwrap_or_else(PoisonError::into_inner);
+        for slot in slots.iter().skip(self.bus * PCI_SLOTS).take(PCI_SLOTS).flatten() {
             let mut device = slot.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(bar) = device.bar()
                 && bar.start <= first
@@ -168,7 +190,7 @@ impl Registers for Window {
     }
 }
 
-/// The bridge between the processors and the bus: a header and nothing else.
+/// The bridge between the processors and the first bus, others need none to be found: a header and nothing else.
 struct HostBridge(config::ConfigSpace);
 
 impl PciDevice for HostBridge {
@@ -190,14 +212,15 @@ impl PciDevice for HostBridge {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::{BUS_ECAM, ECAM};
 
     #[test]
     fn only_filled_slots_answer() {
-        let mut ecam = PciBus::new().ecam();
+        let mut ecam = PciBuses::new().ecam();
         let mut word = [0; 4];
         ecam.read(0, &mut word);
         assert_eq!(word, [0x86, 0x80, 0x57, 0x0d]);
-        for absent in [1 << 15, 1 << 12, 0x100, 0xfe] {
+        for absent in [1 << 15, 1 << 12, 0x100, 0xfe, BUS_ECAM, ECAM.len - 4, ECAM.len, u64::MAX] {
             ecam.read(absent, &mut word);
             assert_eq!(word, [0xff; 4], "{absent:#x}");
         }
@@ -206,22 +229,70 @@ mod tests {
         assert_eq!(word, [0x86, 0x80, 0x57, 0x0d], "ids cannot be written");
     }
 
+    fn bridge() -> Slot {
+        Arc::new(Mutex::new(HostBridge(config::ConfigSpace::host_bridge())))
+    }
+
     #[test]
-    fn devices_come_and_go_in_31_slots() {
-        let (bus, bridge) =
-            (PciBus::new(), || Arc::new(Mutex::new(HostBridge(config::ConfigSpace::host_bridge()))));
-        let mut ecam = bus.ecam();
-        while let Some(slot) = bus.free(3) {
-            assert!(bus.put(slot, bridge()).is_ok());
-            assert!(bus.put(slot, bridge()).is_err(), "it is taken");
+    fn devices_come_and_go_in_the_slots_of_all_buses() {
+        let buses = PciBuses::new();
+        let mut ecam = buses.ecam();
+        let mut id = |slot: u64| {
+            let mut word = [0; 4];
+            ecam.read(slot << 15, &mut word);
+            word
+        };
+        let next = || buses.free(|_| None, |_| false);
+        let mut count = 0;
+        while let Some(slot) = next() {
+            assert_eq!((slot, buses.spread()), (count + 1, slot > PCI_SLOTS), "one bus after the other");
+            assert!(buses.put(slot, bridge()).is_ok());
+            assert!(buses.put(slot, bridge()).is_err(), "it is taken");
+            count += 1;
         }
-        assert!(bus.put(PCI_SLOTS, bridge()).is_err());
-        let mut word = [0; 4];
-        ecam.read(7 << 15, &mut word);
-        assert_eq!(word, [0x86, 0x80, 0x57, 0x0d]);
-        assert!(bus.take(7).is_some() && bus.take(7).is_none());
-        ecam.read(7 << 15, &mut word);
-        assert_eq!((word, bus.free(0), bus.free(8), bus.free(99)), ([0xff; 4], Some(7), Some(7), Some(7)));
-        assert!(bus.take(0).is_none() && bus.take(99).is_none(), "the bridge stays");
+        assert_eq!(count, ALL_SLOTS - 1);
+        assert!(buses.put(ALL_SLOTS, bridge()).is_err());
+        for slot in [7, 9, 33] {
+            assert_eq!(id(slot as u64), [0x86, 0x80, 0x57, 0x0d]);
+            assert!(buses.take(slot).is_some() && buses.take(slot).is_none());
+            assert_eq!(id(slot as u64), [0xff; 4]);
+        }
+        assert_eq!(next(), Some(7));
+        assert_eq!(buses.free(|bus| (bus == 0).then_some(7), |_| false), Some(9), "in turn");
+        assert_eq!(buses.free(|bus| (bus == 0).then_some(31), |slot| slot == 7), Some(9));
+        assert_eq!(buses.free(|_| None, |slot| slot < 32), Some(33));
+        assert_eq!(buses.free(|_| None, |_| true), Some(7), "rather that one than none");
+        assert!(buses.take(0).is_none() && buses.take(999).is_none(), "the bridge stays");
+    }
+
+    /// A function whose BAR 0 decodes 16 bytes at an address, and reads as a byte of it.
+    struct At(u64);
+
+    impl PciDevice for At {
+        fn config_read(&mut self, _: usize, _: &mut [u8]) {}
+        fn config_write(&mut self, _: usize, _: &[u8]) {}
+        fn bar(&self) -> Option<Region> {
+            Some(Region { start: self.0, len: 16 })
+        }
+        fn bar_read(&mut self, offset: u64, data: &mut [u8]) {
+            data.fill(offset as u8);
+        }
+        fn bar_write(&mut self, _: u64, _: &[u8]) {}
+    }
+
+    #[test]
+    fn a_window_leads_to_the_devices_of_its_bus() {
+        let buses = PciBuses::new();
+        let [first, third] = [0, 2].map(|bus| bus_window(bus).start);
+        // One of the first bus decodes in the window of the third: what is asked of that does not meet it.
+        for (slot, at) in [(1, first), (2, third + 32), (2 * PCI_SLOTS, third)] {
+            assert!(buses.put(slot, Arc::new(Mutex::new(At(at)))).is_ok());
+        }
+        let read = |bus, offset| {
+            let mut byte = [0xaa];
+            buses.window(bus).read(offset, &mut byte);
+            byte[0]
+        };
+        assert_eq!([read(0, 5), read(2, 6), read(1, 5), read(2, 34), read(4, 0)], [5, 6, 0xff, 0xff, 0xff]);
     }
 }

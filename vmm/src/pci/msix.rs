@@ -37,7 +37,7 @@ pub struct Msix {
 }
 
 impl Msix {
-    /// `vectors` messages (1 to 2048), all masked as after a reset.
+    /// `vectors` messages (2048 at most), all masked as after a reset.
     pub fn new(vectors: u16, vm: Arc<dyn Vm>) -> Msix {
         let mut bytes = [0; ENTRY];
         bytes[12] = 1;
@@ -131,6 +131,7 @@ pub(crate) mod tests {
     pub(crate) struct FakeVm {
         pub(crate) messages: Mutex<Vec<(u64, u32)>>,
         pub(crate) doorbells: Mutex<Vec<u64>>,
+        pub(crate) lines: Mutex<Vec<(u32, bool)>>,
     }
 
     impl Vm for FakeVm {
@@ -143,6 +144,9 @@ pub(crate) mod tests {
         }
         fn detach_doorbell(&self, _: &EventFd, address: u64) {
             self.doorbells.lock().unwrap().retain(|a| *a != address);
+        }
+        fn set_line(&self, gsi: u32, high: bool) {
+            self.lines.lock().unwrap().push((gsi, high));
         }
     }
 

@@ -5,6 +5,7 @@
 //!           0x0400 ISR status             0x2000 MSI-X table
 //!           0x0800 the device's configuration
 //! ```
+//! Where the device has a pin, there is no MSI-X: the ISR status asserts it, until it is read.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
@@ -16,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::{ActiveQueue, Memory, Notify, Start, VirtioDevice};
 use crate::complaint::complain;
 use crate::pci::config::{ConfigSpace, Identity};
+use crate::pci::intx::Pin;
 use crate::pci::msix::{self, Msix, NO_VECTOR};
 use crate::pci::{PciDevice, Vm};
 use crate::plan::Region;
@@ -56,7 +58,9 @@ const CFG_PCI: u8 = 5;
 /// What devices may reach of the transport from their threads.
 struct Interrupts {
     id: String,
+    /// Without vectors where there is a pin.
     msix: Mutex<Msix>,
+    pin: Option<Pin>,
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
     isr: AtomicU8,
@@ -69,19 +73,46 @@ impl Interrupts {
     fn msix(&self) -> MutexGuard<'_, Msix> {
         self.msix.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Sets a bit of the ISR status and raises a vector, or the line.
+    fn raise(&self, bit: u8, vector: u16) {
+        let told = || {
+            self.isr.fetch_or(bit, Ordering::AcqRel);
+            true
+        };
+        match &self.pin {
+            Some(pin) => pin.pend(told),
+            None => {
+                told();
+                self.msix().trigger(vector);
+            }
+        }
+    }
+
+    /// The ISR status, which is clear then.
+    fn take_status(&self) -> u8 {
+        let mut status = 0;
+        let mut take = || {
+            status = self.isr.swap(0, Ordering::AcqRel);
+            false
+        };
+        match &self.pin {
+            Some(pin) => pin.pend(take),
+            None => drop(take()),
+        }
+        status
+    }
 }
 
 impl Notify for Interrupts {
     fn used(&self, index: u16) {
-        self.isr.fetch_or(1, Ordering::AcqRel);
         if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
-            self.msix().trigger(vector.load(Ordering::Acquire));
+            self.raise(1, vector.load(Ordering::Acquire));
         }
     }
 
     fn config_changed(&self) {
-        self.isr.fetch_or(2, Ordering::AcqRel);
-        self.msix().trigger(self.config_vector.load(Ordering::Acquire));
+        self.raise(2, self.config_vector.load(Ordering::Acquire));
     }
 
     fn needs_reset(&self, why: &str) {
@@ -129,7 +160,7 @@ impl QueueRegisters {
 pub struct VirtioPci {
     device: Box<dyn VirtioDevice>,
     config: ConfigSpace,
-    msix_at: usize,
+    msix_at: Option<usize>,
     window_at: usize,
     interrupts: Arc<Interrupts>,
     vm: Arc<dyn Vm>,
@@ -147,11 +178,13 @@ pub struct VirtioPci {
 }
 
 impl VirtioPci {
-    /// Puts `device` behind a transport whose BAR begins at `bar`. `id` names it in messages.
+    /// Puts `device` behind a transport whose BAR begins at `bar`, and that interrupts by `pin`, or else by messages. `id`
+    /// names it in messages.
     pub fn new(
         id: String,
         device: Box<dyn VirtioDevice>,
         bar: u32,
+        pin: Option<Pin>,
         memory: Arc<Memory>,
         vm: Arc<dyn Vm>,
     ) -> io::Result<VirtioPci> {
@@ -161,7 +194,7 @@ impl VirtioPci {
         };
         let queues = device.queue_sizes().into_iter().map(doorbell).collect::<io::Result<Vec<_>>>()?;
         // One for each queue, and one for changes of the configuration.
-        let vectors = queues.len() as u16 + 1;
+        let vectors = if pin.is_some() { 0 } else { queues.len() as u16 + 1 };
         let kind = device.device_type();
         let class = match kind {
             1 => [0x02, 0x00, 0],
@@ -176,8 +209,16 @@ impl VirtioPci {
             revision: 1,
         });
         config.set_bar(bar, BAR_SIZE);
-        let (body, writable) = Msix::capability(vectors, TABLE as u32, PENDING as u32);
-        let msix_at = config.add_capability(msix::CAPABILITY, &body, &writable);
+        let msix_at = match &pin {
+            Some(_) => {
+                config.set_pin();
+                None
+            }
+            None => {
+                let (body, writable) = Msix::capability(vectors, TABLE as u32, PENDING as u32);
+                Some(config.add_capability(msix::CAPABILITY, &body, &writable))
+            }
+        };
         let region = |kind, at: u64, len: u64| {
             let [a, b, c, d] = (at as u32).to_le_bytes();
             let [e, f, g, h] = (len as u32).to_le_bytes();
@@ -201,6 +242,7 @@ impl VirtioPci {
         let interrupts = Interrupts {
             id,
             msix: Mutex::new(Msix::new(vectors, vm.clone())),
+            pin,
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: queues.iter().map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             isr: AtomicU8::new(0),
@@ -260,7 +302,7 @@ impl VirtioPci {
         self.status = 0;
         self.queues.iter_mut().for_each(QueueRegisters::reset);
         self.interrupts.broken.store(false, Ordering::Release);
-        self.interrupts.isr.store(0, Ordering::Release);
+        self.interrupts.take_status();
         self.interrupts.config_vector.store(NO_VECTOR, Ordering::Release);
         for vector in &self.interrupts.queue_vectors {
             vector.store(NO_VECTOR, Ordering::Release);
@@ -456,6 +498,9 @@ impl PciDevice for VirtioPci {
             }
             self.config.put(offset, &bytes);
         }
+        if let Some(pin) = &self.interrupts.pin {
+            self.config.set_pending(pin.pending());
+        }
         self.config.read(offset, data);
     }
 
@@ -466,9 +511,15 @@ impl PciDevice for VirtioPci {
             self.detach();
             self.attach();
         }
-        if offset < self.msix_at + 4 && self.msix_at < offset + data.len() {
-            let control = self.config.word(self.msix_at + 2);
+        if let Some(at) = self.msix_at
+            && offset < at + 4
+            && at < offset + data.len()
+        {
+            let control = self.config.word(at + 2);
             self.interrupts.msix().set_control(control);
+        }
+        if let Some(pin) = &self.interrupts.pin {
+            pin.switch(self.config.pin_is_off());
         }
         if offset == self.window_at + 16
             && let Some((at, len)) = self.window()
@@ -491,7 +542,7 @@ impl PciDevice for VirtioPci {
             }
             ISR => {
                 if let Some(first) = data.first_mut() {
-                    *first = self.interrupts.isr.swap(0, Ordering::AcqRel);
+                    *first = self.interrupts.take_status();
                 }
             }
             DEVICE..DOORBELLS => self.device.read_config(offset - DEVICE, data),

@@ -9,7 +9,7 @@ const BAR: u32 = 0xc000_4000;
 fn transport(driver: &Driver) -> (VirtioPci, Arc<FakeVm>) {
     let vm = Arc::new(FakeVm::default());
     let device = Box::new(Rng::default());
-    let pci = VirtioPci::new("i-1/rng".into(), device, BAR, driver.memory.clone(), vm.clone()).unwrap();
+    let pci = VirtioPci::new("i-1/rng".into(), device, BAR, None, driver.memory.clone(), vm.clone()).unwrap();
     (pci, vm)
 }
 
@@ -57,7 +57,7 @@ fn a_driver_negotiates_and_is_answered_by_an_interrupt() {
     enable_queue(&mut pci);
     pci.bar_write(TABLE + 16, &0xfee0_0000_u64.to_le_bytes());
     pci.bar_write(TABLE + 24, &0x41_u64.to_le_bytes());
-    let control = pci.msix_at + 2;
+    let control = pci.msix_at.unwrap() + 2;
     pci.config_write(control, &0x8000u16.to_le_bytes());
     pci.bar_write(20, &[0xf]);
     assert_eq!(status(&mut pci), 0xf);
@@ -206,7 +206,8 @@ impl VirtioDevice for Restless {
 fn a_change_of_the_configuration_has_a_new_generation_and_an_interrupt() {
     let driver = Driver::new(1);
     let vm = Arc::new(FakeVm::default());
-    let made = VirtioPci::new("i-1/x".into(), Box::new(Restless), BAR, driver.memory.clone(), vm.clone());
+    let made =
+        VirtioPci::new("i-1/x".into(), Box::new(Restless), BAR, None, driver.memory.clone(), vm.clone());
     let mut pci = made.unwrap();
     let generation = |pci: &mut VirtioPci| read::<1>(pci, 21)[0];
     let first = generation(&mut pci);
@@ -218,7 +219,7 @@ fn a_change_of_the_configuration_has_a_new_generation_and_an_interrupt() {
     pci.bar_write(16, &0u16.to_le_bytes());
     pci.bar_write(TABLE, &0xfee0_0000_u64.to_le_bytes());
     pci.bar_write(TABLE + 8, &0x42_u64.to_le_bytes());
-    let control = pci.msix_at + 2;
+    let control = pci.msix_at.unwrap() + 2;
     pci.config_write(control, &0x8000u16.to_le_bytes());
     pci.bar_write(20, &[0xf]);
     pci.refresh();

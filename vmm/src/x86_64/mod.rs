@@ -4,4 +4,5 @@
 pub mod acpi;
 pub mod cpuid;
 pub mod regs;
+pub mod slots;
 pub mod smbios;
