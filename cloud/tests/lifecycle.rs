@@ -12,7 +12,7 @@ use hutch_cloud::model::{
     VolumeState,
 };
 use hutch_cloud::region::{
-    Algorithm, Attribute, DeviceAsk, ImageCopy, NewImage, NewVolume, Settings, SnapshotCopy,
+    Algorithm, Attribute, DeviceAsk, ImageCopy, Launch, NewImage, NewVolume, Settings, SnapshotCopy,
 };
 use hutch_cloud::store::Sqlite;
 use hutch_netfw::groups;
@@ -373,7 +373,7 @@ fn volumes_come_and_go_while_an_instance_runs() {
     assert_eq!(instance().devices.len(), 1);
     assert_eq!(world.region.get::<Volume>(&data).unwrap().unwrap().instance, None);
 
-    // As many as EC2 lets an instance have.
+    // As many as the largest of EC2's types have, the interface among them, here and from the start.
     let more = (1..).find_map(|n| {
         let volume = world.region.create_volume(ACCOUNT, &new).unwrap().id;
         while world.region.get::<Volume>(&volume).unwrap().unwrap().state != VolumeState::Ready {
@@ -382,7 +382,14 @@ fn volumes_come_and_go_while_an_instance_runs() {
         let attached = world.region.attach_volume(ACCOUNT, &volume, &id, &format!("/dev/sd{n}"));
         attached.err().map(|fault| (n, fault.code))
     });
-    assert_eq!(more.unwrap(), (27, "AttachmentLimitExceeded".into()));
+    assert_eq!(more.unwrap(), (127, "AttachmentLimitExceeded".into()));
+    let with = |count: usize| {
+        let device = |n| DeviceAsk { name: format!("/dev/sd{n}"), gib: Some(1), ..DeviceAsk::default() };
+        let devices = (0..count).map(device).collect();
+        world.region.run_instances(ACCOUNT, &Launch { devices, ..world.launch(1) })
+    };
+    assert_eq!(with(127).unwrap_err().code, "AttachmentLimitExceeded");
+    assert_eq!(with(126).unwrap()[0].devices.len(), 127);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 `tests/clients/run real` runs it, by `make stories`. The guest is the micro image; what it does is in STORY below.
 """
 
+import concurrent.futures
 import http.client
 import json
 import os
@@ -78,6 +79,19 @@ done 2>/dev/null) &
       SELECT 'committed $boot: '||max(n)||';' FROM t;"
   done) | use sqlite3 -batch /data/db
 done 2>/tmp/problems; cat /tmp/problems) &
+(while sleep 1; do
+  # More disks than one bus has slots, once they stay so many: their serials; and what is on those of 6 GiB, each time.
+  set -- /sys/block/vd*
+  if [ $# -gt 32 ] && [ $# = "$seen" ] && [ $# != "$told" ]; then
+    told=$#; all=; for d; do read s <$d/serial; all="$all $s"; done; echo "many: $#:$all;"
+    for d; do
+      read n <$d/size; [ "$n" = 12582912 ] || continue
+      read s <$d/serial; d=/dev/${d##*/}; echo "$s has: $(dd if=$d bs=512 count=1 skip=5000 | tr -d '\0');"
+      (echo "what is of $s"; cat /dev/zero) | dd of=$d bs=512 count=1 seek=5000 iflag=fullblock conv=notrunc,fsync && echo "$s is written;"
+    done
+  fi
+  seen=$#
+done 2>/dev/null) &
 (while sleep 2; do
   # Whoever this one is to reach, if it can.
   for to in $(wget -qO- http://169.254.169.254/latest/meta-data/tags/instance/reach); do
@@ -536,6 +550,70 @@ class Story(unittest.TestCase):
             ec2.delete_snapshot(SnapshotId=snapshot)
         ec2.terminate_instances(InstanceIds=[one])
         self.becomes(one, "terminated")
+
+    def test_a_hundred_volumes_come_to_a_guest_and_go(self):
+        ec2 = self.ec2
+        image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+        names = [f"/dev/sd{a}" for a in "bcdefghijklmnopqrstuvwxyz"] + [f"/dev/xvd{a}{b}" for a in "bcd" for b in "abcdefghijklmnopqrstuvwxyz"]
+        # With one vCPU: it has not vectors enough for all of them.
+        made = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="t2.micro")
+        one = made["Instances"][0]["InstanceId"]
+        zone = made["Instances"][0]["Placement"]["AvailabilityZone"]
+        self.becomes(one, "running")
+        self.prints(one, "boots: 1 disks: 1 READY")
+        (process,) = self.cloud.machines()
+
+        def process_has(when):
+            told = host("bash", "-c", f"cd /proc/{process}; grep -E 'VmRSS|RssAnon|Threads' status; echo files $(ls fd | wc -l); "
+                        "a=$(cut -d' ' -f14,15 stat); sleep 10; echo CPU ticks in 10 s: $a to $(cut -d' ' -f14,15 stat)")
+            say(f"its process {when}: {' '.join(told.split())}")
+
+        process_has("with one volume")
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            create = lambda n: ec2.create_volume(AvailabilityZone=zone, Size=6 if n % 40 == 19 else 1)["VolumeId"]
+            volumes = list(pool.map(create, range(100)))
+            written = [volumes[n].replace("-", "") for n in range(100) if n % 40 == 19]
+            states = lambda: [v["State"] for v in ec2.describe_volumes(VolumeIds=volumes)["Volumes"]]
+            self.eventually(lambda: set(states()) == {"available"}, "they are made")
+            began = time.monotonic()
+            list(pool.map(lambda n: ec2.attach_volume(VolumeId=volumes[n], InstanceId=one, Device=names[n]), range(100)))
+            attached = lambda: [v["Attachments"][0]["State"] for v in ec2.describe_volumes(VolumeIds=volumes)["Volumes"]]
+            self.eventually(lambda: attached() == ["attached"] * 100, "all are attached")
+            say(f"a hundred volumes are attached after {time.monotonic() - began:.0f} s")
+            self.prints(one, "many: 101:")
+            say(f"its kernel had them after {time.monotonic() - began:.0f} s")
+            serials = sorted(volume.replace("-", "") for volume in volumes)
+            found = lambda: [sorted(all.split()) for all in re.findall(r"many: 101:(.*);", self.console(one))]
+            self.eventually(found, "the serials")
+            self.assertEqual(len(found()[0]), 101)
+            self.assertLessEqual(set(serials), set(found()[0]))
+            for serial in written:
+                self.prints(one, f"{serial} has: ;")
+                self.prints(one, f"{serial} is written;")
+            process_has("with a hundred and one")
+            ec2.reboot_instances(InstanceIds=[one])
+            self.eventually(lambda: len(found()) == 2, "they are there again")
+            self.assertEqual(self.console(one).count("boots: 2 "), 1)
+            self.assertLessEqual(set(serials), set(found()[1]))
+            for serial in written:
+                self.prints(one, f"{serial} has: what is of {serial};")
+            began = time.monotonic()
+            list(pool.map(lambda volume: ec2.detach_volume(VolumeId=volume), volumes))
+            self.eventually(lambda: states() == ["available"] * 100, "the guest lets them all go")
+            say(f"its kernel has let a hundred go after {time.monotonic() - began:.0f} s")
+            self.assertEqual(len(self.instance(one)["BlockDeviceMappings"]), 1)
+            list(pool.map(lambda volume: ec2.delete_volume(VolumeId=volume), volumes))
+        ec2.terminate_instances(InstanceIds=[one])
+        self.becomes(one, "terminated")
+
+        # So many from the start.
+        devices = [{"DeviceName": name, "Ebs": {"VolumeSize": 1, "DeleteOnTermination": True}} for name in names[:40]]
+        made = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="t3.nano", BlockDeviceMappings=devices)
+        two = made["Instances"][0]["InstanceId"]
+        self.becomes(two, "running")
+        self.prints(two, "many: 41:")
+        ec2.terminate_instances(InstanceIds=[two])
+        self.becomes(two, "terminated")
 
     def test_snapshots_of_a_guest_that_writes_lose_nothing_it_was_told_is_kept(self):
         ec2, cloud = self.ec2, self.cloud

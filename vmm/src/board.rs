@@ -283,8 +283,12 @@ mod tests {
     }
 
     fn board(drives: &Drives) -> Board {
+        board_of(1, drives)
+    }
+
+    fn board_of(cpus: u32, drives: &Drives) -> Board {
         let config = serde_json::json!({
-            "id": "i-1", "uuid": "ec2e1916-9099-7caf-fd21-012345abcdef", "cpus": 1, "memory_mib": 16, "kvm": 0,
+            "id": "i-1", "uuid": "ec2e1916-9099-7caf-fd21-012345abcdef", "cpus": cpus, "memory_mib": 16, "kvm": 0,
             "boot": { "kernel": 0, "cmdline": "" },
         });
         let plan = Plan::new(serde_json::from_value(config).unwrap()).unwrap();
@@ -347,6 +351,49 @@ mod tests {
         drop(first);
         let second = board(&drives);
         assert_eq!((found(&second, 2), drives.all().len()), (0xffff, 0));
+    }
+
+    #[test]
+    fn a_slot_that_was_just_emptied_is_filled_last() {
+        let board = board(&Drives::default());
+        let plug = |n: usize| board.plug(&drive(&format!("vol{n}"))).unwrap();
+        (2..PCI_SLOTS).for_each(plug);
+        assert!(!board.buses.spread());
+        board.eject(7);
+        plug(100);
+        assert_eq!((found(&board, 7), found(&board, 32)), (0xffff, DISK));
+        plug(101);
+        assert_eq!((found(&board, 7), found(&board, 33)), (0xffff, DISK));
+        board.eject(9);
+        plug(102);
+        assert_eq!((found(&board, 7), found(&board, 9)), (DISK, 0xffff), "another was emptied since");
+    }
+
+    /// Of the some 200 vectors that each vCPU has, more disks than an instance may have leave a few.
+    #[test]
+    fn a_guest_has_vectors_for_all_its_disks() {
+        for cpus in [1, 2, 3, 4, 8, 32] {
+            let board = board_of(cpus, &Drives::default());
+            (0..140).for_each(|n| board.plug(&drive(&format!("vol{n}"))).unwrap());
+            let mut vectors = 0;
+            for slot in 2..142 {
+                let mut header = [0; 256];
+                board.buses.ecam().read(slot << 15, &mut header);
+                let capability = usize::from(header[0x34]);
+                assert_eq!(header[0x3d] == 1, slot / 32 > u64::from(cpus), "slot {slot} of {cpus} vCPUs");
+                match (header[0x3d], header[capability]) {
+                    // A queue's vector is taken of every vCPU, or is one of several that share them out.
+                    (0, 0x11) => {
+                        let queues = u32::from(header[capability + 2]);
+                        assert_eq!(queues, if slot < 32 { cpus.min(4) } else { 1 });
+                        vectors += cpus + 1;
+                    }
+                    (1, 0x09) => {}
+                    other => panic!("slot {slot}: {other:?}"),
+                }
+            }
+            assert!(vectors <= cpus * 200 - 40, "{vectors} vectors of {cpus} vCPUs");
+        }
     }
 
     #[test]

@@ -16,8 +16,9 @@ use crate::model::{AttachmentState, Device, Instance, InstanceState, Volume, Vol
 use super::work::Work;
 use super::{Region, now, tags};
 
-/// Volumes and interfaces that an instance may have together, as on EC2.
-const ATTACHMENTS_MAX: usize = 28;
+/// Volumes and interfaces that an instance may have together: as many as the largest of EC2's types, and less than a machine
+/// has slots for, which instance stores take too.
+pub(super) const ATTACHMENTS_MAX: usize = 128;
 /// How often a guest that is to let a disk go is looked at.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -55,10 +56,7 @@ impl Region {
                 let why = format!("Attachment point {device} is already in use");
                 return Err(Fault::value("device", device, &why));
             }
-            if instance.devices.len() + instance.interfaces.len() >= ATTACHMENTS_MAX {
-                let why = format!("{} has {ATTACHMENTS_MAX} volumes and interfaces; detach one", instance.id);
-                return Err(Fault::new("AttachmentLimitExceeded", why));
-            }
+            one_more(&instance)?;
             let state = match instance.state {
                 InstanceState::Stopped => AttachmentState::Attached,
                 InstanceState::Running => AttachmentState::Attaching,
@@ -164,6 +162,18 @@ impl Region {
         }
         failed.map_or(Ok(again), |error| Err(Fault::internal(error)))
     }
+}
+
+/// Whether an instance may have one more volume or interface.
+///
+/// # Errors
+/// `AttachmentLimitExceeded`.
+pub(super) fn one_more(instance: &Instance) -> Result<()> {
+    if instance.devices.len() + instance.interfaces.len() < ATTACHMENTS_MAX {
+        return Ok(());
+    }
+    let why = format!("{} has {ATTACHMENTS_MAX} volumes and interfaces; detach one", instance.id);
+    Err(Fault::new("AttachmentLimitExceeded", why))
 }
 
 /// The state is one in which volumes neither come nor go.

@@ -6,6 +6,7 @@ use crate::fault::{Fault, Result};
 use crate::id;
 use crate::model::{Attachment, Instance, InstanceState, Interface, Subnet, Tags};
 
+use super::attachments::one_more;
 use super::{Region, Secondary, Work, now, recall, remember, tags};
 
 /// The most interfaces of an instance.
@@ -162,6 +163,7 @@ impl Region {
                 let why = format!("Interface count exceeds the limit: an instance has at most {MAX_INTERFACES}");
                 return Err(Fault::new("AttachmentLimitExceeded", why));
             }
+            one_more(&to)?;
             let mut taken = Vec::new();
             for have in &to.interfaces {
                 let attachment = work.get::<Interface>(have)?.and_then(|have| have.attachment);

@@ -11,6 +11,7 @@ use crate::model::{
     KeyPair, MetadataOptions, Name, Shape, Snapshot, Subnet, Tags, Volume, VolumeState,
 };
 
+use super::attachments::ATTACHMENTS_MAX;
 use super::{
     Encryption, InterfaceAsk, Region, Secondary, Work, cards, images, now, recall, remember, snapshots, tags,
 };
@@ -19,8 +20,6 @@ use super::{
 const MAX_USER_DATA: usize = 16 << 10;
 /// The most instances of one call.
 const MAX_COUNT: u32 = 1000;
-/// The most disks of an instance.
-const MAX_DEVICES: usize = 24;
 
 /// What RunInstances asks for.
 #[derive(Debug, Clone, Default)]
@@ -180,6 +179,13 @@ impl Region {
             None => self.groups_of(work, account, &subnet.vpc, &launch.groups, &launch.group_names)?,
         };
         let disks = self.disks(work, account, &image, &launch.devices)?;
+        let (volumes, cards) = (disks.len(), launch.others.len() + 1);
+        if volumes + cards > ATTACHMENTS_MAX {
+            let why = format!(
+                "{volumes} volumes and {cards} interfaces were asked for: an instance has at most {ATTACHMENTS_MAX} together"
+            );
+            return Err(Fault::new("AttachmentLimitExceeded", why));
+        }
         let most = self.room_for(work, account, launch, disks.len())?;
         let (reservation, at) = (id::new("r"), now());
         let mut made = Vec::new();
@@ -367,9 +373,6 @@ impl Region {
             }
         }
         disks.sort_by_key(|disk| disk.name != image.root_device);
-        if disks.len() > MAX_DEVICES {
-            return Err(mapping(format!("An instance has at most {MAX_DEVICES} volumes")));
-        }
         Ok(disks)
     }
 

@@ -37,6 +37,7 @@ fn main() -> ExitCode {
     Args::parse();
     let mut fds = Inherited::default();
     let mut report_to = None;
+    raise_limit();
     let end = run(&mut fds, &mut report_to);
     let report =
         end.unwrap_or_else(|message| Report { end: End::Error { message }, counters: Counters::default() });
@@ -177,6 +178,18 @@ fn become_unprivileged(identity: RunAs) -> nix::Result<()> {
     setgroups(&[])?;
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)
+}
+
+/// Each disk takes a descriptor a file and three a queue: the process may have as many as the system lets it.
+fn raise_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(e) = raised {
+        complain(format_args!(
+            "its limit of open files stays as it is: {e}; it may be too low for many disks"
+        ));
+    }
 }
 
 /// Blocks SIGTERM and SIGINT in every thread to come, so that one thread can wait for them.

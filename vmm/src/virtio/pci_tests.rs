@@ -88,6 +88,46 @@ fn a_driver_negotiates_and_is_answered_by_an_interrupt() {
 }
 
 #[test]
+fn a_device_with_a_pin_asserts_it_until_its_status_is_read() {
+    let (driver, vm) = (Driver::new(1), Arc::new(FakeVm::default()));
+    let lines = Arc::new(crate::pci::intx::Lines::new(vm.clone()));
+    let (device, pin) = (Box::new(Restless), Some(Pin::new(lines, 64 + 3)));
+    let mut pci =
+        VirtioPci::new("i-1/x".into(), device, BAR, pin, driver.memory.clone(), vm.clone()).unwrap();
+    let told = || std::mem::take(&mut *vm.lines.lock().unwrap());
+    let config = |pci: &mut VirtioPci, at| {
+        let mut byte = [0];
+        pci.config_read(at, &mut byte);
+        byte[0]
+    };
+    assert_eq!(config(&mut pci, 0x3d), 1, "pin A");
+    let first = usize::from(config(&mut pci, 0x34));
+    assert_eq!(config(&mut pci, first), VENDOR_CAPABILITY, "no MSI-X comes before them");
+    negotiate(&mut pci, VERSION_1);
+    enable_queue(&mut pci);
+    assert_eq!(read::<2>(&mut pci, 26), NO_VECTOR.to_le_bytes(), "there are no vectors");
+    pci.bar_write(20, &[0xf]);
+    pci.refresh();
+    pci.interrupts.used(0);
+    assert_eq!((told(), config(&mut pci, 6) & 8), (vec![(19, true)], 8));
+    assert_eq!((read::<1>(&mut pci, ISR), told()), ([3], vec![(19, false)]));
+    assert_eq!((read::<1>(&mut pci, ISR), config(&mut pci, 6) & 8), ([0], 0));
+
+    // The guest wants no lines (bit 10), and then again.
+    pci.config_write(4, &(6u16 | 1 << 10).to_le_bytes());
+    pci.interrupts.used(0);
+    assert!(told().is_empty());
+    pci.config_write(4, &6u16.to_le_bytes());
+    assert_eq!(told(), [(19, true)]);
+    pci.bar_write(20, &[0]);
+    assert_eq!(told(), [(19, false)], "a reset");
+    pci.interrupts.used(0);
+    drop(pci);
+    assert_eq!(told(), [(19, true), (19, false)], "who is gone asserts nothing");
+    assert!(vm.messages.lock().unwrap().is_empty());
+}
+
+#[test]
 fn features_that_were_not_offered_are_not_accepted() {
     let driver = Driver::new(1);
     let (mut pci, _) = transport(&driver);
