@@ -142,6 +142,24 @@ class Things(Case):
         self.ec2.delete_volume(VolumeId=volume)
         self.ec2.get_waiter("volume_deleted").wait(VolumeIds=[volume], WaiterConfig={"Delay": 0.05})
 
+    def test_an_instance_has_as_many_volumes_as_the_largest_of_ec2(self):
+        disk = lambda n: {"DeviceName": f"/dev/xvd{chr(98 + n // 26)}{chr(97 + n % 26)}", "Ebs": {"VolumeSize": 1, "DeleteOnTermination": True}}
+        before = len(self.ec2.describe_volumes()["Volumes"])
+        self.fails("AttachmentLimitExceeded", self.run_one, BlockDeviceMappings=[disk(n) for n in range(127)])
+        self.assertEqual(len(self.ec2.describe_volumes()["Volumes"]), before)
+        instance = self.run_one(BlockDeviceMappings=[disk(n) for n in range(125)])
+        self.wait("instance_running", instance)
+        for name, fails in [("/dev/sdz", False), ("/dev/sdy", True)]:
+            volume = self.ec2.create_volume(AvailabilityZone="home-1a", Size=1)["VolumeId"]
+            self.ec2.get_waiter("volume_available").wait(VolumeIds=[volume], WaiterConfig={"Delay": 0.05})
+            attach = {"VolumeId": volume, "InstanceId": instance, "Device": name}
+            if fails:
+                self.fails("AttachmentLimitExceeded", self.ec2.attach_volume, **attach)
+                self.assertEqual(self.ec2.describe_volumes(VolumeIds=[volume])["Volumes"][0]["State"], "available")
+            else:
+                self.ec2.attach_volume(**attach)
+        self.assertEqual(len(self.instance(instance)["BlockDeviceMappings"]), 127)
+
     def test_security_groups(self):
         group = self.ec2.create_security_group(GroupName="web", Description="for the web")["GroupId"]
         self.fails("InvalidGroup.Duplicate", self.ec2.create_security_group, GroupName="web", Description="again")

@@ -736,6 +736,7 @@ class Story(unittest.TestCase):
             host("bash", "-c", check)
         # What it had at the end it has on a volume of a snapshot, and gives all of it back.
         last = ec2.create_snapshot(VolumeId=volume["VolumeId"])["SnapshotId"]
+        ec2.get_waiter("snapshot_completed").wait(SnapshotIds=[last], WaiterConfig={"Delay": 1, "MaxAttempts": ENOUGH})
         for snapshot in snapshots:
             ec2.delete_snapshot(SnapshotId=snapshot)
         mapping = {"DeviceName": "/dev/sdf", "Ebs": {"SnapshotId": last, "DeleteOnTermination": True}}
