@@ -1,12 +1,13 @@
 //! EC2's operations: a call's parameters become a verb of `cloud`, and what that gives becomes an answer.
 //!
 //! ```text
-//!   Call ─► OPERATIONS (by name) ─► instances, instance_attributes, launch_templates, images, imports, snapshots, volumes, groups, keys, network, addresses, places, tags, account ─► Node
+//!   Call ─► OPERATIONS (by name) ─► instances, instance_attributes, launch_templates, images, imports, stored, bundles, snapshots, volumes, groups, keys, network, addresses, places, tags, account ─► Node
 //!                                        └── filters: what the answer would say decides
 //! ```
 
 mod account;
 mod addresses;
+mod bundles;
 mod filters;
 mod groups;
 mod images;
@@ -20,6 +21,7 @@ mod network;
 mod places;
 mod routes;
 mod snapshots;
+mod stored;
 mod tags;
 mod volumes;
 mod vpcs;
@@ -59,6 +61,8 @@ static OPERATIONS: &[&[(&str, Operation)]] = &[
     launch_templates::OPERATIONS,
     images::OPERATIONS,
     imports::OPERATIONS,
+    stored::OPERATIONS,
+    bundles::OPERATIONS,
     snapshots::OPERATIONS,
     volumes::OPERATIONS,
     groups::OPERATIONS,

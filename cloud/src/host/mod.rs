@@ -31,6 +31,9 @@ use crate::backup::Captured;
 use crate::keyring::Wrapped;
 use crate::metadata::Metadata;
 
+/// What ids of volumes begin with that are roots on instance store: they are a run's own, and in no backup.
+pub const OWN_ROOT: &str = "eph-";
+
 /// A machine as its host is told of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
@@ -350,6 +353,13 @@ pub trait Host: Send + Sync {
         go_on: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<u64>;
 
+    /// Keeps as a snapshot what `fill` writes to the file that it is given, which is empty; `fill` tells the disk's size in
+    /// bytes, and so does this. A snapshot that is there stays, and nothing is filled.
+    ///
+    /// # Errors
+    /// Those of `fill`, [`HostError::NoRoom`]. There is no snapshot then.
+    fn write_snapshot(&self, id: &str, fill: &mut dyn FnMut(&File) -> Result<u64>) -> Result<u64>;
+
     /// What a snapshot or a template holds, to be read here: also when it is deleted meanwhile. What is encrypted of it is read as its guest wrote it.
     ///
     /// # Errors
@@ -507,7 +517,7 @@ fn no_boot_file(id: &str) -> HostError {
 }
 
 /// An error with its causes.
-fn told(error: &dyn std::error::Error) -> String {
+pub(crate) fn told(error: &dyn std::error::Error) -> String {
     match error.source() {
         Some(cause) => format!("{error}: {}", told(cause)),
         None => error.to_string(),
