@@ -25,11 +25,12 @@ use crate::jobs::Jobs;
 /// The name of the service in a credential's scope.
 pub const SERVICE: &str = "hutch";
 /// What it does.
-pub const ACTIONS: [&str; 8] = [
+pub const ACTIONS: [&str; 9] = [
     "CreateBackup",
     "DescribeBackup",
     "CreateExport",
     "CreateCheck",
+    "CreateRepair",
     "DescribeJob",
     "ImportDisk",
     "GetFigures",
@@ -104,6 +105,7 @@ impl Owner {
             }
             "CreateExport" => self.jobs.export(region(regions, call)?, call),
             "CreateCheck" => self.jobs.check(region(regions, call)?, call),
+            "CreateRepair" => self.jobs.repair(region(regions, call)?, call),
             "DescribeJob" => self.jobs.describe(call),
             "ImportDisk" => import(region(regions, call)?, call),
             "CreateBackup" => self.begin(regions, call),
