@@ -82,3 +82,20 @@ class Files(Case):
         self.assertEqual(json.loads(self.hutch("check", "checked", "-o", "json")), {"whole": True, "bytes": 0, "layers": []})
         self.eventually(lambda: self.snapshots() == before)
         self.assertIn("InvalidVolume.NotFound", self.hutch("check", made, key="AKIDOTHER", secret="other", fails=True))
+
+    def test_repair(self):
+        made = self.volume("broken")
+        self.assertEqual(self.hutch("repair", "broken").strip(), "broken is whole")
+        self.assertEqual(json.loads(self.hutch("repair", made, "--discard-broken", "-o", "json")), {"whole": True, "layers": []})
+        self.assertIn("InvalidVolume.NotFound", self.hutch("repair", made, key="AKIDOTHER", secret="other", fails=True))
+        self.assertIn("InvalidVolume.NotFound", self.hutch("repair", "vol-12345678", fails=True))
+        image = self.ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+        instance = self.ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, Placement={"AvailabilityZone": f"{REGION}a"})["Instances"][0]["InstanceId"]
+        self.ec2.get_waiter("instance_running").wait(InstanceIds=[instance], WaiterConfig={"Delay": 0.05})
+        self.ec2.attach_volume(VolumeId=made, InstanceId=instance, Device="/dev/sdf")
+        said = self.hutch("repair", made, fails=True)
+        self.assertIn("IncorrectState", said)
+        self.assertIn(instance, said)
+        self.ec2.stop_instances(InstanceIds=[instance])
+        self.ec2.get_waiter("instance_stopped").wait(InstanceIds=[instance], WaiterConfig={"Delay": 0.05})
+        self.hutch("repair", made)

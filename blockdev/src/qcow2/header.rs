@@ -13,7 +13,8 @@ const KEY_CHECK: [u8; 8] = *b"hKey\0\0\0\x10";
 /// Where extensions begin in headers that we write, and how much of ours there is to write and to read.
 const EXTENSIONS: usize = 104;
 const WHOLE_LEN: usize = EXTENSIONS + 8 + 16 + 8;
-/// Incompatible feature bits.
+/// Where the incompatible feature bits are, and which there are.
+const FEATURES: u64 = 72;
 const DIRTY: u64 = 1 << 0;
 const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
@@ -89,6 +90,17 @@ impl Header {
     /// `Format`, with the reason: no qcow2 at all; a backing file or data file by name; encryption; internal snapshots;
     /// dirty or corrupt marks; unknown incompatible features; sizes and places that cannot be.
     pub fn read(store: &dyn Store) -> Result<Header> {
+        let (header, marks) = Header::read_marked(store)?;
+        for (bit, why) in [(DIRTY, "was not closed properly (dirty)"), (CORRUPT, "is marked corrupt")] {
+            if marks & bit != 0 {
+                return refuse(format!("the image {why}; repair it first (qemu-img check -r all)"));
+            }
+        }
+        Ok(header)
+    }
+
+    /// Likewise of an image that is to be checked: with its dirty and corrupt marks, which do not stop that.
+    pub(super) fn read_marked(store: &dyn Store) -> Result<(Header, u64)> {
         let len = store.size().map_err(|e| DiskError::io("find the image's size", e))?;
         let mut bytes = [0; WHOLE_LEN];
         store.read_bytes(0, &mut bytes).map_err(|e| DiskError::io("read the image's header", e))?;
@@ -128,14 +140,20 @@ impl Header {
             header.features(&f)?;
         }
         header.places(len)?;
-        Ok(header)
+        let marks = if version == 3 { f.u64(FEATURES as usize) & (DIRTY | CORRUPT) } else { 0 };
+        Ok((header, marks))
+    }
+
+    /// Takes the dirty and corrupt marks away.
+    pub(super) fn unmark(store: &dyn Store) -> std::io::Result<()> {
+        let mut bytes = [0; 8];
+        store.read_bytes(FEATURES, &mut bytes)?;
+        store.write_bytes(FEATURES, &(u64::from_be_bytes(bytes) & !(DIRTY | CORRUPT)).to_be_bytes())
     }
 
     fn features(&mut self, f: &Fields<'_>) -> Result<()> {
-        let incompatible = f.u64(72);
+        let incompatible = f.u64(FEATURES as usize);
         for (bit, why) in [
-            (DIRTY, "was not closed properly (dirty); repair it first (qemu-img check -r all)"),
-            (CORRUPT, "is marked corrupt; repair it first (qemu-img check -r all)"),
             (EXTERNAL_DATA, "keeps its data in another file; convert it first (qemu-img convert)"),
             (EXTENDED_L2, "has extended L2 entries; convert it first (qemu-img convert)"),
         ] {
@@ -143,7 +161,7 @@ impl Header {
                 return refuse(format!("the image {why}"));
             }
         }
-        let unknown = incompatible & !COMPRESSION_TYPE;
+        let unknown = incompatible & !(COMPRESSION_TYPE | DIRTY | CORRUPT);
         if unknown != 0 {
             return refuse(format!(
                 "the image needs features that are not known here ({unknown:#x}); convert it (qemu-img convert)"

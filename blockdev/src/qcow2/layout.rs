@@ -32,6 +32,14 @@ fn blocks_for(clusters: u64) -> u64 {
     clusters.div_ceil(COUNTS - 1)
 }
 
+/// Refcount blocks that a volume of this header has at least.
+pub(super) fn blocks_of(header: &Header) -> u64 {
+    let tables = header.size.div_ceil(L2_REACH);
+    let l1_clusters = u64::from(header.l1_entries).div_ceil(ENTRIES);
+    let data = header.size.div_ceil(CLUSTER) + SLACK;
+    blocks_for(1 + u64::from(header.reftable_clusters) + l1_clusters + tables + data)
+}
+
 /// Makes `store`, an empty file, a volume of `size` bytes that holds nothing yet. Constant time, whatever the size:
 /// some KiB are written, none of them durable before the volume's first flush.
 ///

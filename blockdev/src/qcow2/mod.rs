@@ -23,6 +23,7 @@ mod header;
 mod layout;
 mod merge;
 mod payload;
+mod repair;
 mod volume;
 
 use std::fs::File;
@@ -35,6 +36,7 @@ pub use check::{Checked, check};
 pub use header::{Header, MAX_SIZE};
 pub use layout::{create, create_encrypted};
 pub use merge::{commit, pull};
+pub use repair::{Repaired, repair};
 
 use crate::crypt::Cipher;
 use crate::cursor::{self, Cursor};

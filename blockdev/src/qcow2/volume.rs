@@ -53,7 +53,9 @@ struct Fresh {
 }
 
 fn damaged<T>(why: String) -> Result<T> {
-    Err(DiskError::format(format!("{why}; the volume is damaged: restore it from a snapshot")))
+    Err(DiskError::format(format!(
+        "{why}; the volume is damaged: repair it (hutch volume repair), or restore it from a snapshot"
+    )))
 }
 
 impl Volume {
@@ -270,7 +272,7 @@ impl Volume {
     }
 
     /// Writes the counts that changed.
-    fn write_counts(&mut self, store: &dyn Store) -> std::io::Result<()> {
+    pub(super) fn write_counts(&mut self, store: &dyn Store) -> std::io::Result<()> {
         let mut groups = std::mem::take(&mut self.counts).into_iter().peekable();
         while let Some(first) = groups.next() {
             let Some(at) = self.group_offset(first) else { continue };

@@ -65,11 +65,30 @@ pub enum Command {
     },
     /// Check that a volume or a snapshot is whole: the tables of its layers, and that all it holds can be read.
     ///
-    /// A guest that has the volume goes on: a snapshot is checked, which is taken for that and removed. Nothing is repaired.
+    /// A guest that has the volume goes on: a snapshot is checked, which is taken for that and removed. Nothing is repaired. Of a
+    /// volume that is so damaged that it cannot be opened, `hutch volume repair` tells more.
     Check {
         /// A volume, by id or name, or a snapshot.
         what: String,
         /// How to print what was found.
+        #[arg(long, short, value_enum, default_value_t = Output::Text)]
+        output: Output,
+        #[command(flatten)]
+        at: Connection,
+    },
+    /// Repair a volume that no running instance has: free what is lost of its room, count anew, and mend its tables.
+    ///
+    /// Where bytes of the guest's are lost, nothing is written, and their places on its disk are told; a snapshot or a backup may
+    /// have them. With --discard-broken it is done all the same: as with `qemu-img check -r all`, entries that lead nowhere
+    /// read as zeros, and a cluster that several have becomes a copy for each, of which at most one is right. Layers that
+    /// snapshots or other volumes have too are never written: such damage is told, with who has it.
+    Repair {
+        /// A volume, by id or name.
+        volume: String,
+        /// Repair also what cannot be repaired without loss.
+        #[arg(long)]
+        discard_broken: bool,
+        /// How to print what was done.
         #[arg(long, short, value_enum, default_value_t = Output::Text)]
         output: Output,
         #[command(flatten)]
@@ -168,6 +187,9 @@ pub fn run(command: &Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Export { what, file, format, output, at } => export(what, file, *format, *output, at),
         Command::Check { what, output, at } => check(what, *output, at),
+        Command::Repair { volume, discard_broken, output, at } => {
+            repair(volume, *discard_broken, *output, at)
+        }
         Command::Import { .. } => import(command),
     }
 }
@@ -229,10 +251,77 @@ fn check(what: &str, output: Output, at: &Connection) -> anyhow::Result<ExitCode
         }
         match wrong {
             0 => println!("{what} is whole: {} of data were read", size(number(&found["bytes"]))),
-            wrong => println!("{what} is damaged: {wrong} faults; restore it from a snapshot or a backup"),
+            wrong => {
+                println!(
+                    "{what} is damaged: {wrong} faults; `hutch volume repair`, or a snapshot or a backup"
+                );
+            }
         }
     }
     Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn repair(what: &str, discard: bool, output: Output, at: &Connection) -> anyhow::Result<ExitCode> {
+    let client = Client::new(at)?;
+    let params = [param("VolumeId", volume(&client, what)?), param("DiscardBroken", discard.to_string())];
+    let done = result(&client, &client.own("CreateRepair", &params)?, "repairing")?;
+    let layers = items(&done["layerSet"]);
+    let good = |layer: &Value| layer.get("done").is_none_or(|done| text_of(done) == "true");
+    let whole = layers.iter().all(good);
+    if matches!(output, Output::Json | Output::Yaml) {
+        let ranges = |of: &Value| {
+            let range = |range: &Value| json!({ "offset": number(&range["offset"]), "bytes": number(&range["bytes"]) });
+            items(of).iter().map(range).collect::<Vec<_>>()
+        };
+        let texts = |of: &Value| items(of).iter().map(text_of).map(str::to_owned).collect::<Vec<_>>();
+        let layer = |layer: &Value| {
+            let count = |name: &str| layer.get(name).map(number);
+            json!({ "name": text_of(&layer["name"]), "whole": good(layer), "leaked": count("leaked"), "wrong": count("wrong"),
+                    "faults": texts(&layer["faultSet"]), "used-by": texts(&layer["userSet"]),
+                    "lost-bytes": count("lostBytes"), "lost": ranges(&layer["lostSet"]),
+                    "shared-bytes": count("sharedBytes"), "shared": ranges(&layer["sharedSet"]) })
+        };
+        record(output, &json!({ "whole": whole, "layers": layers.iter().map(layer).collect::<Vec<_>>() }))?;
+    } else {
+        layers.iter().for_each(|layer| tell_repaired(layer, good(layer)));
+        let needs = |layer: &Value| !good(layer) && items(&layer["userSet"]).is_empty();
+        match whole {
+            true => println!("{what} is whole"),
+            false if !discard && layers.iter().any(needs) => println!(
+                "{what} is as it was: what is lost stays lost by a repair; have it from a snapshot or a backup, or repair it \
+                 with --discard-broken"
+            ),
+            false => println!("{what} is damaged still; restore it from a backup"),
+        }
+    }
+    Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn tell_repaired(layer: &Value, good: bool) {
+    let (name, users) = (text_of(&layer["name"]), items(&layer["userSet"]));
+    let (leaked, wrong) = (number(&layer["leaked"]), number(&layer["wrong"]));
+    match layer.get("done") {
+        None => println!("{name}: raw, without tables"),
+        Some(_) if wrong == 0 && leaked == 0 => println!("{name}: whole"),
+        Some(_) if !users.is_empty() => {
+            let users = users.iter().map(text_of).collect::<Vec<_>>().join(", ");
+            println!("{name}: {wrong} faults; left as it is, for it is of {users}, too");
+        }
+        Some(_) if good => println!("{name}: {wrong} faults repaired, {leaked} clusters freed"),
+        Some(_) => println!("{name}: {wrong} faults, {leaked} clusters lost"),
+    }
+    for fault in items(&layer["faultSet"]) {
+        println!("  {}", text_of(fault));
+    }
+    for (ranges, all, words) in [("lostSet", "lostBytes", "lost"), ("sharedSet", "sharedBytes", "of several")]
+    {
+        for range in items(&layer[ranges]) {
+            println!("  {words}: {} bytes at {}", text_of(&range["bytes"]), text_of(&range["offset"]));
+        }
+        if number(&layer[all]) > 0 {
+            println!("  {words} in all: {}", size(number(&layer[all])));
+        }
+    }
 }
 
 fn import(command: &Command) -> anyhow::Result<ExitCode> {

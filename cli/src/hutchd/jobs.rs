@@ -1,12 +1,14 @@
-//! What takes its time and is asked of the daemon itself: a snapshot written to a file, or checked.
+//! What takes its time and is asked of the daemon itself: a snapshot written to a file, or checked; a volume repaired.
 //!
 //! ```text
 //!   CreateExport SnapshotId=… Path=FILE Format=raw|qcow2 ─► jobId     by the administrator's account: it writes files
 //!   CreateCheck SnapshotId=… ─► jobId
+//!   CreateRepair VolumeId=… DiscardBroken=true|false ─► jobId     of a volume that no instance has that runs
 //!   DescribeJob JobId=… ─► state running | done | failed, bytes, what came of it
 //! ```
 //! A job is its process's: when that ends, what was begun is gone.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -16,13 +18,17 @@ use hutch_api::query::{Call, Fault, Node};
 use hutch_blockdev::Format;
 use hutch_cloud::backup::Progress;
 use hutch_cloud::export::{self, ExportError};
-use hutch_cloud::model::Snapshot;
+use hutch_cloud::host::RepairedLayer;
+use hutch_cloud::model::{Instance, InstanceState, Snapshot, Volume, VolumeState};
 use hutch_cloud::region::Region;
 
 /// Jobs at a time.
 const MOST: usize = 2;
 /// Jobs that are over and remembered.
 const KEPT: usize = 32;
+
+/// The most ranges of a layer that are told one by one.
+const RANGES: usize = 100;
 
 /// What came of a job.
 type End = Arc<Mutex<Option<Result<Node, String>>>>;
@@ -55,6 +61,50 @@ fn snapshot(region: &Region, call: &Call) -> Result<Snapshot, Fault> {
     match found.complete {
         true => Ok(found),
         false => Err(Fault::new("IncorrectState", format!("The snapshot '{id}' is not completed"))),
+    }
+}
+
+/// The volume that a call names, which no instance has that is not stopped.
+fn unused_volume(region: &Region, call: &Call) -> Result<Volume, Fault> {
+    let id = call.params.required("VolumeId")?;
+    hutch_cloud::id::check(id, "vol", "InvalidVolumeID")?;
+    let volume = region.get::<Volume>(id)?.filter(|volume| volume.account == call.identity.account);
+    let volume = volume.ok_or_else(|| Fault::not_found("InvalidVolume", "volume", id))?;
+    if volume.state != VolumeState::Ready {
+        let why = format!("The volume '{id}' is being made or deleted, or is in error");
+        return Err(Fault::new("IncorrectState", why));
+    }
+    let user = volume.instance.as_deref().map(|user| region.get::<Instance>(user)).transpose()?.flatten();
+    match user.filter(|user| user.state != InstanceState::Stopped) {
+        None => Ok(volume),
+        Some(user) => {
+            let why = format!("The volume '{id}' is in use by {}; stop that, or detach the volume", user.id);
+            Err(Fault::new("IncorrectState", why))
+        }
+    }
+}
+
+fn ranges(of: &[Range<u64>]) -> Node {
+    let range =
+        |range: &Range<u64>| node! { "offset": range.start, "bytes": range.end.saturating_sub(range.start) };
+    Node::list(of.get(..RANGES).unwrap_or(of), range)
+}
+
+fn repaired(layer: &RepairedLayer) -> Node {
+    let of = layer.repaired.as_ref();
+    let found = of.map(|repaired| &repaired.found);
+    let bytes = |of: &[Range<u64>]| of.iter().map(|range| range.end - range.start).sum::<u64>();
+    node! {
+        "name": &layer.name,
+        "done": of.map(|repaired| repaired.done),
+        "leaked": found.map(|found| found.leaked),
+        "wrong": found.map(|found| found.wrong),
+        "faultSet": found.map(|found| Node::list(&found.faults, |fault| Node::Text(fault.clone()))),
+        "lostBytes": found.map(|found| bytes(&found.lost)),
+        "lostSet": found.map(|found| ranges(&found.lost)),
+        "sharedBytes": found.map(|found| bytes(&found.shared)),
+        "sharedSet": found.map(|found| ranges(&found.shared)),
+        "userSet": Node::list(&layer.users, |user| Node::Text(user.clone())),
     }
 }
 
@@ -106,6 +156,21 @@ impl Jobs {
         })
     }
 
+    /// Begins to repair a volume.
+    ///
+    /// # Errors
+    /// What the client is told.
+    pub fn repair(&self, region: &Region, call: &Call) -> Result<Node, Fault> {
+        let volume = unused_volume(region, call)?;
+        let discard = call.params.boolean("DiscardBroken")?.unwrap_or(false);
+        let host = region.host().clone();
+        self.begin(call, move |_| {
+            let layers = host.repair_volume(&volume.id, discard)?;
+            tracing::info!(volume = volume.id, discard, "looked at, to be repaired");
+            Ok(node! { "layerSet": Node::list(&layers, repaired) })
+        })
+    }
+
     fn begin(
         &self,
         call: &Call,
@@ -113,7 +178,7 @@ impl Jobs {
     ) -> Result<Node, Fault> {
         let mut jobs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if jobs.iter().filter(|job| job.runs()).count() >= MOST {
-            let why = format!("{MOST} exports and checks are under way; wait for one of them");
+            let why = format!("{MOST} exports, checks and repairs are under way; wait for one of them");
             return Err(Fault::new("IncorrectState", why));
         }
         while jobs.len() >= KEPT {

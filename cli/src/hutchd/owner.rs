@@ -26,12 +26,13 @@ use crate::jobs::Jobs;
 /// The name of the service in a credential's scope.
 pub const SERVICE: &str = "hutch";
 /// What it does.
-pub const ACTIONS: [&str; 9] = [
+pub const ACTIONS: [&str; 10] = [
     "BundleImage",
     "CreateBackup",
     "DescribeBackup",
     "CreateExport",
     "CreateCheck",
+    "CreateRepair",
     "DescribeJob",
     "ImportDisk",
     "GetFigures",
@@ -114,6 +115,7 @@ impl Owner {
             }
             "CreateExport" => self.jobs.export(region(regions, call)?, call),
             "CreateCheck" => self.jobs.check(region(regions, call)?, call),
+            "CreateRepair" => self.jobs.repair(region(regions, call)?, call),
             "DescribeJob" => self.jobs.describe(call),
             "BundleImage" => bundle(region(regions, call)?, call),
             "ImportDisk" => import(region(regions, call)?, call),

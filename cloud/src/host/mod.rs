@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hutch_blockdev::Disk;
+use hutch_blockdev::qcow2::Repaired;
 use hutch_imagestore::import::{self, ImportError, Limits, Target};
 use hutch_imagestore::store::{Format, Image, Kind};
 use hutch_vmm::config::Rate;
@@ -270,6 +271,17 @@ pub enum HostError {
     Failed(String),
 }
 
+/// A layer of a volume that was to be repaired.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RepairedLayer {
+    /// Its name.
+    pub name: String,
+    /// What came of it; `None`: it has no tables that could be wrong.
+    pub repaired: Option<Repaired>,
+    /// The other volumes and the snapshots that lie on it: then it is only looked at.
+    pub users: Vec<String>,
+}
+
 /// What a host's functions return.
 pub type Result<T> = std::result::Result<T, HostError>;
 
@@ -311,6 +323,13 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// [`HostError::Missing`] volume; [`HostError::NoRoom`]: it cannot become so large, and is as it was.
     fn modify_volume(&self, id: &str, bytes: u64, rate: &Rate) -> Result<()>;
+
+    /// Makes the layers of a volume whole that nobody else has; tells all of them, the top one first. Without `discard`
+    /// nothing is written where bytes of the guest's would be lost; with it they read as zeros, or as what else has them.
+    ///
+    /// # Errors
+    /// [`HostError::Missing`] volume; [`HostError::Busy`]: a machine that runs has it. [`HostError::NoRoom`]: it may be tried again.
+    fn repair_volume(&self, id: &str, discard: bool) -> Result<Vec<RepairedLayer>>;
 
     /// Removes a volume, if it is there. No machine that runs has it.
     ///

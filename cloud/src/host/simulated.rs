@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use crate::backup::{self, Captured, Target};
 
 use super::{
-    BootFile, Content, End, Group, Host, HostError, Machine, Network, OWN_ROOT, Reader, Result, Source,
-    Status, Template,
+    BootFile, Content, End, Group, Host, HostError, Machine, Network, OWN_ROOT, Reader, RepairedLayer,
+    Result, Source, Status, Template,
 };
 
 /// What is kept of a machine.
@@ -292,6 +292,17 @@ impl Host for Simulated {
         self.keep("volumes", id, Some(&volume))?;
         state.volumes.insert(id.into(), volume);
         Ok(())
+    }
+
+    fn repair_volume(&self, id: &str, _discard: bool) -> Result<Vec<RepairedLayer>> {
+        let state = self.lock();
+        let uses = |kept: &Kept| kept.end.is_none() && kept.machine.volumes.iter().any(|v| v == id);
+        match state.machines.values().find(|kept| uses(kept)) {
+            Some(user) => Err(HostError::Busy(format!("{} uses the volume {id}", user.machine.id))),
+            // It has no layers.
+            None if state.volumes.contains_key(id) => Ok(Vec::new()),
+            None => Err(HostError::Missing(format!("volume {id}"))),
+        }
     }
 
     fn delete_volume(&self, id: &str) -> Result<()> {

@@ -38,8 +38,8 @@ use crate::backup::Captured;
 use crate::keyring::Keyring;
 
 use super::{
-    BootFile, Content, End, Figures, Group, Host, HostError, Machine, Network, Reader, Result, Source,
-    Status, Template, Usage,
+    BootFile, Content, End, Figures, Group, Host, HostError, Machine, Network, Reader, RepairedLayer, Result,
+    Source, Status, Template, Usage,
 };
 use machine::{ANSWER, Dir, FLUSH, Kept, Live, Phase, end_of};
 use volumes::{Running, Volumes, failed};
@@ -168,6 +168,19 @@ impl Local {
     /// The places of all machines.
     fn slots(&self) -> Vec<Arc<Slot>> {
         lock(&self.shared.slots).values().cloned().collect()
+    }
+
+    /// Whether no machine that is to run has a volume; else why not.
+    fn unused(&self, id: &str) -> std::result::Result<(), String> {
+        for slot in self.slots() {
+            let state = slot.state();
+            if let Some(kept) = state.kept.as_ref().filter(|kept| kept.runs())
+                && kept.machine.volumes.iter().any(|volume| volume == id)
+            {
+                return Err(format!("{} uses the volume {id}", kept.machine.id));
+            }
+        }
+        Ok(())
     }
 
     /// The machine that runs and has a volume.
@@ -370,15 +383,14 @@ impl Host for Local {
     fn delete_volume(&self, id: &str) -> Result<()> {
         // A snapshot that is being taken of it comes first.
         let _held = self.shared.volumes.hold([id]);
-        for slot in self.slots() {
-            let state = slot.state();
-            if let Some(kept) = state.kept.as_ref().filter(|kept| kept.runs())
-                && kept.machine.volumes.iter().any(|volume| volume == id)
-            {
-                return Err(HostError::Failed(format!("{} uses the volume {id}", kept.machine.id)));
-            }
-        }
+        self.unused(id).map_err(HostError::Failed)?;
         self.shared.volumes.delete(id)
+    }
+
+    fn repair_volume(&self, id: &str, discard: bool) -> Result<Vec<RepairedLayer>> {
+        let _held = self.shared.volumes.hold([id]);
+        self.unused(id).map_err(HostError::Busy)?;
+        self.shared.volumes.repair(id, discard)
     }
 
     fn modify_volume(&self, id: &str, bytes: u64, rate: &Rate) -> Result<()> {

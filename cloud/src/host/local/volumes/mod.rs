@@ -16,6 +16,7 @@ mod chains;
 mod files;
 mod keys;
 mod migrate;
+mod repair;
 mod snapshots;
 mod tidy;
 

@@ -11,6 +11,7 @@ use crate::host::{Content, Layer};
 
 mod encrypted;
 mod exported;
+mod repaired;
 
 const MIB: u64 = 1 << 20;
 
