@@ -84,17 +84,21 @@ pub struct Layer {
     pub found: Option<Checked>,
 }
 
-/// Hands on, piece by piece, what of a disk is not zeros.
-fn each_piece(
+fn step(progress: &Progress) -> impl FnMut(u64) -> Result<()> {
+    |bytes| Ok(progress.advance(bytes)?)
+}
+
+/// Hands on, piece by piece, what of a disk is not zeros, and tells how many bytes are done.
+pub(crate) fn each_piece<E: From<DiskError>>(
     from: &dyn Disk,
-    progress: &Progress,
-    mut job: impl FnMut(u64, &[u8]) -> Result<()>,
-) -> Result<()> {
+    mut advance: impl FnMut(u64) -> std::result::Result<(), E>,
+    mut job: impl FnMut(u64, &[u8]) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
     let (mut buffer, mut at) = (vec![0; STEP as usize], 0);
     while at < from.size() {
         let zeros = from.zeros_at(at)?.min(from.size() - at);
         if zeros > 0 {
-            progress.advance(zeros)?;
+            advance(zeros)?;
             at += zeros;
             continue;
         }
@@ -106,7 +110,7 @@ fn each_piece(
                 job(at + (index * HOLE) as u64, piece)?;
             }
         }
-        progress.advance(count)?;
+        advance(count)?;
         at += count;
     }
     Ok(())
@@ -171,7 +175,7 @@ fn write(disk: &dyn Disk, file: &File, format: Format, path: &Path, progress: &P
     match format {
         Format::Raw => {
             file.set_len(disk.size()).map_err(io_error("write", path))?;
-            each_piece(disk, progress, |at, piece| {
+            each_piece(disk, step(progress), |at, piece| {
                 file.write_all_at(piece, at).map_err(io_error("write", path))
             })
         }
@@ -179,7 +183,7 @@ fn write(disk: &dyn Disk, file: &File, format: Format, path: &Path, progress: &P
             qcow2::create(file, disk.size())?;
             let clone = file.try_clone().map_err(io_error("write", path))?;
             let into: Arc<dyn Disk> = open_layers(vec![(clone, format)], false)?;
-            each_piece(disk, progress, |at, piece| Ok(into.write_at(at, piece)?))?;
+            each_piece(disk, step(progress), |at, piece| Ok(into.write_at(at, piece)?))?;
             Ok(into.flush()?)
         }
     }
@@ -220,7 +224,7 @@ pub fn check(reader: &Reader, progress: &Progress) -> Result<(Vec<Layer>, u64)> 
     // What a damaged table says is not read: it would be somebody else's.
     let mut data = 0;
     if layers.iter().all(|layer| layer.found.as_ref().is_none_or(|found| found.wrong == 0)) {
-        each_piece(disk, progress, |_, piece| {
+        each_piece(disk, step(progress), |_, piece| {
             data += piece.len() as u64;
             Ok(())
         })?;

@@ -9,11 +9,13 @@
 //!     ├─ metadata   what an instance is told        types    what a name such as t3.micro stands for
 //!     ├─ addresses  which public addresses there are    speed    how fast volumes and instances are
 //!     ├─ export     a snapshot as a file; whether it is whole
+//!     ├─ objects    where stored images are: buckets, in a directory or in S3     archive    disks in one stream
 //!     └─ backup     all of it, copied while it is used, and a state made of that
 //! ```
 #![forbid(unsafe_code)]
 
 pub mod addresses;
+pub mod archive;
 pub mod backup;
 pub mod export;
 pub mod fault;
@@ -23,6 +25,7 @@ pub mod keyring;
 pub mod limits;
 pub mod metadata;
 pub mod model;
+pub mod objects;
 pub mod region;
 pub mod speed;
 pub mod store;

@@ -13,11 +13,15 @@ use serde::{Deserialize, Serialize};
 mod imports;
 mod modification;
 mod network;
+mod stored;
 mod volumes;
 
 pub use imports::{ImportDisk, ImportState, ImportTask};
 pub use modification::{Modification, Progress, Shape};
 pub use network::{Account, Gateway, RouteTable, Slots, Subnet, Target, Vpc, VpcParts};
+pub use stored::{
+    RestoreDisk, RestoreTask, StoreState, StoreTask, StoredDevice, StoredImage, StoredSnapshot,
+};
 pub use volumes::{AttachmentState, Copied, Device, Snapshot, Volume, VolumeState};
 
 /// Tags: at most 50, keys to 128 characters, values to 256.
@@ -47,7 +51,7 @@ record! {
     Instance "instance", Image "image", Volume "volume", Snapshot "snapshot", Interface "interface", Vpc "vpc",
     Subnet "subnet", Group "group", KeyPair "key", Address "address", Token "token", Name "name",
     LaunchTemplate "launch-template", LaunchTemplateVersion "launch-template-version", Elastic "elastic",
-    ImportTask "import", Account "account", Gateway "internet-gateway", RouteTable "route-table",
+    ImportTask "import", StoreTask "store-image", RestoreTask "restore-image", Account "account", Gateway "internet-gateway", RouteTable "route-table",
 }
 
 /// Where an instance is in its life.

@@ -13,6 +13,8 @@ KEY, SECRET, REGION = "AKIDTEST", "secret-of-a-test", "home-1"
 
 
 class Daemon:
+    ENVIRONMENT = {}
+
     def __init__(self, *options, zones="ab"):
         self.state = tempfile.TemporaryDirectory()
         self.options = ["--zones", zones, *options]
@@ -22,7 +24,7 @@ class Daemon:
         command = [os.environ["HUTCHD"], "--host", "simulated", "--listen", "127.0.0.1:0"]
         command += ["--state", self.state.name, "--root-key", f"{KEY}:{SECRET}", *self.options]
         self.log, self.command = tempfile.TemporaryFile(), command
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True, env={**os.environ, **self.ENVIRONMENT})
         line = self.process.stdout.readline()
         if "http://" not in line:
             self.log.seek(0)

@@ -44,6 +44,7 @@ const PATHS: &[(&str, &str, &str)] = &[
     ("DescribeInstanceStatus", "instance-state-code", "instanceState.code"),
     ("DescribeInstanceStatus", "instance-status.reachability", "instanceStatus.details.status"),
     ("DescribeInstanceStatus", "system-status.reachability", "systemStatus.details.status"),
+    ("DescribeStoreImageTasks", "task-state", "storeTaskState"),
     ("DescribeImages", "owner-id", "imageOwnerId"),
     ("DescribeImages", "owner-alias", "imageOwnerAlias"),
     ("DescribeImages", "state", "imageState"),

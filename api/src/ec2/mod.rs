@@ -1,7 +1,7 @@
 //! EC2's operations: a call's parameters become a verb of `cloud`, and what that gives becomes an answer.
 //!
 //! ```text
-//!   Call ─► OPERATIONS (by name) ─► instances, instance_attributes, launch_templates, images, imports, snapshots, volumes, groups, keys, network, addresses, places, tags, account ─► Node
+//!   Call ─► OPERATIONS (by name) ─► instances, instance_attributes, launch_templates, images, imports, stored, snapshots, volumes, groups, keys, network, addresses, places, tags, account ─► Node
 //!                                        └── filters: what the answer would say decides
 //! ```
 
@@ -20,6 +20,7 @@ mod network;
 mod places;
 mod routes;
 mod snapshots;
+mod stored;
 mod tags;
 mod volumes;
 mod vpcs;
@@ -59,6 +60,7 @@ static OPERATIONS: &[&[(&str, Operation)]] = &[
     launch_templates::OPERATIONS,
     images::OPERATIONS,
     imports::OPERATIONS,
+    stored::OPERATIONS,
     snapshots::OPERATIONS,
     volumes::OPERATIONS,
     groups::OPERATIONS,

@@ -316,6 +316,7 @@ fn status(code: &str) -> StatusCode {
     match code {
         "AuthFailure" => StatusCode::UNAUTHORIZED,
         "UnauthorizedOperation"
+        | "AccessDenied"
         | "SignatureDoesNotMatch"
         | "InvalidClientTokenId"
         | "MissingAuthenticationToken"

@@ -33,6 +33,7 @@ use hutch_cloud::host::local::{Local, Means, Together};
 use hutch_cloud::host::{Host, Simulated};
 use hutch_cloud::keyring::Keyring;
 use hutch_cloud::limits::Limits;
+use hutch_cloud::objects::Objects;
 use hutch_cloud::region::{Reconciler, Region, Settings, lifecycle};
 use hutch_cloud::store::{Sqlite, Store};
 use hutch_cloud::types::Table;
@@ -79,6 +80,10 @@ struct Args {
     /// The directory below which disks may be imported by file:// URLs (ImportImage, ImportSnapshot), by every account.
     #[arg(long, value_name = "DIR")]
     import_dir: Option<PathBuf>,
+    /// Where stored images are, for all regions: file:///DIR, or s3://BUCKET/PREFIX with AWS_* of the environment (key, endpoint,
+    /// AWS_ALLOW_HTTP) or options behind a `?`. [default: STATE/objects]
+    #[arg(long, value_name = "URL")]
+    object_store: Option<String>,
     /// How long starting and stopping takes on the simulated host, in milliseconds.
     #[arg(long, default_value_t = 0)]
     delay: u64,
@@ -174,6 +179,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         whole.with_context(|| format!("--import-dir {}: there is no such directory", dir.display()))
     });
     let import_dir = import_dir.transpose()?;
+    let objects = Arc::new(objects(args.object_store.as_deref(), state, runtime.handle())?);
     let mut regions = Regions::new();
     let mut reconcilers = Vec::new();
     let together = Arc::new(Together::default());
@@ -189,7 +195,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
             resume: args.resume,
             import_dir: import_dir.clone(),
         };
-        let region = open(settings, dir.as_deref(), args, &together, runtime.handle())
+        let region = open(settings, dir.as_deref(), args, &together, runtime.handle(), &objects)
             .with_context(|| format!("the region {name}"))?;
         regions.insert(name.clone(), region);
     }
@@ -226,6 +232,7 @@ fn open(
     args: &Args,
     together: &Arc<Together>,
     runtime: &Handle,
+    objects: &Arc<Objects>,
 ) -> anyhow::Result<Arc<Region>> {
     let delay = Duration::from_millis(args.delay);
     if let Some(dir) = dir {
@@ -247,9 +254,20 @@ fn open(
         }
         (HostKind::Simulated, None) => Arc::new(Simulated::memory(delay)),
     };
-    let region = Arc::new(Region::new(settings, store, host));
+    let region = Arc::new(Region::new(settings, store, host).with_objects(objects.clone()));
     region.adopt_templates()?;
     Ok(region)
+}
+
+/// Where stored images are.
+fn objects(url: Option<&str>, state: Option<&Path>, runtime: &Handle) -> anyhow::Result<Objects> {
+    let runtime = runtime.clone();
+    match (url, state) {
+        (Some(url), _) => Objects::open(url, runtime),
+        (None, Some(state)) => Objects::directory(&state.join("objects"), runtime),
+        (None, None) => Ok(Objects::memory(runtime)),
+    }
+    .map_err(|why| anyhow::anyhow!("--object-store: {why}"))
 }
 
 /// The program that reads disks to be imported: beside this one.

@@ -350,6 +350,13 @@ pub trait Host: Send + Sync {
         go_on: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<u64>;
 
+    /// Keeps as a snapshot what `fill` writes to the file that it is given, which is empty; `fill` tells the disk's size in
+    /// bytes, and so does this. A snapshot that is there stays, and nothing is filled.
+    ///
+    /// # Errors
+    /// Those of `fill`, [`HostError::NoRoom`]. There is no snapshot then.
+    fn write_snapshot(&self, id: &str, fill: &mut dyn FnMut(&File) -> Result<u64>) -> Result<u64>;
+
     /// What a snapshot or a template holds, to be read here: also when it is deleted meanwhile. What is encrypted of it is read as its guest wrote it.
     ///
     /// # Errors

@@ -372,16 +372,21 @@ impl Host for Simulated {
         format: Option<Format>,
         go_on: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<u64> {
+        let missing = || HostError::Missing("program that reads disks".into());
+        let importer = self.importer.as_ref().ok_or_else(missing)?;
+        self.write_snapshot(id, &mut |disk| {
+            let to = import::Target { disk, directory: std::path::Path::new("memory") };
+            super::convert(importer, file, &to, format, go_on)
+        })
+    }
+
+    fn write_snapshot(&self, id: &str, fill: &mut dyn FnMut(&File) -> Result<u64>) -> Result<u64> {
         if let Some(bytes) = self.lock().snapshots.get(id) {
             return Ok(*bytes);
         }
-        let missing = || HostError::Missing("program that reads disks".into());
-        let importer = self.importer.as_ref().ok_or_else(missing)?;
         let failed = |e: std::io::Error| HostError::Failed(format!("cannot make a file for a while: {e}"));
-        let disk = rustix::fs::memfd_create("import", rustix::fs::MemfdFlags::CLOEXEC);
-        let disk = File::from(disk.map_err(|e| failed(e.into()))?);
-        let to = import::Target { disk: &disk, directory: std::path::Path::new("memory") };
-        let bytes = super::convert(importer, file, &to, format, go_on)?;
+        let disk = rustix::fs::memfd_create("snapshot", rustix::fs::MemfdFlags::CLOEXEC);
+        let bytes = fill(&File::from(disk.map_err(|e| failed(e.into()))?))?;
         self.keep("snapshots", id, Some(&bytes))?;
         self.lock().snapshots.insert(id.into(), bytes);
         Ok(bytes)

@@ -129,7 +129,7 @@ pub(super) fn check_available(image: &Image) -> Result<()> {
     Err(Fault::new("InvalidAMIID.Unavailable", why))
 }
 
-fn check_name(name: &str) -> Result<()> {
+pub(super) fn check_name(name: &str) -> Result<()> {
     let known = |c: char| c.is_ascii_alphanumeric() || " ()[]./-'@_".contains(c);
     match (3..=128).contains(&name.len()) && name.chars().all(known) {
         true => Ok(()),

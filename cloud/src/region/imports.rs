@@ -30,10 +30,10 @@ const SNAP: &str = "import-snap";
 const AMI: &str = "import-ami";
 /// The most disks of an image.
 const MAX_DISKS: usize = 24;
-/// Imports at a time: each reads a disk and writes one.
+/// At a time: each reads a disk and writes one.
 const MOST: usize = 2;
 /// When one that waits for others is looked at again.
-const WAIT: Duration = Duration::from_millis(500);
+pub(super) const WAIT: Duration = Duration::from_millis(500);
 /// How long one that is over is remembered.
 const REMEMBERED: SignedDuration = SignedDuration::from_hours(7 * 24);
 const GIB: u64 = 1 << 30;
@@ -82,9 +82,10 @@ pub enum DiskFrom {
     Snapshot(String),
 }
 
-/// The imports that this process is at.
+/// The imports, and what else takes as long, that this process is at.
 #[derive(Default)]
 pub(super) struct Imports {
+    /// Bytes that are done, and all of them.
     running: Mutex<HashMap<String, (u64, u64)>>,
     ending: AtomicBool,
 }
@@ -94,14 +95,41 @@ impl Imports {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Begins one, unless it is under way, or as many are as there may be.
+    pub(super) fn begin<'a>(&'a self, id: &'a str) -> Option<Running<'a>> {
+        let mut running = self.lock();
+        if running.len() >= MOST || running.contains_key(id) {
+            return None;
+        }
+        running.insert(id.to_owned(), (0, 0));
+        Some(Running(self, id))
+    }
+
+    /// How far one is: bytes that are done, and all of them.
+    pub(super) fn figures(&self, id: &str) -> (u64, u64) {
+        self.lock().get(id).copied().unwrap_or((0, 0))
+    }
+
+    /// Whether they are to stop.
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
+
     /// Has those that run stop; the next process begins them anew.
     pub(super) fn end(&self, ending: bool) {
         self.ending.store(ending, Ordering::Relaxed);
     }
 }
 
-/// An import that this process is at, until this is dropped.
-struct Running<'a>(&'a Imports, &'a str);
+/// One that this process is at, until this is dropped.
+pub(super) struct Running<'a>(&'a Imports, &'a str);
+
+impl Running<'_> {
+    /// How far it is.
+    pub(super) fn tell(&self, done: u64, total: u64) {
+        self.0.lock().insert(self.1.to_owned(), (done, total));
+    }
+}
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
@@ -271,7 +299,7 @@ impl Region {
     /// How far an import that is active is, in percent; 0 while it waits.
     pub fn import_progress(&self, task: &ImportTask) -> u64 {
         let done = task.disks.iter().filter(|disk| disk.done).count() as u64;
-        let (part, whole) = self.imports.lock().get(&task.id).copied().unwrap_or((0, 0));
+        let (part, whole) = self.imports.figures(&task.id);
         let part = part.min(whole).saturating_mul(100).checked_div(whole).unwrap_or(0);
         (done * 100 + part).checked_div(task.disks.len() as u64).unwrap_or(0).min(99)
     }
@@ -313,21 +341,14 @@ impl Region {
     /// Makes a snapshot of a disk.
     fn import_one(&self, task: &ImportTask, index: usize) -> Result<Option<Duration>> {
         let Some(disk) = task.disks.get(index) else { return Ok(None) };
-        {
-            let mut running = self.imports.lock();
-            if running.len() >= MOST {
-                return Ok(Some(WAIT));
-            }
-            running.insert(task.id.clone(), (0, 0));
-        }
-        let _running = Running(&self.imports, &task.id);
+        let Some(running) = self.imports.begin(&task.id) else { return Ok(Some(WAIT)) };
         let cancelled = || {
             let now = self.get::<ImportTask>(&task.id).ok().flatten();
             now.is_none_or(|now| now.state != ImportState::Active)
         };
         let mut go_on = |done, total| {
-            self.imports.lock().insert(task.id.clone(), (done, total));
-            !self.imports.ending.load(Ordering::Relaxed) && !cancelled()
+            running.tell(done, total);
+            !self.imports.is_ending() && !cancelled()
         };
         let file = disk.file.as_deref().unwrap_or(Path::new(""));
         let file = self.open(file).map_err(|e| HostError::Failed(format!("the file cannot be read: {e}")));

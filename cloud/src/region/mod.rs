@@ -10,6 +10,7 @@
 //! | launch.rs, instances.rs | instances: run; start, stop, reboot, terminate, attributes |
 //! | launch_templates.rs | requests to launch, kept |
 //! | imports.rs | disks of other machines that become snapshots and images |
+//! | stored.rs | images that are written to a bucket, and made of what is in one |
 //! | kernels.rs | kernels and RAM disks: those of the host, and which of them instances boot |
 //! | images.rs, snapshots.rs, volumes.rs, attachments.rs, keys.rs | images; snapshots; volumes, and who has them; key pairs |
 //! | encryption.rs | which volumes and snapshots are encrypted, and by which key |
@@ -45,6 +46,7 @@ mod quota;
 mod reconcile;
 mod routes;
 mod snapshots;
+mod stored;
 mod tags;
 mod volumes;
 mod vpcs;
@@ -60,6 +62,7 @@ use crate::fault::{Fault, Result};
 use crate::host::Host;
 use crate::limits::Limits;
 use crate::model::Record;
+use crate::objects::Objects;
 use crate::store::Store;
 use crate::types::Table;
 
@@ -80,6 +83,7 @@ pub use network::{MAX_ADDRESSES, Secondary};
 pub use reconcile::Reconciler;
 pub use routes::RouteChange;
 pub use snapshots::{NewSnapshots, SnapshotCopy};
+pub use stored::{RestoreAsk, StoreAsk};
 pub use volumes::NewVolume;
 pub use vpcs::{DEFAULT_CIDR, NewSubnet};
 pub use work::Work;
@@ -110,6 +114,8 @@ pub struct Region {
     settings: Settings,
     store: Arc<dyn Store>,
     host: Arc<dyn Host>,
+    /// Where stored images are; `None`: nowhere.
+    objects: Option<Arc<Objects>>,
     /// Where the next free address of a subnet is looked for.
     hints: Mutex<HashMap<String, u32>>,
     /// The regions beside this one, from which it may copy, and which may be on its machine.
@@ -127,7 +133,13 @@ impl Region {
     /// A region on its store and its host.
     pub fn new(settings: Settings, store: Arc<dyn Store>, host: Arc<dyn Host>) -> Region {
         let (hints, neighbours, turn, firewall, imports) = Default::default();
-        Region { settings, store, host, hints, neighbours, turn, firewall, imports }
+        Region { settings, store, host, objects: None, hints, neighbours, turn, firewall, imports }
+    }
+
+    /// Has it write images to an object store, and make them of what is there.
+    #[must_use]
+    pub fn with_objects(self, objects: Arc<Objects>) -> Region {
+        Region { objects: Some(objects), ..self }
     }
 
     /// The host of the region of this name.

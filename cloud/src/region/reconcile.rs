@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use crate::fault::{Fault, Result};
 use crate::host::{self, End, HostError, Machine};
 use crate::model::{
-    Group, Image, ImportTask, Instance, InstanceState, Interface, Reason, Record, Snapshot, Subnet, Volume,
-    VolumeState,
+    Group, Image, ImportTask, Instance, InstanceState, Interface, Reason, Record, RestoreTask, Snapshot,
+    StoreTask, Subnet, Volume, VolumeState,
 };
 use crate::store::StoreError;
 use crate::types::GB;
@@ -195,6 +195,12 @@ impl Shared {
         for task in self.region.all::<ImportTask>()? {
             self.push(work::key::<ImportTask>(&task.id));
         }
+        for task in self.region.all::<StoreTask>()? {
+            self.push(work::key::<StoreTask>(&task.id));
+        }
+        for task in self.region.all::<RestoreTask>()? {
+            self.push(work::key::<RestoreTask>(&task.id));
+        }
         Ok(())
     }
 
@@ -248,7 +254,13 @@ impl Shared {
         for key in keys {
             match key.split_once('/') {
                 Some((
-                    Instance::KIND | Volume::KIND | Snapshot::KIND | Image::KIND | ImportTask::KIND,
+                    Instance::KIND
+                    | Volume::KIND
+                    | Snapshot::KIND
+                    | Image::KIND
+                    | ImportTask::KIND
+                    | StoreTask::KIND
+                    | RestoreTask::KIND,
                     _,
                 )) => self.push(key.to_owned()),
                 // Once for the host, however many machines it means.
@@ -357,6 +369,8 @@ impl Region {
             Some((Snapshot::KIND, id)) => self.step_snapshot(id),
             Some((Image::KIND, id)) => self.step_image(id),
             Some((ImportTask::KIND, id)) => self.step_import(id),
+            Some((StoreTask::KIND, id)) => self.step_store(id),
+            Some((RestoreTask::KIND, id)) => self.step_restore(id),
             _ if key == FIREWALL => self.tell_firewall().map(|()| None),
             _ => Ok(None),
         }
@@ -522,7 +536,8 @@ impl Region {
     /// An image that is being made is there when its snapshots are.
     fn step_image(&self, id: &str) -> Result<Option<Duration>> {
         let Some(image) = self.get::<Image>(id)? else { return Ok(None) };
-        if !image.pending {
+        // One that is made of an object is done when that is.
+        if !image.pending || self.get::<RestoreTask>(id)?.is_some() {
             return Ok(None);
         }
         let mut failed = None;

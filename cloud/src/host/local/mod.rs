@@ -428,6 +428,10 @@ impl Host for Local {
         self.shared.volumes.import_snapshot(id, |to| super::convert(importer, file, to, format, go_on))
     }
 
+    fn write_snapshot(&self, id: &str, fill: &mut dyn FnMut(&fs::File) -> Result<u64>) -> Result<u64> {
+        self.shared.volumes.import_snapshot(id, |to| fill(to.disk))
+    }
+
     fn delete_snapshot(&self, id: &str) -> Result<()> {
         self.shared.volumes.delete_snapshot(id)
     }
