@@ -9,7 +9,7 @@
 //!     ├─ metadata   what an instance is told        types    what a name such as t3.micro stands for
 //!     ├─ addresses  which public addresses there are    speed    how fast volumes and instances are
 //!     ├─ export     a snapshot as a file; whether it is whole
-//!     ├─ objects    where stored images are: buckets, in a directory or in S3     archive    disks in one stream
+//!     ├─ objects    where stored images are: buckets, in a directory or in S3     archive    disks in one stream     bundle    one disk in parts
 //!     └─ backup     all of it, copied while it is used, and a state made of that
 //! ```
 #![forbid(unsafe_code)]
@@ -17,6 +17,7 @@
 pub mod addresses;
 pub mod archive;
 pub mod backup;
+pub mod bundle;
 pub mod export;
 pub mod fault;
 pub mod host;

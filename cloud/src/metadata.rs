@@ -53,6 +53,9 @@ pub struct Metadata {
     pub account_id: String,
     pub ami_id: String,
     pub ami_launch_index: u32,
+    /// Of an image whose root is on instance store.
+    #[serde(default)]
+    pub ami_manifest_path: String,
     pub availability_zone: String,
     pub availability_zone_id: String,
     /// Names as in a launch request, such as `ami`, `root` or `ebs2`, with their devices.

@@ -10,12 +10,14 @@ use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+mod bundles;
 mod imports;
 mod modification;
 mod network;
 mod stored;
 mod volumes;
 
+pub use bundles::{Bundle, BundleState, BundleTask, BundleTemplate};
 pub use imports::{ImportDisk, ImportState, ImportTask};
 pub use modification::{Modification, Progress, Shape};
 pub use network::{Account, Gateway, RouteTable, Slots, Subnet, Target, Vpc, VpcParts};
@@ -51,7 +53,7 @@ record! {
     Instance "instance", Image "image", Volume "volume", Snapshot "snapshot", Interface "interface", Vpc "vpc",
     Subnet "subnet", Group "group", KeyPair "key", Address "address", Token "token", Name "name",
     LaunchTemplate "launch-template", LaunchTemplateVersion "launch-template-version", Elastic "elastic",
-    ImportTask "import", StoreTask "store-image", RestoreTask "restore-image", Account "account", Gateway "internet-gateway", RouteTable "route-table",
+    ImportTask "import", StoreTask "store-image", RestoreTask "restore-image", BundleTask "bundle", BundleTemplate "bundle-template", Account "account", Gateway "internet-gateway", RouteTable "route-table",
 }
 
 /// Where an instance is in its life.
@@ -133,6 +135,9 @@ pub struct Instance {
     /// The RAM disk that goes with it.
     #[serde(default)]
     pub ramdisk: Option<String>,
+    /// What its root on instance store began with; `None`: its root is a volume.
+    #[serde(default)]
+    pub bundle: Option<Bundle>,
     /// Its type's name.
     pub instance_type: String,
     /// The key pair's name.
@@ -234,6 +239,9 @@ pub struct Image {
     /// The RAM disk that they boot by default.
     #[serde(default)]
     pub ramdisk: Option<String>,
+    /// What roots on instance store begin with; `None`: its root is a snapshot's.
+    #[serde(default)]
+    pub bundle: Option<Bundle>,
     /// The root's device name.
     pub root_device: String,
     /// The disks an instance of it gets.

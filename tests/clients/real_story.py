@@ -103,6 +103,8 @@ chmod +x /tmp/s; ip link set eth0 up; udhcpc -i eth0 -nq -t 99 -s /tmp/s >/dev/n
 M=http://169.254.169.254/latest
 echo "I am $(wget -qO- $M/meta-data/instance-id) at $(wget -qO- $M/meta-data/local-ipv4)"
 echo "told: $(wget -qO- $M/user-data) key: $(wget -qO- $M/meta-data/public-keys/0/openssh-key)"
+# On its root, what it tells nobody.
+echo "mark-$(wget -qO- $M/meta-data/instance-id | tr 0-9 g-p)" >/root/mark; sync
 [ -e /own ] && echo "own RAM disk: $(wget -qO- $M/meta-data/kernel-id) $(wget -qO- $M/meta-data/ramdisk-id)"
 echo "boots: $(wc -l </root/boots) disks: $(ls /dev/vd? | wc -l) READY"
 while :; do
@@ -412,6 +414,44 @@ class Story(unittest.TestCase):
         ec2.terminate_instances(InstanceIds=[one])
         self.becomes(one, "terminated")
         self.assertEqual(host("bash", "-c", f"ls -d {machine} 2>/dev/null | wc -l").strip(), "0")
+
+    def test_a_root_on_instance_store_is_a_runs_own(self):
+        ec2, cloud = self.ec2, self.cloud
+        image = ec2.describe_images(Filters=[{"Name": "name", "Values": ["micro"]}])["Images"][0]["ImageId"]
+        run = lambda image: ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="t3.nano")["Instances"][0]["InstanceId"]
+        marker = lambda id: "mark-" + id.translate(str.maketrans("0123456789", "ghijklmnop"))
+        files_with = lambda id: len(host("bash", "-c", f"grep -r -l -a {marker(id)} {cloud.state} || true").split())
+        first = run(image)
+        self.prints(first, "boots: 1")
+        self.assertEqual(files_with(first), 1)
+        # Its root as it is while it runs: it has booted once.
+        task = ec2.bundle_instance(InstanceId=first, Storage={"S3": {"Bucket": "stories", "Prefix": "micro/1"}})["BundleTask"]["BundleId"]
+        told = lambda: ec2.describe_bundle_tasks(BundleIds=[task])["BundleTasks"][0]
+        self.eventually(lambda: told()["State"] in ("complete", "failed"), "the bundle is written")
+        self.assertEqual(told()["State"], "complete", told())
+        ec2.terminate_instances(InstanceIds=[first])
+        own = ec2.register_image(Name="micro on instance store", ImageLocation="stories/micro/1.manifest.xml")["ImageId"]
+        one = run(own)
+        self.prints(one, "boots: 2")
+        self.assertEqual((self.instance(one)["RootDeviceType"], self.instance(one)["BlockDeviceMappings"]), ("instance-store", []))
+        self.assertEqual(files_with(one), 1)
+        # A reboot, of which another daemon sees the end.
+        ec2.reboot_instances(InstanceIds=[one])
+        cloud.end("KILL")
+        cloud.start()
+        self.prints(one, "boots: 3")
+        with self.assertRaises(botocore.exceptions.ClientError) as refused:
+            ec2.stop_instances(InstanceIds=[one])
+        self.assertEqual(refused.exception.response["Error"]["Code"], "UnsupportedOperation")
+        ec2.terminate_instances(InstanceIds=[one])
+        self.becomes(one, "terminated")
+        self.assertEqual(files_with(one), 0, "what it wrote is in no file")
+        # The next one begins as the bundle does, from what the host kept of it.
+        two = run(own)
+        self.prints(two, "boots: 2")
+        ec2.terminate_instances(InstanceIds=[two])
+        self.becomes(two, "terminated")
+        ec2.deregister_image(ImageId=own)
 
     def test_killed_at_any_moment_the_daemon_carries_on(self):
         ec2, cloud = self.ec2, self.cloud

@@ -44,6 +44,8 @@ const PATHS: &[(&str, &str, &str)] = &[
     ("DescribeInstanceStatus", "instance-state-code", "instanceState.code"),
     ("DescribeInstanceStatus", "instance-status.reachability", "instanceStatus.details.status"),
     ("DescribeInstanceStatus", "system-status.reachability", "systemStatus.details.status"),
+    ("DescribeBundleTasks", "error-", "error."),
+    ("DescribeBundleTasks", "s3-", "storage.S3."),
     ("DescribeStoreImageTasks", "task-state", "storeTaskState"),
     ("DescribeImages", "owner-id", "imageOwnerId"),
     ("DescribeImages", "owner-alias", "imageOwnerAlias"),

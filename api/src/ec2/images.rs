@@ -55,7 +55,7 @@ fn told(c: &Context<'_>, image: &Image) -> Node {
     let machine = image.kind == ImageKind::Machine;
     node! {
         "imageId": &image.id,
-        "imageLocation": format!("{}/{}", image.account, image.name),
+        "imageLocation": image.bundle.as_ref().map_or_else(|| format!("{}/{}", image.account, image.name), |b| b.location.clone()),
         "imageState": state,
         "imageOwnerId": &image.account,
         "creationDate": time(image.created),
@@ -68,7 +68,7 @@ fn told(c: &Context<'_>, image: &Image) -> Node {
         "sriovNetSupport": machine.then_some("simple"),
         "name": &image.name,
         "description": (!image.description.is_empty()).then_some(&image.description),
-        "rootDeviceType": if machine { "ebs" } else { "instance-store" },
+        "rootDeviceType": if machine && image.bundle.is_none() { "ebs" } else { "instance-store" },
         "rootDeviceName": machine.then_some(&image.root_device),
         "blockDeviceMapping": devices,
         "virtualizationType": "hvm",
@@ -151,15 +151,15 @@ fn register(c: &Context<'_>) -> Answer {
         }
     }
     // Terraform names what it does not want, too, with nothing behind it.
-    let given = |name: &&&str| p.str(name).is_some_and(|text| !text.is_empty());
-    if let Some(name) = ["ImageLocation", "UefiData"].iter().find(given) {
-        let why = format!("hutch registers images of snapshots: it does not have {name}");
+    if p.str("UefiData").is_some_and(|text| !text.is_empty()) {
+        let why = "hutch registers images of snapshots and bundles: it does not have UefiData";
         return Err(Fault::new("UnsupportedOperation", why));
     }
     let owned = |name: &str| p.str(name).filter(|text| !text.is_empty()).map(str::to_owned);
     let new = Registration {
         name: p.required("Name")?.into(),
         description: p.str("Description").unwrap_or_default().into(),
+        location: owned("ImageLocation"),
         root_device: owned("RootDeviceName"),
         devices: device_asks(p)?,
         kernel: owned("KernelId"),

@@ -136,7 +136,7 @@ fn instance(c: &Context<'_>, i: &Instance, around: &Around) -> Node {
         "sourceDestCheck": i.source_dest_check,
         "groupSet": primary.map(|primary| around.groups(&primary.groups)),
         "architecture": "x86_64",
-        "rootDeviceType": "ebs",
+        "rootDeviceType": if i.bundle.is_some() { "instance-store" } else { "ebs" },
         "rootDeviceName": &i.root_device,
         "blockDeviceMapping": devices,
         "virtualizationType": "hvm",

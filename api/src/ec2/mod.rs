@@ -1,12 +1,13 @@
 //! EC2's operations: a call's parameters become a verb of `cloud`, and what that gives becomes an answer.
 //!
 //! ```text
-//!   Call ─► OPERATIONS (by name) ─► instances, instance_attributes, launch_templates, images, imports, stored, snapshots, volumes, groups, keys, network, addresses, places, tags, account ─► Node
+//!   Call ─► OPERATIONS (by name) ─► instances, instance_attributes, launch_templates, images, imports, stored, bundles, snapshots, volumes, groups, keys, network, addresses, places, tags, account ─► Node
 //!                                        └── filters: what the answer would say decides
 //! ```
 
 mod account;
 mod addresses;
+mod bundles;
 mod filters;
 mod groups;
 mod images;
@@ -61,6 +62,7 @@ static OPERATIONS: &[&[(&str, Operation)]] = &[
     images::OPERATIONS,
     imports::OPERATIONS,
     stored::OPERATIONS,
+    bundles::OPERATIONS,
     snapshots::OPERATIONS,
     volumes::OPERATIONS,
     groups::OPERATIONS,

@@ -129,7 +129,7 @@ fn told(name: &str, kind: &InstanceType) -> Node {
         "currentGeneration": true,
         "freeTierEligible": false,
         "supportedUsageClasses": list(&["on-demand"]),
-        "supportedRootDeviceTypes": list(&["ebs"]),
+        "supportedRootDeviceTypes": list(&["ebs", "instance-store"]),
         "supportedVirtualizationTypes": list(&["hvm"]),
         "bareMetal": false,
         "hypervisor": "nitro",

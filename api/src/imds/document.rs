@@ -71,10 +71,11 @@ impl From<&Metadata> for Document {
         let lines = |texts: Vec<&str>| texts.join("\n");
         let names = |groups: &Groups| lines(groups.iter().map(|(_, name)| name.as_str()).collect());
         let ids = |groups: &Groups| lines(groups.iter().map(|(id, _)| id.as_str()).collect());
+        let manifest = Some(m.ami_manifest_path.as_str()).filter(|path| !path.is_empty());
         for (name, text) in [
             ("ami-id", m.ami_id.as_str()),
             ("ami-launch-index", &m.ami_launch_index.to_string()),
-            ("ami-manifest-path", "(unknown)"),
+            ("ami-manifest-path", manifest.unwrap_or("(unknown)")),
             ("hostname", &m.hostname),
             ("instance-action", "none"),
             ("instance-id", &m.instance_id),

@@ -1,7 +1,8 @@
-//! AMIs of instances: create, copy, share, deregister.
+//! AMIs of instances: create, copy, bundle, share, deregister.
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Subcommand;
 
 use super::client::{Client, Connection, items, text_of};
@@ -37,6 +38,19 @@ pub enum Ami {
         /// The region it is in, if it is another.
         #[arg(long, value_name = "REGION")]
         from: Option<String>,
+        #[command(flatten)]
+        at: Connection,
+    },
+    /// Write an AMI's root to a bucket, for instances that have it on instance store.
+    Bundle {
+        /// The AMI, by id or name.
+        image: String,
+        /// Where it goes: BUCKET/PREFIX.
+        #[arg(value_name = "BUCKET/PREFIX")]
+        place: String,
+        /// Make an AMI of the bundle, of this name, and print its id.
+        #[arg(long)]
+        name: Option<String>,
         #[command(flatten)]
         at: Connection,
     },
@@ -90,6 +104,22 @@ pub fn run(command: &Ami) -> anyhow::Result<ExitCode> {
             available(&client, &id)?;
             println!("{id}");
         }
+        Ami::Bundle { image: source, place, name, at } => {
+            let client = Client::new(at)?;
+            let (bucket, prefix) = place.split_once('/').context("name a place like images/web-1")?;
+            let params =
+                [param("ImageId", image(&client, source)?), param("Bucket", bucket), param("Prefix", prefix)];
+            let id = text_of(&client.own("BundleImage", &params)?["bundleId"]).to_owned();
+            bundled(&client, &id)?;
+            let location = format!("{place}.manifest.xml");
+            match name {
+                Some(name) => {
+                    let params = [param("Name", name), param("ImageLocation", location)];
+                    println!("{}", text_of(&client.call("RegisterImage", &params)?["imageId"]));
+                }
+                None => println!("{location}"),
+            }
+        }
         Ami::Share { image: name, accounts, remove, at } => {
             let client = Client::new(at)?;
             let mut params = vec![param("ImageId", image(&client, name)?)];
@@ -121,6 +151,19 @@ fn available(client: &Client, id: &str) -> anyhow::Result<()> {
             "available" => return Ok(()),
             "pending" => std::thread::sleep(std::time::Duration::from_millis(500)),
             state => anyhow::bail!("{id} is {state}: {}", text_of(&image["stateReason"]["message"])),
+        }
+    }
+}
+
+/// Waits until a bundle is written.
+fn bundled(client: &Client, id: &str) -> anyhow::Result<()> {
+    loop {
+        let answer = client.call("DescribeBundleTasks", &numbered("BundleId", [id]))?;
+        let task = items(&answer["bundleInstanceTasksSet"]).first().cloned().unwrap_or_default();
+        match text_of(&task["state"]) {
+            "complete" => return Ok(()),
+            "failed" => anyhow::bail!("nothing is bundled: {}", text_of(&task["error"]["message"])),
+            _ => std::thread::sleep(std::time::Duration::from_millis(500)),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! ```text
 //!   CreateBackup Path=DIR ─► backupId       by the administrator's account; one at a time
 //!   DescribeBackup BackupId=… ─► state running | done | failed, bytes, what came of it
+//!   BundleImage ImageId=… Bucket=… Prefix=… ─► bundleId          the root of an image, written as BundleInstance does
 //!   GetUsage ─► what room each volume and snapshot of the account takes
 //!   GetFigures ─► what each running instance of the account has used and moved since it started
 //! ```
@@ -18,14 +19,15 @@ use hutch_api::node;
 use hutch_api::query::{Call, Fault, Node};
 use hutch_cloud::backup::{self, Manifest, Progress};
 use hutch_cloud::model::{Instance, InstanceState, Snapshot, Tags, Volume};
-use hutch_cloud::region::{DiskAsk, DiskFrom, NewImport, Region};
+use hutch_cloud::region::{BundleAsk, DiskAsk, DiskFrom, NewImport, Region};
 
 use crate::jobs::Jobs;
 
 /// The name of the service in a credential's scope.
 pub const SERVICE: &str = "hutch";
 /// What it does.
-pub const ACTIONS: [&str; 8] = [
+pub const ACTIONS: [&str; 9] = [
+    "BundleImage",
     "CreateBackup",
     "DescribeBackup",
     "CreateExport",
@@ -61,6 +63,14 @@ fn import(region: &Region, call: &Call) -> Result<Node, Fault> {
     let task =
         region.import(&call.identity.account, &NewImport { disks: vec![disk], ..NewImport::default() })?;
     Ok(node! { "importTaskId": task.id })
+}
+
+/// Begins to write the root of an image to a bucket: a bundle as BundleInstance's.
+fn bundle(region: &Region, call: &Call) -> Result<Node, Fault> {
+    let text = |name: &str| call.params.required(name).map(str::to_owned);
+    let (image, bucket, prefix) = (Some(text("ImageId")?), text("Bucket")?, text("Prefix")?);
+    let ask = BundleAsk { instance: None, image, bucket, prefix };
+    Ok(node! { "bundleId": region.bundle(&call.identity.account, &ask)?.id })
 }
 
 /// The owner's operations.
@@ -105,6 +115,7 @@ impl Owner {
             "CreateExport" => self.jobs.export(region(regions, call)?, call),
             "CreateCheck" => self.jobs.check(region(regions, call)?, call),
             "DescribeJob" => self.jobs.describe(call),
+            "BundleImage" => bundle(region(regions, call)?, call),
             "ImportDisk" => import(region(regions, call)?, call),
             "CreateBackup" => self.begin(regions, call),
             "DescribeBackup" => self.describe(call),

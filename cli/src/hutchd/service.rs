@@ -80,7 +80,10 @@ impl Service {
         let Ok(_one) = self.looking.try_lock() else { return };
         for (name, region) in &self.regions {
             let done = region.adopt_templates().and_then(|_| region.forget_tokens());
-            let done = done.and_then(|()| region.forget_imports()).and_then(|()| region.forget_stored());
+            let done = done
+                .and_then(|()| region.forget_imports())
+                .and_then(|()| region.forget_stored())
+                .and_then(|()| region.forget_bundles());
             let now = jiff::Timestamp::now();
             if let Err(error) = done.and_then(|()| region.follow(&self.policies, now)) {
                 tracing::warn!(region = name, %error, "not looked after");

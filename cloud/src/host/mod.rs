@@ -31,6 +31,9 @@ use crate::backup::Captured;
 use crate::keyring::Wrapped;
 use crate::metadata::Metadata;
 
+/// What ids of volumes begin with that are roots on instance store: they are a run's own, and in no backup.
+pub const OWN_ROOT: &str = "eph-";
+
 /// A machine as its host is told of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
@@ -514,7 +517,7 @@ fn no_boot_file(id: &str) -> HostError {
 }
 
 /// An error with its causes.
-fn told(error: &dyn std::error::Error) -> String {
+pub(crate) fn told(error: &dyn std::error::Error) -> String {
     match error.source() {
         Some(cause) => format!("{error}: {}", told(cause)),
         None => error.to_string(),

@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use crate::backup::{self, Captured, Target};
 
 use super::{
-    BootFile, Content, End, Group, Host, HostError, Machine, Network, Reader, Result, Source, Status,
-    Template,
+    BootFile, Content, End, Group, Host, HostError, Machine, Network, OWN_ROOT, Reader, Result, Source,
+    Status, Template,
 };
 
 /// What is kept of a machine.
@@ -248,7 +248,7 @@ impl Host for Simulated {
             let end = kept.end.clone().or(Some(End::HostDown));
             add(format!("machines/{id}"), serde_json::to_vec(&Kept { end, ..kept.clone() }))?;
         }
-        for (id, volume) in &state.volumes {
+        for (id, volume) in state.volumes.iter().filter(|(id, _)| !id.starts_with(OWN_ROOT)) {
             add(format!("volumes/{id}"), serde_json::to_vec(volume))?;
         }
         for (id, bytes) in &state.snapshots {

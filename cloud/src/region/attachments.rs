@@ -52,7 +52,8 @@ impl Region {
                     "It is no valid EBS device name, such as /dev/sdf.",
                 ));
             }
-            if instance.devices.iter().any(|have| have.name == device) {
+            let own_root = instance.bundle.is_some() && instance.root_device == device;
+            if own_root || instance.devices.iter().any(|have| have.name == device) {
                 let why = format!("Attachment point {device} is already in use");
                 return Err(Fault::value("device", device, &why));
             }

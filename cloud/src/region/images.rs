@@ -2,6 +2,7 @@
 
 use jiff::{SignedDuration, Timestamp};
 
+use crate::bundle::Manifest;
 use crate::fault::{Fault, Result};
 use crate::host::{Source, Template};
 use crate::id;
@@ -40,6 +41,8 @@ pub struct Registration {
     pub name: String,
     /// What its owner says of it.
     pub description: String,
+    /// The manifest of a bundle that its root begins with, `BUCKET/PREFIX.manifest.xml`.
+    pub location: Option<String>,
     /// The root's device name.
     pub root_device: Option<String>,
     /// Its disks.
@@ -192,6 +195,7 @@ impl Region {
             description: format!("Imported as {}", template.name),
             created: now(),
             kind: ImageKind::Machine,
+            bundle: None,
             kernel: None,
             ramdisk: None,
             root_device: ROOT.into(),
@@ -230,6 +234,13 @@ impl Region {
             if !matches!(instance.state, InstanceState::Running | InstanceState::Stopped) {
                 let why = format!("Instance '{}' is not 'running' or 'stopped'.", instance.id);
                 return Err(Fault::new("IncorrectState", why));
+            }
+            if instance.bundle.is_some() {
+                let root = &instance.root_device;
+                let why = format!(
+                    "Instance does not have a volume attached at root ({root}); BundleInstance keeps what it has there"
+                );
+                return Err(Fault::new("InvalidParameterValue", why));
             }
             let image = id::new("ami");
             self.take_name(work, account, &new.name, &image)?;
@@ -281,6 +292,7 @@ impl Region {
                 description: new.description.clone(),
                 created: now(),
                 kind: ImageKind::Machine,
+                bundle: None,
                 kernel: instance.kernel,
                 ramdisk: instance.ramdisk,
                 root_device: instance.root_device,
@@ -299,17 +311,25 @@ impl Region {
         })
     }
 
-    /// Makes an image of snapshots.
+    /// Makes an image of snapshots, or of a bundle.
     ///
     /// # Errors
-    /// `InvalidAMIName.*`, `InvalidAMIID.*` of a kernel or RAM disk, `InvalidBlockDeviceMapping`, `InvalidSnapshot.*`.
+    /// `InvalidAMIName.*`, `InvalidManifest`, `AccessDenied`, `InvalidAMIID.*` of a kernel or RAM disk, `InvalidBlockDeviceMapping`, `InvalidSnapshot.*`.
     pub fn register_image(&self, account: &str, new: &Registration) -> Result<String> {
         check_name(&new.name)?;
         tags::check(&new.tags)?;
         super::launch::check_devices(&new.devices)?;
         let mapping = |why: &str| Fault::new("InvalidBlockDeviceMapping", why);
+        let bundle = new.location.as_deref().map(|location| self.bundle_at(account, location)).transpose()?;
+        let (bundle, manifest) = bundle.unzip();
+        let said = |id: &Option<String>, of: fn(&Manifest) -> &Option<String>| {
+            id.clone().or_else(|| of(manifest.as_ref()?).clone())
+        };
         self.transact(|work| {
-            let first = new.devices.first().map(|ask| ask.name.clone());
+            let first = match bundle.is_some() {
+                true => Some(ROOT.to_owned()),
+                false => new.devices.first().map(|ask| ask.name.clone()),
+            };
             let root =
                 new.root_device.clone().or(first).ok_or_else(|| mapping("An image needs a root device"))?;
             let image = id::new("ami");
@@ -319,15 +339,19 @@ impl Region {
             for ask in new.devices.iter().filter(|ask| !ask.leaves_out()) {
                 devices.push(device(work, account, ask, &root)?);
             }
-            if !devices.iter().any(|device| device.name == root && device.snapshot.is_some()) {
+            if bundle.is_some() && devices.iter().any(|device| device.name == root) {
+                return Err(mapping(&format!("The root device {root} is the bundle's")));
+            }
+            if bundle.is_none() && !devices.iter().any(|d| d.name == root && d.snapshot.is_some()) {
                 return Err(mapping(&format!("No snapshot specified for the root device {root}")));
             }
             devices.sort_by_key(|device| device.name != root);
             let mut checked = |kind, id: &Option<String>| {
                 id.as_ref().map(|id| self.bootable(work, account, kind, id)).transpose()
             };
-            let kernel = checked(ImageKind::Kernel, &new.kernel)?;
-            let ramdisk = checked(ImageKind::Ramdisk, &new.ramdisk)?;
+            let kernel = checked(ImageKind::Kernel, &said(&new.kernel, |m| &m.kernel))?;
+            let ramdisk = checked(ImageKind::Ramdisk, &said(&new.ramdisk, |m| &m.ramdisk))?;
+            bundle.as_ref().map_or(Ok(()), |bundle| self.bundle_changed(work, bundle))?;
             work.put(&Image {
                 id: image.clone(),
                 account: account.into(),
@@ -335,6 +359,7 @@ impl Region {
                 description: new.description.clone(),
                 created: now(),
                 kind: ImageKind::Machine,
+                bundle: bundle.clone(),
                 kernel,
                 ramdisk,
                 root_device: root,
@@ -369,6 +394,8 @@ impl Region {
         if let Some(id) = made.and_then(|made| made.first().cloned()) {
             return Ok(id);
         }
+        let image = from.transact(|work| from.launchable(work, account, &ask.image))?;
+        from.may_copy(account, &image)?;
         let (of, disks) = from.transact(|work| {
             let image = from.launchable(work, account, &ask.image)?;
             let mut disks = Vec::new();
@@ -426,6 +453,7 @@ impl Region {
                 });
                 work.put(&snapshot)?;
             }
+            copy.bundle.as_ref().map_or(Ok(()), |bundle| self.bundle_changed(work, bundle))?;
             work.put(&copy)?;
             remember(work, token.as_deref(), &ask.request, vec![image.clone()])?;
             Ok(image)
@@ -463,6 +491,7 @@ impl Region {
             if image.kind != ImageKind::Machine {
                 self.forget_boot_file(work, &image)?;
             }
+            image.bundle.as_ref().map_or(Ok(()), |bundle| self.bundle_changed(work, bundle))?;
             work.delete::<Image>(id);
             Ok(())
         })

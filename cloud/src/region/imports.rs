@@ -488,6 +488,7 @@ fn image_of(work: &mut Work<'_>, task: &ImportTask, image: &str) -> Result<Image
         description: task.description.clone(),
         created: now(),
         kind: ImageKind::Machine,
+        bundle: None,
         kernel: None,
         ramdisk: None,
         root_device: devices.first().map(|device| device.name.clone()).unwrap_or_default(),

@@ -7,6 +7,7 @@ use crate::model::{
     Image, ImageKind, Instance, InstanceState, KeyPair, MetadataOptions, Reason, Subnet, Volume, VolumeState,
 };
 
+use super::bundles::check_stoppable;
 use super::{Region, Work, now, tags};
 
 /// An attribute that ModifyInstanceAttribute sets.
@@ -86,6 +87,7 @@ impl Region {
     /// `IncorrectInstanceState`, `InvalidInstanceID.*`.
     pub fn start_instances(&self, account: &str, ids: &[String]) -> Result<Vec<Change>> {
         self.change(account, ids, |work, instance| match instance.state {
+            _ if instance.bundle.is_some() => check_stoppable(instance, "started"),
             InstanceState::Pending | InstanceState::Running => Ok(()),
             InstanceState::Stopped => {
                 let kind = &instance.instance_type;
@@ -110,9 +112,11 @@ impl Region {
     /// Stops running instances; `force` does not ask the guest.
     ///
     /// # Errors
-    /// `IncorrectInstanceState`, `OperationNotPermitted` where that is forbidden, `InvalidInstanceID.*`.
+    /// `IncorrectInstanceState`, `OperationNotPermitted` where that is forbidden, `InvalidInstanceID.*`; `UnsupportedOperation`:
+    /// its root is on instance store.
     pub fn stop_instances(&self, account: &str, ids: &[String], force: bool) -> Result<Vec<Change>> {
         self.change(account, ids, |_, instance| match instance.state {
+            _ if instance.bundle.is_some() => check_stoppable(instance, "stopped"),
             InstanceState::Running if instance.stop_protection => Err(Fault::new(
                 "OperationNotPermitted",
                 format!(
@@ -199,6 +203,9 @@ impl Region {
                     | Attribute::EbsOptimized(_)
                     | Attribute::Boots(..)
             );
+            if needs_stop || *attribute == Attribute::ShutdownTerminates(false) {
+                check_stoppable(instance, "stopped, which that needs")?;
+            }
             if needs_stop && !stopped {
                 let (id, state) = (&instance.id, instance.state.name());
                 return Err(Fault::new(

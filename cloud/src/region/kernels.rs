@@ -68,6 +68,7 @@ impl Region {
             description: format!("Imported as {}", file.name),
             created: jiff::Timestamp::from_second(i64::try_from(file.created).unwrap_or(0)).unwrap_or(now()),
             kind: file.kind,
+            bundle: None,
             kernel: None,
             ramdisk: None,
             root_device: String::new(),

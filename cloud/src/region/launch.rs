@@ -264,6 +264,7 @@ impl Region {
                 image: image.id.clone(),
                 kernel: kernel.clone(),
                 ramdisk: ramdisk.clone(),
+                bundle: image.bundle.clone(),
                 instance_type: launch.instance_type.clone(),
                 key_name: launch.key_name.clone(),
                 zone: subnet.zone.clone(),
@@ -282,7 +283,8 @@ impl Region {
                 root_device: image.root_device.clone(),
                 stores: stores(&launch.devices),
                 devices,
-                shutdown_terminates: launch.shutdown_terminates,
+                // Who cannot be stopped ends.
+                shutdown_terminates: launch.shutdown_terminates || image.bundle.is_some(),
                 termination_protection: launch.termination_protection,
                 stop_protection: launch.stop_protection,
                 source_dest_check,
@@ -358,6 +360,11 @@ impl Region {
         let mut disks = Vec::new();
         check_devices(asks)?;
         let asked = |name: &str| asks.iter().find(|ask| ask.name == name);
+        if image.bundle.is_some() && asked(&image.root_device).is_some() {
+            let why =
+                format!("The root device '{}' of '{}' is on instance store", image.root_device, image.id);
+            return Err(mapping(why));
+        }
         for device in &image.devices {
             match asked(&device.name) {
                 Some(ask) if ask.none && device.name == image.root_device => {

@@ -74,6 +74,7 @@ pub(super) fn describe(
         account_id: instance.account.clone(),
         ami_id: instance.image.clone(),
         ami_launch_index: instance.launch_index,
+        ami_manifest_path: instance.bundle.as_ref().map(|b| b.location.clone()).unwrap_or_default(),
         availability_zone: instance.zone.clone(),
         availability_zone_id: zone_id(region, &instance.zone),
         block_device_mapping: disks,

@@ -11,6 +11,7 @@
 //! | launch_templates.rs | requests to launch, kept |
 //! | imports.rs | disks of other machines that become snapshots and images |
 //! | stored.rs | images that are written to a bucket, and made of what is in one |
+//! | bundles.rs | images whose root is on instance store: bundled to a bucket, launched from there |
 //! | kernels.rs | kernels and RAM disks: those of the host, and which of them instances boot |
 //! | images.rs, snapshots.rs, volumes.rs, attachments.rs, keys.rs | images; snapshots; volumes, and who has them; key pairs |
 //! | encryption.rs | which volumes and snapshots are encrypted, and by which key |
@@ -25,6 +26,7 @@
 mod account;
 mod addresses;
 mod attachments;
+mod bundles;
 mod cards;
 mod encryption;
 mod firewall;
@@ -68,6 +70,7 @@ use crate::types::Table;
 
 pub use account::{AccountSettings, MetadataDefaults};
 pub use addresses::{Allocation, Target, Which};
+pub use bundles::BundleAsk;
 pub use cards::InterfaceAsk;
 pub use encryption::Encryption;
 pub use groups::RuleAsk;

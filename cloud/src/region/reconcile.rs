@@ -17,12 +17,13 @@ use std::time::{Duration, Instant};
 use crate::fault::{Fault, Result};
 use crate::host::{self, End, HostError, Machine};
 use crate::model::{
-    Group, Image, ImportTask, Instance, InstanceState, Interface, Reason, Record, RestoreTask, Snapshot,
-    StoreTask, Subnet, Volume, VolumeState,
+    BundleTask, BundleTemplate, Group, Image, ImportTask, Instance, InstanceState, Interface, Reason, Record,
+    RestoreTask, Snapshot, StoreTask, Subnet, Volume, VolumeState,
 };
 use crate::store::StoreError;
 use crate::types::GB;
 
+use super::bundles::{self, Fetched};
 use super::encryption::NO_KEY;
 use super::instances::PATIENCE;
 use super::{Region, attachments, neighbours, now, work};
@@ -198,6 +199,12 @@ impl Shared {
         for task in self.region.all::<StoreTask>()? {
             self.push(work::key::<StoreTask>(&task.id));
         }
+        for task in self.region.all::<BundleTask>()? {
+            self.push(work::key::<BundleTask>(&task.id));
+        }
+        for template in self.region.all::<BundleTemplate>()? {
+            self.push(work::key::<BundleTemplate>(&template.id));
+        }
         for task in self.region.all::<RestoreTask>()? {
             self.push(work::key::<RestoreTask>(&task.id));
         }
@@ -260,7 +267,9 @@ impl Shared {
                     | Image::KIND
                     | ImportTask::KIND
                     | StoreTask::KIND
-                    | RestoreTask::KIND,
+                    | RestoreTask::KIND
+                    | BundleTask::KIND
+                    | BundleTemplate::KIND,
                     _,
                 )) => self.push(key.to_owned()),
                 // Once for the host, however many machines it means.
@@ -371,6 +380,8 @@ impl Region {
             Some((ImportTask::KIND, id)) => self.step_import(id),
             Some((StoreTask::KIND, id)) => self.step_store(id),
             Some((RestoreTask::KIND, id)) => self.step_restore(id),
+            Some((BundleTask::KIND, id)) => self.step_bundle(id),
+            Some((BundleTemplate::KIND, id)) => self.step_template(id),
             _ if key == FIREWALL => self.tell_firewall().map(|()| None),
             _ => Ok(None),
         }
@@ -393,6 +404,9 @@ impl Region {
             InstanceState::ShuttingDown => {
                 self.take_down(&instance)?;
                 self.host.forget(id).map_err(Fault::internal)?;
+                if instance.bundle.is_some() {
+                    self.host.delete_volume(&bundles::root_of(id)).map_err(Fault::internal)?;
+                }
                 self.settle(id, instance.state, |work, instance| self.bury(work, instance))?;
                 Ok(None)
             }
@@ -432,6 +446,13 @@ impl Region {
                     return Ok(None);
                 }
                 _ => {}
+            }
+        }
+        if let Some(bundle) = &instance.bundle {
+            match self.ready_root(instance, bundle)? {
+                Fetched::Ready => {}
+                Fetched::Wait(wait) => return Ok(Some(wait)),
+                Fetched::Failed(code, why) => return self.fail(instance, code, &why).map(|()| None),
             }
         }
         let machine = self.machine(instance)?;
@@ -498,7 +519,8 @@ impl Region {
             }
             return self.follow_volumes(instance);
         };
-        if end == End::HostDown && self.settings.resume {
+        // What is on instance store does not outlive its run.
+        if end == End::HostDown && self.settings.resume && instance.bundle.is_none() {
             tracing::info!(instance = instance.id, "it ran when the host went down: it is started again");
             self.settle(&instance.id, InstanceState::Running, |work, instance| {
                 instance.state = InstanceState::Pending;
@@ -514,7 +536,8 @@ impl Region {
             End::Failed(why) => ("Server.InternalError", why),
         };
         self.settle(&instance.id, InstanceState::Running, |_, instance| {
-            let ends = code.starts_with("Client") && instance.shutdown_terminates;
+            let ends =
+                code.starts_with("Client") && instance.shutdown_terminates || instance.bundle.is_some();
             instance.state = if ends { InstanceState::ShuttingDown } else { InstanceState::Stopping };
             instance.reason = Some(Reason { code: code.into(), message: format!("{code}: {why}") });
             instance.transition = code.into();
@@ -582,6 +605,7 @@ impl Region {
             });
         }
         self.tell_groups(&groups)?;
+        let root = instance.bundle.as_ref().map(|_| bundles::root_of(&instance.id));
         let key = self.public_key(instance)?;
         let metadata = super::metadata::describe(self, instance, cards, key.as_ref());
         Ok(Machine {
@@ -592,7 +616,10 @@ impl Region {
             memory_mib: kind.memory_mib,
             kernel: instance.kernel.clone(),
             ramdisk: instance.ramdisk.clone(),
-            volumes: instance.devices.iter().map(|device| device.volume.clone()).collect(),
+            volumes: root
+                .into_iter()
+                .chain(instance.devices.iter().map(|device| device.volume.clone()))
+                .collect(),
             stores: kind.instance_store.iter().map(|gb| gb * GB).collect(),
             interfaces,
             speed: self.speed_of(kind),

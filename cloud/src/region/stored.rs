@@ -60,7 +60,7 @@ pub struct RestoreAsk {
 }
 
 /// Why a stream of an object was not read or written, for whoever asked for it.
-fn refused(error: &ArchiveError) -> HostError {
+pub(super) fn refused(error: &ArchiveError) -> HostError {
     match error {
         ArchiveError::Stopped => HostError::Busy(error.to_string()),
         ArchiveError::Write(e) if e.kind() == io::ErrorKind::StorageFull => {
@@ -149,6 +149,10 @@ impl Region {
         ask: &StoreAsk,
     ) -> Result<(StoredImage, Vec<Source>)> {
         let image = self.launchable(work, account, &ask.image)?;
+        if image.bundle.is_some() {
+            let why = format!("The image '{}' is in a bucket already: it is instance-store-backed", image.id);
+            return Err(Fault::new("UnsupportedOperation", why));
+        }
         let same = |task: &StoreTask| task.image.id == image.id && task.bucket == ask.bucket;
         let runs = |task: &StoreTask| task.state == StoreState::InProgress && same(task);
         if work.all::<StoreTask>("")?.iter().any(runs) {
@@ -309,6 +313,7 @@ impl Region {
                 description: said.description.clone(),
                 created: now(),
                 kind: ImageKind::Machine,
+                bundle: None,
                 kernel: said.kernel.clone(),
                 ramdisk: said.ramdisk.clone(),
                 root_device: said.root_device.clone(),

@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::super::{End, HostError, Result};
+use super::super::{End, HostError, OWN_ROOT, Result};
 use super::boot;
 use super::machine::{Dir, Kept, Phase};
 use super::volumes::{self, failed, files, has_extension};
@@ -192,6 +192,9 @@ impl Moment {
         let read = |path: &Path| fs::read(path).map_err(|e| BackupError::from(failed(path, e)));
         for kind in ["snapshots", "volumes"] {
             for record in files(&self.pinned.join(kind))? {
+                if record.file_name().is_some_and(|name| name.to_string_lossy().starts_with(OWN_ROOT)) {
+                    continue;
+                }
                 let chain = volumes::layers_of(&record)?;
                 // One that was being removed when it was pinned is none.
                 if !chain.iter().all(|layer| layers.join(layer).exists()) {
