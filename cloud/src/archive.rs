@@ -22,8 +22,8 @@ use crate::export::each_piece;
 const MAGIC: &[u8] = b"hutch disks 1\n";
 /// The most bytes that are said of disks.
 const SAID: u32 = 1 << 20;
-/// The most disks.
-pub const DISKS: usize = 24;
+/// The most disks: an instance has no more.
+pub const DISKS: usize = 128;
 /// The largest disk: EC2's largest volume.
 pub const DISK: u64 = 64 << 40;
 /// The longest piece.

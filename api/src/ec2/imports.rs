@@ -103,7 +103,7 @@ fn describe(c: &Context<'_>, set: &'static str, images: bool) -> Answer {
 fn ask(p: &Params) -> Result<DiskAsk, Fault> {
     let text = |name: &str| p.str(name).filter(|text| !text.is_empty()).map(str::to_owned);
     if p.sub("UserBucket").is_some() {
-        let why = "hutch has no S3: name a file by its Url, file:///DIR/FILE, below hutchd's --import-dir";
+        let why = "Disks are not imported from buckets: name a file by its Url, file:///DIR/FILE, below hutchd's --import-dir";
         return Err(Fault::new("UnsupportedOperation", why));
     }
     let from = match (text("Url"), text("SnapshotId")) {

@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use super::*;
+use crate::archive;
 use crate::backup::Progress;
 use crate::export;
 use hutch_blockdev::Format;
@@ -85,4 +86,54 @@ fn a_check_reads_everything_and_names_what_is_damaged() {
     let found = layers[1].found.as_ref().unwrap();
     assert!(found.wrong == 1 && found.faults[0].contains("counted 7 times"), "{found:?}");
     assert_eq!(data, 0, "what it says is not read");
+}
+
+#[test]
+fn what_comes_back_of_an_archive_is_what_the_guest_wrote_and_a_root_of_it_is_its_own() {
+    const SECRET: &[u8] = b"what the last one wrote on its root";
+    let home = home();
+    let volumes = open(&home);
+    let reader = volumes.read(&layered(&volumes, None)).unwrap();
+    let mut bytes = Vec::new();
+    archive::write(&mut bytes, &"said", &[&*reader.disk], &mut |_| true).unwrap();
+    assert!((bytes.len() as u64) < 3 * MIB, "zeros are left out");
+    let import = |id: &str, bytes: &[u8]| {
+        volumes.import_snapshot(id, |to| {
+            let (mut archive, _) = archive::Archive::open::<String>(bytes).unwrap();
+            archive.disk(Some(to.disk), &mut |_| true).map_err(|e| HostError::Failed(e.to_string()))
+        })
+    };
+    // One that is not whole leaves nothing.
+    let before = names(&home, "layers");
+    let broken = [&bytes[..bytes.len() - 1], &[bytes[bytes.len() - 1] ^ 1]].concat();
+    assert!(matches!(import("snap-c", &broken), Err(HostError::Failed(_))));
+    assert_eq!(names(&home, "layers"), before);
+    assert_eq!(import("snap-c", &bytes).unwrap(), 64 * MIB);
+    let from = Source::Snapshot("snap-c".into());
+    let content = |source: &Source, name: &str| {
+        let to = home.path().join(name);
+        export::export(&volumes.read(source).unwrap(), Format::Raw, &to, &Progress::default()).unwrap().sha256
+    };
+    assert_eq!(content(&from, "a"), content(&Source::Snapshot("snap-b".into()), "b"));
+    let found = || {
+        let files =
+            names(&home, "layers").into_iter().map(|name| fs::read(home.path().join("layers").join(name)));
+        files.filter(|bytes| bytes.as_ref().unwrap().windows(SECRET.len()).any(|part| part == SECRET)).count()
+    };
+    let layers = names(&home, "layers");
+    for id in ["eph-0123456789abcdef0", "eph-0123456789abcdef1"] {
+        volumes.create(id, 64 * MIB, &from, None).unwrap();
+        let root = disk(&volumes, id);
+        let mut sector = [0; 512];
+        root.read_at(0, &mut sector).unwrap();
+        assert!(sector.starts_with(b"template"));
+        let mut block = [0; 4096];
+        block[..SECRET.len()].copy_from_slice(SECRET);
+        root.write_at(MIB, &block).unwrap();
+        root.flush().unwrap();
+        drop(root);
+        assert_eq!(found(), 1);
+        volumes.delete(id).unwrap();
+        assert_eq!((found(), names(&home, "layers")), (0, layers.clone()));
+    }
 }
