@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use crate::fault::{Fault, Result};
 use crate::host::{End, HostError};
 use crate::model::{
-    BundleTask, BundleTemplate, Image, ImportTask, Instance, InstanceState, Reason, Record, RestoreTask,
-    Snapshot, StoreTask, Volume, VolumeState,
+    BundleTask, BundleTemplate, Group, Image, ImportTask, Instance, InstanceState, Interface, Reason, Record,
+    RestoreTask, Snapshot, StoreTask, Volume, VolumeState,
 };
 use crate::store::StoreError;
 
