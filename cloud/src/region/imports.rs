@@ -21,7 +21,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use crate::fault::{Fault, Result};
 use crate::host::{HostError, Source};
 use crate::id;
-use crate::model::{Image, ImageDevice, ImageKind, ImportDisk, ImportState, ImportTask, Snapshot, Tags};
+use crate::model::{Image, ImageDevice, ImportDisk, ImportState, ImportTask, Snapshot, Tags};
 
 use super::{Region, Work, images, now, recall, remember, snapshots, tags};
 
@@ -482,26 +482,10 @@ fn image_of(work: &mut Work<'_>, task: &ImportTask, image: &str) -> Result<Image
         });
     }
     Ok(Image {
-        id: image.into(),
-        account: task.account.clone(),
-        name: task.id.clone(),
         description: task.description.clone(),
-        created: now(),
-        kind: ImageKind::Machine,
-        bundle: None,
-        kernel: None,
-        ramdisk: None,
         root_device: devices.first().map(|device| device.name.clone()).unwrap_or_default(),
         devices,
-        public: false,
-        launch: Vec::new(),
-        deprecated: None,
-        disabled: false,
-        pending: false,
-        failed: None,
-        ena_support: true,
-        source_instance: None,
-        tags: Tags::new(),
+        ..images::blank(image, &task.account, &task.id)
     })
 }
 
