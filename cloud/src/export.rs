@@ -3,8 +3,10 @@
 //! A file is written under another name, made durable, digested as it lies there, and renamed; its checksum is beside it,
 //! for `sha256sum -c`.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -133,17 +135,67 @@ fn beside(path: &Path, end: &str) -> PathBuf {
     name.into()
 }
 
-/// Writes what a snapshot holds to the file `to`, which is new: of this format, with holes.
+/// Removes what exports left that were cut off: those that are noted in this directory.
+///
+/// # Errors
+/// [`ExportError::Io`].
+pub fn tidy(notes: &Path) -> Result<()> {
+    let entries = match fs::read_dir(notes) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(io_error("read", notes))?,
+    };
+    for entry in entries {
+        let note = entry.map_err(io_error("read", notes))?.path();
+        let name = fs::read(&note).map_err(io_error("read", &note))?;
+        let to = PathBuf::from(OsString::from_vec(name));
+        // What has its name is whole, and so is its checksum.
+        let sum = (!to.exists()).then(|| beside(&to, ".sha256"));
+        for path in [Some(beside(&to, ".part")), sum].into_iter().flatten() {
+            match fs::remove_file(&path) {
+                Ok(()) => tracing::info!(path = %path.display(), "removing what was half exported"),
+                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+                Err(e) => tracing::warn!(path = %path.display(), error = %e, "what was half exported stays"),
+            }
+        }
+        fs::remove_file(&note).map_err(io_error("remove", &note))?;
+    }
+    Ok(())
+}
+
+/// Notes that a file is being written, for [`tidy`].
+fn note(notes: &Path, to: &Path) -> Result<Begun> {
+    fs::create_dir_all(notes).map_err(io_error("make", notes))?;
+    let path = notes.join(uuid::Uuid::new_v4().simple().to_string());
+    let begun = Begun(Some(path.clone()));
+    let file = File::options().write(true).create_new(true).mode(0o600).open(&path);
+    let noted = file.and_then(|mut file| {
+        file.write_all(to.as_os_str().as_bytes())?;
+        file.sync_all()
+    });
+    noted.and_then(|()| File::open(notes)?.sync_all()).map_err(io_error("write", &path))?;
+    Ok(begun)
+}
+
+/// Writes what a snapshot holds to the file `to`, which is new: of this format, with holes. In `notes`, a directory, it is noted
+/// as long as it is under way.
 ///
 /// # Errors
 /// [`ExportError`].
-pub fn export(reader: &Reader, format: Format, to: &Path, progress: &Progress) -> Result<Exported> {
+pub fn export(
+    reader: &Reader,
+    format: Format,
+    to: &Path,
+    notes: Option<&Path>,
+    progress: &Progress,
+) -> Result<Exported> {
     let sum = beside(to, ".sha256");
     let new = beside(to, ".part");
     // One that is half written is somebody's, or a crash's.
     if let Some(there) = [to, &*sum, &*new].into_iter().find(|path| path.symlink_metadata().is_ok()) {
         return Err(ExportError::Exists(there.to_owned()));
     }
+    // It goes last.
+    let _noted = notes.map(|notes| note(notes, to)).transpose()?;
     let disk = &*reader.disk;
     progress.expect(disk.size());
     let mut how = File::options();
@@ -248,7 +300,7 @@ mod tests {
         for (format, name) in [(Format::Raw, "a.raw"), (Format::Qcow2, "a.qcow2")] {
             let to = room.path().join(name);
             let progress = Progress::default();
-            let made = export(&reader, format, &to, &progress).unwrap();
+            let made = export(&reader, format, &to, None, &progress).unwrap();
             assert_eq!((made.size, made.bytes), (3 << 20, to.metadata().unwrap().len()));
             let (done, total) = progress.figures();
             assert_eq!((done, total), (made.size + made.bytes, made.size + made.bytes));
@@ -256,13 +308,39 @@ mod tests {
             assert_eq!(fs::read_to_string(room.path().join(format!("{name}.sha256"))).unwrap(), sum);
             let file = File::open(&to).unwrap();
             assert_eq!(open_layers(vec![(file, format)], true).unwrap().size(), 3 << 20);
-            assert!(matches!(export(&reader, format, &to, &progress), Err(ExportError::Exists(_))));
+            assert!(matches!(export(&reader, format, &to, None, &progress), Err(ExportError::Exists(_))));
         }
+        let notes = room.path().join("notes");
         let (to, progress) = (room.path().join("b.raw"), Progress::default());
         progress.stop();
-        assert!(matches!(export(&reader, Format::Raw, &to, &progress), Err(ExportError::Stopped)));
+        assert!(matches!(
+            export(&reader, Format::Raw, &to, Some(&notes), &progress),
+            Err(ExportError::Stopped)
+        ));
         let missing = host.read(&Source::Snapshot("snap-none".into()));
         assert!(matches!(missing, Err(HostError::Missing(_))));
+        assert_eq!(fs::read_dir(&notes).unwrap().count(), 0, "nothing is under way");
+        fs::remove_dir(notes).unwrap();
         assert_eq!(fs::read_dir(room.path()).unwrap().count(), 4, "two files and their sums");
+    }
+
+    #[test]
+    fn what_a_process_that_was_killed_left_is_tidied_and_nothing_else() {
+        let room = tempfile::tempdir().unwrap();
+        let (notes, path) = (room.path().join("notes"), |name: &str| room.path().join(name));
+        tidy(&notes).unwrap();
+        for name in ["a.part", "a.sha256", "b", "b.part", "b.sha256", "c.part", "c.sha256"] {
+            fs::write(path(name), name).unwrap();
+        }
+        // Killed while it was written, and after it had its name; the third is somebody else's.
+        for name in ["a", "b", "none/d"] {
+            note(&notes, &path(name)).unwrap().0 = None;
+        }
+        tidy(&notes).unwrap();
+        let there = |name: &&str| path(name).exists();
+        let left: Vec<_> = ["a.part", "a.sha256", "b.part"].into_iter().filter(there).collect();
+        assert!(left.is_empty(), "{left:?}");
+        assert!(["b", "b.sha256", "c.part", "c.sha256"].iter().all(there));
+        assert_eq!(fs::read_dir(&notes).unwrap().count(), 0);
     }
 }

@@ -246,6 +246,9 @@ pub struct Image {
     pub root_device: String,
     /// The disks an instance of it gets.
     pub devices: Vec<ImageDevice>,
+    /// What it calls the devices of instance stores, by their names, such as `ephemeral0`.
+    #[serde(default)]
+    pub stores: BTreeMap<String, String>,
     /// Every account may launch it.
     pub public: bool,
     /// These accounts may.

@@ -31,11 +31,14 @@ class Copies(Case):
             root, {"DeviceName": "/dev/sdf", "Ebs": {"VolumeSize": 2}}, {"DeviceName": "/dev/sdb", "VirtualName": "ephemeral0"}],
             TagSpecifications=[{"ResourceType": "image", "Tags": [{"Key": "of", "Value": "snapshots"}]}])["ImageId"]
         told = self.available(self.ec2, image)
-        devices = {d["DeviceName"]: d["Ebs"] for d in told["BlockDeviceMappings"]}
+        devices = {d["DeviceName"]: d["Ebs"] for d in told["BlockDeviceMappings"] if "Ebs" in d}
+        stores = [d for d in told["BlockDeviceMappings"] if "Ebs" not in d]
+        self.assertEqual(stores, [{"DeviceName": "/dev/sdb", "VirtualName": "ephemeral0"}])
         self.assertEqual({name: (ebs["VolumeSize"], ebs["DeleteOnTermination"]) for name, ebs in devices.items()},
                          {"/dev/xvda": (3, True), "/dev/sdf": (2, False)})
         for code, more in [
             ("InvalidAMIName.Duplicate", dict(BlockDeviceMappings=[root])),
+            ("InvalidAMIName.Duplicate", dict(Name="debian-12", BlockDeviceMappings=[root])),
             ("InvalidBlockDeviceMapping", dict(Name="no root", BlockDeviceMappings=[{"DeviceName": "/dev/sdf", "Ebs": {"VolumeSize": 1}}])),
             ("InvalidSnapshot.NotFound", dict(Name="no snapshot", BlockDeviceMappings=[dict(root, Ebs={"SnapshotId": "snap-12345678"})])),
             ("InvalidBlockDeviceMapping", dict(Name="too small", BlockDeviceMappings=[dict(root, Ebs={"SnapshotId": snapshot, "VolumeSize": 1})])),

@@ -85,6 +85,12 @@ class Encryption(Case):
             self.assertEqual({d["DeviceName"]: d["Ebs"]["Encrypted"] for d in told}, want)
             snapshots = self.ec2.describe_snapshots(SnapshotIds=[d["Ebs"]["SnapshotId"] for d in told])["Snapshots"]
             self.assertEqual(sorted(s["Encrypted"] for s in snapshots), sorted(want.values()))
+            keys = {s["SnapshotId"]: s.get("KmsKeyId") for s in snapshots}
+            self.assertEqual({d["Ebs"]["SnapshotId"]: d["Ebs"].get("KmsKeyId") for d in told}, keys)
+            # What is encrypted is not for everyone; an account may be named.
+            self.fails("UnsupportedOperation", self.ec2.modify_image_attribute, ImageId=id, LaunchPermission={"Add": [{"Group": "all"}]})
+            self.ec2.modify_image_attribute(ImageId=id, LaunchPermission={"Add": [{"UserId": "210987654321"}]})
+            self.assertFalse(self.ec2.describe_images(ImageIds=[id])["Images"][0]["Public"])
         made = self.ec2.run_instances(ImageId=copy, MinCount=1, MaxCount=1, InstanceType="t3.micro")
         launched = made["Instances"][0]["InstanceId"]
         self.wait("instance_running", launched)

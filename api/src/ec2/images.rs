@@ -1,6 +1,6 @@
 //! Images.
 
-use hutch_cloud::model::{Image, ImageKind};
+use hutch_cloud::model::{Image, ImageDevice, ImageKind, Snapshot};
 use hutch_cloud::region::{ImageCopy, NewImage, Registration};
 
 use super::instances::device_asks;
@@ -38,7 +38,13 @@ fn told(c: &Context<'_>, image: &Image) -> Node {
         (None, false) if image.disabled => "disabled",
         (None, false) => "available",
     };
-    let devices = Node::list(&image.devices, |device| {
+    // One that cannot be read is told nowhere else, either.
+    let snapshot = |id: &String| c.region.get::<Snapshot>(id).ok().flatten();
+    let key = |device: &ImageDevice| {
+        let of = device.snapshot.as_ref().filter(|_| device.encrypted).and_then(snapshot)?;
+        Some(c.region.key_arn(&of.account, of.key.as_ref()?))
+    };
+    let volumes = image.devices.iter().map(|device| {
         node! {
             "deviceName": &device.name,
             "ebs": node! {
@@ -48,9 +54,13 @@ fn told(c: &Context<'_>, image: &Image) -> Node {
                 "volumeType": &device.kind,
                 "iops": device.iops,
                 "encrypted": device.encrypted,
+                "kmsKeyId": key(device),
             },
         }
     });
+    let stores =
+        image.stores.iter().map(|(name, device)| node! { "deviceName": device, "virtualName": name });
+    let devices = Node::List(volumes.chain(stores).collect());
     let own = image.account == c.account;
     let machine = image.kind == ImageKind::Machine;
     node! {

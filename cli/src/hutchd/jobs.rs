@@ -6,10 +6,10 @@
 //!   CreateRepair VolumeId=… DiscardBroken=true|false ─► jobId     of a volume that no instance has that runs
 //!   DescribeJob JobId=… ─► state running | done | failed, bytes, what came of it
 //! ```
-//! A job is its process's: when that ends, what was begun is gone.
+//! A job is its process's: when that ends, what was begun is gone; when it was killed, the next one takes that away.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -47,9 +47,13 @@ impl Job {
     }
 }
 
-/// The jobs of this process; the latest is last.
-#[derive(Default)]
-pub struct Jobs(Mutex<Vec<Job>>);
+/// The jobs of this process.
+pub struct Jobs {
+    /// The latest is last.
+    jobs: Mutex<Vec<Job>>,
+    /// Where exports are noted that are under way.
+    notes: Option<PathBuf>,
+}
 
 /// The snapshot that a call names.
 fn snapshot(region: &Region, call: &Call) -> Result<Snapshot, Fault> {
@@ -109,6 +113,15 @@ fn repaired(layer: &RepairedLayer) -> Node {
 }
 
 impl Jobs {
+    /// Of a daemon on this state: takes away what an earlier one had begun to export.
+    pub fn open(state: Option<&Path>) -> Jobs {
+        let notes = state.map(|state| state.join("exports"));
+        if let Some(Err(error)) = notes.as_deref().map(export::tidy) {
+            tracing::warn!(error = format!("{:#}", anyhow::Error::new(error)), "half exported files stay");
+        }
+        Jobs { jobs: Mutex::default(), notes }
+    }
+
     /// Begins to write a snapshot to a file. Who calls this knows that the caller may.
     ///
     /// # Errors
@@ -125,9 +138,10 @@ impl Jobs {
             "qcow2" => Format::Qcow2,
             other => return Err(Fault::value("Format", other, "It is raw or qcow2.")),
         };
-        let host = region.host().clone();
+        let (host, notes) = (region.host().clone(), self.notes.clone());
         self.begin(call, move |progress| {
-            let made = export::export(&host.read(&snapshot.source)?, format, &to, progress)?;
+            let reader = host.read(&snapshot.source)?;
+            let made = export::export(&reader, format, &to, notes.as_deref(), progress)?;
             tracing::info!(to = %to.display(), snapshot = snapshot.id, "a snapshot is exported");
             Ok(node! { "bytes": made.bytes, "size": made.size, "sha256": made.sha256 })
         })
@@ -176,7 +190,7 @@ impl Jobs {
         call: &Call,
         work: impl FnOnce(&Progress) -> Result<Node, ExportError> + Send + 'static,
     ) -> Result<Node, Fault> {
-        let mut jobs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         if jobs.iter().filter(|job| job.runs()).count() >= MOST {
             let why = format!("{MOST} exports, checks and repairs are under way; wait for one of them");
             return Err(Fault::new("IncorrectState", why));
@@ -210,7 +224,7 @@ impl Jobs {
     /// What the client is told.
     pub fn describe(&self, call: &Call) -> Result<Node, Fault> {
         let id = call.params.required("JobId")?;
-        let jobs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let job = jobs.iter().find(|job| job.id == id && job.account == call.identity.account);
         let job = job.ok_or_else(|| Fault::not_found("InvalidJobID", "job", id))?;
         let (done, total) = job.progress.figures();
@@ -232,7 +246,7 @@ impl Jobs {
 
     /// Ends those that run; what there is of a file is removed.
     pub fn end(&self) {
-        let mut jobs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.iter().for_each(|job| job.progress.stop());
         let threads: Vec<_> = jobs.iter_mut().filter_map(|job| job.thread.take()).collect();
         drop(jobs);

@@ -59,7 +59,7 @@ struct Args {
     #[arg(long, default_values = ["127.0.0.1:8773"])]
     listen: Vec<Place>,
     /// The directory of all that is kept, or `memory`: nothing is.
-    #[arg(long, default_value = "/var/lib/hutch")]
+    #[arg(long, env = "HUTCH_STATE", default_value = "/var/lib/hutch")]
     state: PathBuf,
     /// The regions, each with a store of its own below the state.
     #[arg(long, value_delimiter = ',', default_value = "home-1")]

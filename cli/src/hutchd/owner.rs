@@ -92,8 +92,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Owner {
     /// The operations of a daemon on this state, whose administrator has this account.
     pub fn new(state: Option<&Path>, account: &str) -> Owner {
-        let (state, account) = (state.map(Path::to_owned), account.to_owned());
-        Owner { state, account, job: Mutex::default(), jobs: Jobs::default(), began: Instant::now() }
+        let (jobs, account) = (Jobs::open(state), account.to_owned());
+        let state = state.map(Path::to_owned);
+        Owner { state, account, job: Mutex::default(), jobs, began: Instant::now() }
     }
 
     /// Serves a call.

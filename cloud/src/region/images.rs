@@ -1,5 +1,7 @@
 //! Images: those of the host's templates, and those made of instances.
 
+use std::collections::BTreeMap;
+
 use jiff::{SignedDuration, Timestamp};
 
 use crate::bundle::Manifest;
@@ -143,6 +145,39 @@ pub(super) fn check_name(name: &str) -> Result<()> {
     }
 }
 
+/// A machine's image without disks, its owner's alone: on it the rest is put.
+pub(super) fn blank(id: &str, account: &str, name: &str) -> Image {
+    Image {
+        id: id.into(),
+        account: account.into(),
+        name: name.into(),
+        description: String::new(),
+        created: now(),
+        kind: ImageKind::Machine,
+        bundle: None,
+        kernel: None,
+        ramdisk: None,
+        root_device: String::new(),
+        devices: Vec::new(),
+        stores: BTreeMap::new(),
+        public: false,
+        launch: Vec::new(),
+        deprecated: None,
+        disabled: false,
+        pending: false,
+        failed: None,
+        ena_support: true,
+        source_instance: None,
+        tags: Tags::new(),
+    }
+}
+
+/// What a template is called as an image, and its snapshot.
+fn ids(template: &Template) -> (String, String) {
+    let content = format!("{}/{}", template.name, template.digest);
+    (id::of("ami", &content), id::of("snap", &content))
+}
+
 impl Region {
     /// Registers every template of the host that is not an image yet, and its kernels and RAM disks. Returns the ids of the
     /// new ones.
@@ -152,8 +187,7 @@ impl Region {
     pub fn adopt_templates(&self) -> Result<Vec<String>> {
         let mut new = Vec::new();
         for template in self.host.templates().map_err(Fault::internal)? {
-            let content = format!("{}/{}", template.name, template.digest);
-            let (image, snapshot) = (id::of("ami", &content), id::of("snap", &content));
+            let (image, snapshot) = ids(&template);
             let added = self.transact(|work| {
                 if work.get::<Snapshot>(&snapshot)?.is_some() {
                     return Ok(false);
@@ -189,15 +223,7 @@ impl Region {
             tags: Tags::new(),
         })?;
         work.put(&Image {
-            id: image.into(),
-            account,
-            name: template.name.clone(),
             description: format!("Imported as {}", template.name),
-            created: now(),
-            kind: ImageKind::Machine,
-            bundle: None,
-            kernel: None,
-            ramdisk: None,
             root_device: ROOT.into(),
             devices: vec![ImageDevice {
                 encrypted: false,
@@ -209,14 +235,7 @@ impl Region {
                 delete_on_termination: true,
             }],
             public: true,
-            launch: Vec::new(),
-            deprecated: None,
-            disabled: false,
-            pending: false,
-            failed: None,
-            ena_support: true,
-            source_instance: None,
-            tags: Tags::new(),
+            ..blank(image, &account, &template.name)
         })
     }
 
@@ -279,6 +298,8 @@ impl Region {
                 });
                 taken.push(snapshot);
             }
+            let mut stores = instance.stores.clone();
+            stores.extend(super::launch::stores(&new.devices));
             snapshots::put_together(work, &mut taken)?;
             for ask in new.devices.iter().filter(|ask| !ask.leaves_out()) {
                 if !instance.devices.iter().any(|have| have.name == ask.name) {
@@ -286,26 +307,16 @@ impl Region {
                 }
             }
             work.put(&Image {
-                id: image.clone(),
-                account: account.into(),
-                name: new.name.clone(),
                 description: new.description.clone(),
-                created: now(),
-                kind: ImageKind::Machine,
-                bundle: None,
                 kernel: instance.kernel,
                 ramdisk: instance.ramdisk,
                 root_device: instance.root_device,
                 devices,
-                public: false,
-                launch: Vec::new(),
-                deprecated: None,
-                disabled: false,
+                stores,
                 pending: true,
-                failed: None,
-                ena_support: true,
                 source_instance: Some(instance.id),
                 tags: new.tags.clone(),
+                ..blank(&image, account, &new.name)
             })?;
             Ok(image)
         })
@@ -335,7 +346,7 @@ impl Region {
             let image = id::new("ami");
             self.take_name(work, account, &new.name, &image)?;
             let mut devices = Vec::new();
-            // Instance stores come with the type, whatever the image says of them.
+            // Instance stores come with the type: an image says what they are called.
             for ask in new.devices.iter().filter(|ask| !ask.leaves_out()) {
                 devices.push(device(work, account, ask, &root)?);
             }
@@ -353,26 +364,16 @@ impl Region {
             let ramdisk = checked(ImageKind::Ramdisk, &said(&new.ramdisk, |m| &m.ramdisk))?;
             bundle.as_ref().map_or(Ok(()), |bundle| self.bundle_changed(work, bundle))?;
             work.put(&Image {
-                id: image.clone(),
-                account: account.into(),
-                name: new.name.clone(),
                 description: new.description.clone(),
-                created: now(),
-                kind: ImageKind::Machine,
                 bundle: bundle.clone(),
                 kernel,
                 ramdisk,
                 root_device: root,
                 devices,
-                public: false,
-                launch: Vec::new(),
-                deprecated: None,
-                disabled: false,
-                pending: false,
-                failed: None,
+                stores: super::launch::stores(&new.devices),
                 ena_support: new.ena_support,
-                source_instance: None,
                 tags: new.tags.clone(),
+                ..blank(&image, account, &new.name)
             })?;
             Ok(image)
         })
@@ -473,6 +474,17 @@ impl Region {
             let why = format!("AMI name {name} is already in use by AMI {}", other.of);
             return Err(Fault::new("InvalidAMIName.Duplicate", why));
         }
+        // Templates are the owner's images, until it deregisters them.
+        if account == self.settings.owner {
+            let templates = self.host.templates().map_err(Fault::internal)?;
+            for template in templates.iter().filter(|template| template.name == name) {
+                let (other, snapshot) = ids(template);
+                if work.get::<Image>(&other)?.is_some() || work.get::<Snapshot>(&snapshot)?.is_none() {
+                    let why = format!("AMI name {name} is already in use by AMI {other}, a template");
+                    return Err(Fault::new("InvalidAMIName.Duplicate", why));
+                }
+            }
+        }
         work.put(&Name { id, of: image.into() })
     }
 
@@ -512,6 +524,7 @@ impl Region {
     ///
     /// # Errors
     /// `InvalidAMIID.*`, `AuthFailure`; `OperationNotPermitted`: the account's images are not for everyone;
+    /// `UnsupportedOperation`: it has encrypted snapshots, which are not for everyone;
     /// `InvalidAMIID.Unavailable`: it is disabled, and so nobody else's.
     pub fn modify_image(
         &self,
@@ -526,6 +539,15 @@ impl Region {
             if image.disabled && (image.public || !image.launch.is_empty()) {
                 let why = format!("The image '{id}' is disabled and cannot be shared; enable it first");
                 return Err(Fault::new("InvalidAMIID.Unavailable", why));
+            }
+            let secret = image.devices.iter().find(|device| device.encrypted && device.snapshot.is_some());
+            if let Some(device) = secret.filter(|_| image.public && !public) {
+                let why = format!(
+                    "Encrypted snapshots can't be shared publicly. Specify another snapshot than {} of {}.",
+                    device.snapshot.as_deref().unwrap_or_default(),
+                    device.name
+                );
+                return Err(Fault::new("UnsupportedOperation", why));
             }
             let settings = work.get::<super::AccountSettings>(account)?;
             if image.public && !public && settings.is_some_and(|settings| settings.block_public_images) {

@@ -2,7 +2,7 @@
 
 use crate::fault::{Fault, Result};
 use crate::host::BootFile;
-use crate::model::{Image, ImageKind, Instance, Name, Tags};
+use crate::model::{Image, ImageKind, Instance, Name};
 
 use super::{Region, Work, images, now};
 
@@ -62,26 +62,12 @@ impl Region {
 
     fn image_of(&self, file: &BootFile) -> Image {
         Image {
-            id: file.id.clone(),
-            account: self.settings.owner.clone(),
-            name: file.name.clone(),
             description: format!("Imported as {}", file.name),
             created: jiff::Timestamp::from_second(i64::try_from(file.created).unwrap_or(0)).unwrap_or(now()),
             kind: file.kind,
-            bundle: None,
-            kernel: None,
-            ramdisk: None,
-            root_device: String::new(),
-            devices: Vec::new(),
             public: true,
-            launch: Vec::new(),
-            deprecated: None,
-            disabled: false,
-            pending: false,
-            failed: None,
             ena_support: false,
-            source_instance: None,
-            tags: Tags::new(),
+            ..images::blank(&file.id, &self.settings.owner, &file.name)
         }
     }
 

@@ -281,7 +281,11 @@ impl Region {
                 force: false,
                 reboots: (0, 0),
                 root_device: image.root_device.clone(),
-                stores: stores(&launch.devices),
+                stores: {
+                    // What the launch says comes before what the image does.
+                    let of_image = image.stores.clone().into_iter();
+                    of_image.chain(stores(&launch.devices)).collect()
+                },
                 devices,
                 // Who cannot be stopped ends.
                 shutdown_terminates: launch.shutdown_terminates || image.bundle.is_some(),
@@ -443,7 +447,7 @@ impl Region {
 }
 
 /// What instance stores are called.
-fn stores(asks: &[DeviceAsk]) -> BTreeMap<String, String> {
+pub(super) fn stores(asks: &[DeviceAsk]) -> BTreeMap<String, String> {
     asks.iter().filter_map(|ask| Some((ask.ephemeral.clone()?, ask.name.clone()))).collect()
 }
 

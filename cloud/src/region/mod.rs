@@ -40,6 +40,7 @@ mod keys;
 mod launch;
 mod launch_templates;
 pub mod lifecycle;
+mod machine;
 pub mod metadata;
 mod modify;
 mod neighbours;

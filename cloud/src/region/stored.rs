@@ -17,7 +17,7 @@ use crate::fault::{Fault, Result};
 use crate::host::{HostError, Source};
 use crate::id;
 use crate::model::{
-    Image, ImageDevice, ImageKind, Reason, RestoreDisk, RestoreTask, Shape, Snapshot, StoreState, StoreTask,
+    Image, ImageDevice, Reason, RestoreDisk, RestoreTask, Shape, Snapshot, StoreState, StoreTask,
     StoredDevice, StoredImage, StoredSnapshot, Tags,
 };
 use crate::objects::{self, LARGEST, Objects};
@@ -307,26 +307,15 @@ impl Region {
                 }
             }
             work.put(&Image {
-                id: image.clone(),
-                account: account.into(),
-                name: name.clone(),
                 description: said.description.clone(),
-                created: now(),
-                kind: ImageKind::Machine,
-                bundle: None,
                 kernel: said.kernel.clone(),
                 ramdisk: said.ramdisk.clone(),
                 root_device: said.root_device.clone(),
                 devices: devices.clone(),
-                public: false,
-                launch: Vec::new(),
-                deprecated: None,
-                disabled: false,
                 pending: true,
-                failed: None,
                 ena_support: said.ena_support,
-                source_instance: None,
                 tags: image_tags.clone(),
+                ..images::blank(&image, account, name)
             })?;
             work.put(&RestoreTask {
                 id: image.clone(),

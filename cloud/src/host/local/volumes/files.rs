@@ -8,15 +8,10 @@ use std::path::{Path, PathBuf};
 use hutch_blockdev::{Disk, DiskError, DiskErrorKind};
 
 use super::super::super::{HostError, Result};
+use crate::export::each_piece;
 
 /// Names that end so are of files that are being written.
 const NEW: &str = "new";
-/// A disk is copied in steps of this many bytes.
-const STEP: u64 = 1 << 20;
-/// Zeros of this many bytes become a hole of the copy.
-const HOLE: usize = 64 << 10;
-
-static ZEROS: [u8; HOLE] = [0; HOLE];
 
 /// `dir/id.extension`.
 pub(super) fn path(dir: &Path, id: &str, extension: &str) -> Result<PathBuf> {
@@ -100,37 +95,11 @@ pub(super) fn sweep(dir: &Path, orphan: impl Fn(&Path) -> bool) -> Result<()> {
     Ok(())
 }
 
-/// Hands on, piece by piece, what of a disk is not zero.
-pub(super) fn each_piece(
-    from: &dyn Disk,
-    mut job: impl FnMut(u64, &[u8]) -> std::result::Result<(), DiskError>,
-) -> std::result::Result<(), DiskError> {
-    let mut buffer = vec![0; STEP as usize];
-    let mut at = 0;
-    while at < from.size() {
-        let zeros = from.zeros_at(at)?;
-        if zeros > 0 {
-            at += zeros;
-            continue;
-        }
-        let count = STEP.min(from.size() - at);
-        let part = buffer.get_mut(..count as usize).unwrap_or_default();
-        from.read_at(at, part)?;
-        for (index, piece) in part.chunks(HOLE).enumerate() {
-            if ZEROS.get(..piece.len()) != Some(piece) {
-                job(at + (index * HOLE) as u64, piece)?;
-            }
-        }
-        at += count;
-    }
-    Ok(())
-}
-
 /// Copies what is not zero into a raw file.
 pub(super) fn copy(from: &dyn Disk, to: &File) -> std::result::Result<(), DiskError> {
     let write_failed = |e| DiskError::io("write the snapshot", e);
     to.set_len(from.size()).map_err(write_failed)?;
-    each_piece(from, |at, piece| to.write_all_at(piece, at).map_err(write_failed))
+    each_piece(from, |_| Ok(()), |at, piece| to.write_all_at(piece, at).map_err(write_failed))
 }
 
 /// An error with its causes.

@@ -11,8 +11,9 @@ use hutch_blockdev::{Disk, DiskError, Key, Qcow2Disk};
 
 use super::super::super::{HostError, Result};
 use super::chains::Chains;
-use super::files::{disk_failed, each_piece, failed, path, remove, sweep, sync_dir, write};
+use super::files::{disk_failed, failed, path, remove, sweep, sync_dir, write};
 use super::{Volumes, read_record, write_record};
+use crate::export::each_piece;
 use crate::keyring::{KeyError, Wrapped};
 
 /// Whose layer it is: a volume's, a copied snapshot's, a template's.
@@ -104,12 +105,9 @@ impl Volumes {
             self.fill_layer(file, layer, size)?;
             let file = file.try_clone().map_err(|e| failed(&self.layers, e))?;
             let to = Qcow2Disk::with_key(Arc::new(file), None, key.as_ref(), false).map_err(wrong)?;
-            each_piece(from, |at, piece| {
-                go_on()?;
-                to.write_at(at, piece)
-            })
-            .and_then(|()| to.flush())
-            .map_err(wrong)
+            each_piece(from, |_| go_on(), |at, piece| to.write_at(at, piece))
+                .and_then(|()| to.flush())
+                .map_err(wrong)
         })
     }
 

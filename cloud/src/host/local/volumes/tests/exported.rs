@@ -41,7 +41,7 @@ fn what_is_exported_is_what_the_guest_wrote() {
         volumes.delete("vol-a").unwrap();
         let (raw, qcow2) = (home.path().join("a.raw"), home.path().join("a.qcow2"));
         for (format, to) in [(Format::Raw, &raw), (Format::Qcow2, &qcow2)] {
-            let made = export::export(&reader, format, to, &Progress::default()).unwrap();
+            let made = export::export(&reader, format, to, None, &Progress::default()).unwrap();
             assert_eq!(made.size, 64 * MIB);
             assert!(fs::metadata(to).unwrap().blocks() * 512 < 3 * MIB, "zeros are holes");
             let sum = format!("{}.sha256", to.display());
