@@ -48,7 +48,8 @@ impl Inner {
             let context = format!("the volume has {old} bytes and cannot become {size}");
             return Err(DiskError { kind: DiskErrorKind::OutOfRange, context, source: None });
         }
-        self.flush()?;
+        self.commit()?;
+        self.sync()?;
         self.header.size = size;
         let written = self.store.write_bytes(0, &self.header.to_bytes());
         written.map_err(|e| self.metadata_error(e))?;

@@ -98,7 +98,7 @@ fn what_comes_back_of_an_archive_is_what_the_guest_wrote_and_a_root_of_it_is_its
     archive::write(&mut bytes, &"said", &[&*reader.disk], &mut |_| true).unwrap();
     assert!((bytes.len() as u64) < 3 * MIB, "zeros are left out");
     let import = |id: &str, bytes: &[u8]| {
-        volumes.import_snapshot(id, |to| {
+        volumes.import_snapshot(id, None, |to| {
             let (mut archive, _) = archive::Archive::open::<String>(bytes).unwrap();
             archive.disk(Some(to.disk), &mut |_| true).map_err(|e| HostError::Failed(e.to_string()))
         })
@@ -112,7 +112,9 @@ fn what_comes_back_of_an_archive_is_what_the_guest_wrote_and_a_root_of_it_is_its
     let from = Source::Snapshot("snap-c".into());
     let content = |source: &Source, name: &str| {
         let to = home.path().join(name);
-        export::export(&volumes.read(source).unwrap(), Format::Raw, &to, &Progress::default()).unwrap().sha256
+        export::export(&volumes.read(source).unwrap(), Format::Raw, &to, None, &Progress::default())
+            .unwrap()
+            .sha256
     };
     assert_eq!(content(&from, "a"), content(&Source::Snapshot("snap-b".into()), "b"));
     let found = || {
