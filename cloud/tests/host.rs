@@ -156,19 +156,27 @@ fn imports(host: &dyn Host) {
             told.push((done, total));
             true
         };
-        assert_eq!(host.import_snapshot("snap-i", &good, None, &mut go_on).unwrap(), 4096);
+        assert_eq!(host.import_snapshot("snap-i", &good, None, None, &mut go_on).unwrap(), 4096);
     }
     assert_eq!(told.last(), Some(&(4096, 4096)));
     assert_eq!(size(&host.content(&Source::Snapshot("snap-i".into())).unwrap()), 4096);
     host.create_volume("vol-i", GIB, &Source::Snapshot("snap-i".into()), None).unwrap();
-    let refused = host.import_snapshot("snap-j", &bad, None, &mut |_, _| true);
+    let refused = host.import_snapshot("snap-j", &bad, None, None, &mut |_, _| true);
     assert!(matches!(&refused, Err(HostError::Failed(why)) if why.contains("refused")), "{refused:?}");
-    let stopped = host.import_snapshot("snap-j", &good, None, &mut |_, _| false);
+    let stopped = host.import_snapshot("snap-j", &good, None, None, &mut |_, _| false);
     assert!(matches!(stopped, Err(HostError::Busy(_))), "{stopped:?}");
     let missing = host.content(&Source::Snapshot("snap-j".into()));
     assert!(matches!(missing, Err(HostError::Missing(_))), "{missing:?}");
     host.delete_volume("vol-i").unwrap();
     host.delete_snapshot("snap-i").unwrap();
+    // Encrypted.
+    let key = host.keys().remove(0);
+    assert_eq!(host.import_snapshot("snap-i", &good, None, Some(&key), &mut |_, _| true).unwrap(), 4096);
+    host.create_volume("vol-i", GIB, &Source::Snapshot("snap-i".into()), Some(&key)).unwrap();
+    host.delete_volume("vol-i").unwrap();
+    host.delete_snapshot("snap-i").unwrap();
+    let none = host.import_snapshot("snap-i", &good, None, Some("none"), &mut |_, _| true);
+    assert!(matches!(none, Err(HostError::Key(_))), "{none:?}");
 }
 
 fn suite(open: Open<'_>, outlives: bool) {

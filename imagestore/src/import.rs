@@ -3,13 +3,14 @@
 //! ```text
 //!   import (the caller's rights)                     worker (nobody, no-new-privs, rlimits)
 //!     stdin   the source, read only        ─────►      reads it as blockdev reads disks, or as `foreign` does
-//!     stdout  the store's pending disk     ─────►      writes what is not zeros
+//!     stdout  the store's pending disk     ─────►      writes what is not zeros; or a pipe, to who encrypts it (`pipe`)
 //!     stderr  a pipe                       ◄─────      JSON lines: progress, then done or refused
 //! ```
 //!
 //! The worker is a program, so that nothing of the caller's memory is in it: its three descriptors are all it has.
 //! The checksum is of the source's bytes and taken by the caller, beside the worker: it cannot be lied to.
 
+mod pipe;
 mod worker;
 
 use std::fs::{self, File, FileType};
@@ -29,6 +30,7 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+pub use pipe::Sink;
 pub use worker::worker;
 
 use crate::store::{Architecture, Format, Image, Kind, Origin, Store, StoreError};
@@ -179,6 +181,9 @@ enum Report {
 struct Task {
     format: Format,
     limits: Limits,
+    /// The disk is not a file, but a pipe.
+    #[serde(default)]
+    pipe: bool,
 }
 
 /// Opens a source for [`import`]. What is neither a file nor a block device is not even opened: a pipe would be waited
@@ -207,8 +212,8 @@ pub fn import(
     // Before there is anything of it.
     let format = format_of(source, request.format)?;
     let pending = store.begin(Kind::Machine, &request.name).map_err(store_error(store))?;
-    let to = Target { disk: pending.disk(), directory: store.directory() };
-    let (_, sha256) = convert(source, &to, format, &request.limits, worker, &mut |done, total| {
+    let mut to = Target { disk: pending.disk(), directory: store.directory(), sink: None };
+    let (_, sha256) = convert(source, &mut to, format, &request.limits, worker, &mut |done, total| {
         // Nothing is known yet.
         if total > 0 {
             progress(done, total);
@@ -221,10 +226,12 @@ pub fn import(
 
 /// What becomes of an image.
 pub struct Target<'a> {
-    /// An empty file, which becomes the raw disk.
+    /// An empty file, which becomes the raw disk, or what `sink` makes of it.
     pub disk: &'a File,
     /// Where that is, as a person is told.
     pub directory: &'a Path,
+    /// Takes the disk's bytes instead: the worker never has the file then.
+    pub sink: Option<&'a mut dyn Sink>,
 }
 
 /// The format of a source: what is said, or what it looks like.
@@ -246,14 +253,14 @@ pub fn format_of(source: &File, said: Option<Format>) -> Result<Format, ImportEr
     Ok(format)
 }
 
-/// Makes a raw disk of `source`, in `to`; tells its size and the source's checksum. `progress` is told bytes done and in
+/// Makes a raw disk of `source`, in `to`, or has its sink make one; tells its size and the source's checksum. `progress` is told bytes done and in
 /// all, and says whether to go on; it is asked when nothing was done, too.
 ///
 /// # Errors
 /// Those of [`ImportError`].
 pub fn convert(
     source: &File,
-    to: &Target<'_>,
+    to: &mut Target<'_>,
     format: Format,
     limits: &Limits,
     mut worker: Command,
@@ -261,26 +268,41 @@ pub fn convert(
 ) -> Result<(u64, String), ImportError> {
     let len = source_len(source)?;
     let clone = |file: &File| file.try_clone().map_err(io_error("hand over the files"));
-    let task = serde_json::to_string(&Task { format, limits: *limits })
+    let task = serde_json::to_string(&Task { format, limits: *limits, pipe: to.sink.is_some() })
         .map_err(|error| io_error("describe the task")(error.into()))?;
     worker
         .arg(task)
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::from(clone(source)?))
-        .stdout(Stdio::from(clone(to.disk)?))
+        .stdout(if to.sink.is_some() { Stdio::piped() } else { Stdio::from(clone(to.disk)?) })
         .stderr(Stdio::piped());
-    let child = Running(worker.spawn().map_err(io_error("start its worker"))?);
+    let mut child = Running(worker.spawn().map_err(io_error("start its worker"))?);
+    // Nobody else has the end of a pipe that it writes to.
+    drop(worker);
     let stop = AtomicBool::new(false);
-    let (total, sha256) = std::thread::scope(|scope| {
+    let (disk, directory, sink) = (to.disk, to.directory, &mut to.sink);
+    let (total, taken, sha256) = std::thread::scope(|scope| {
         let sum = scope.spawn(|| checksum(source, len, &stop));
-        let total = watch(child, to, limits, progress);
+        let pipe = child.0.stdout.take().zip(sink.as_deref_mut());
+        let taken = pipe.map(|(pipe, sink)| scope.spawn(move || pipe::take(pipe, sink, limits, directory)));
+        let total = watch(child, disk, directory, limits, progress);
         // Nobody waits for the checksum of what is not imported.
         stop.store(total.is_err(), Ordering::Relaxed);
+        let ended = |_| Err(ImportError::Refused("the thread that takes its bytes ended".to_owned()));
+        let taken = taken.map(|taken| taken.join().unwrap_or_else(ended)).transpose();
         let sum = sum.join().unwrap_or_else(|_| Err(io::Error::other("the checksum's thread ended")));
-        Ok::<_, ImportError>((total?, sum.map_err(io_error("read the image"))?))
+        // A worker that is not listened to fails for that.
+        let taken = match (&total, taken) {
+            (Err(ImportError::Stopped), _) => None,
+            (_, taken) => taken?,
+        };
+        Ok::<_, ImportError>((total?, taken, sum.map_err(io_error("read the image"))?))
     })?;
-    let len = to.disk.metadata().map_err(io_error("look at the disk"))?.len();
+    let len = match taken {
+        Some(len) => len,
+        None => disk.metadata().map_err(io_error("look at the disk"))?.len(),
+    };
     if len != total || len == 0 || !len.is_multiple_of(512) || len > limits.virtual_bytes {
         return Err(ImportError::Refused(format!("its disk has {len} bytes")));
     }
@@ -378,7 +400,8 @@ impl Drop for Running {
 /// this from ending with the limits.
 fn watch(
     mut child: Running,
-    to: &Target<'_>,
+    disk: &File,
+    directory: &Path,
     limits: &Limits,
     progress: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<u64, ImportError> {
@@ -386,7 +409,7 @@ fn watch(
     let mut pipe = child.0.stderr.take();
     let mut heard = Heard::default();
     let status = loop {
-        check(to.disk, limits, deadline)?;
+        check(disk, limits, deadline)?;
         if !progress(heard.figures.0, heard.figures.1) {
             return Err(ImportError::Stopped);
         }
@@ -407,9 +430,9 @@ fn watch(
             pipe = None;
         }
     };
-    check(to.disk, limits, deadline)?;
+    check(disk, limits, deadline)?;
     progress(heard.figures.0, heard.figures.1);
-    verdict(status, heard, limits, to.directory)
+    verdict(status, heard, limits, directory)
 }
 
 /// The limits that hold even if the worker keeps none.

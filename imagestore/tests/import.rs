@@ -1,11 +1,12 @@
 //! Imports by the real worker of images that qemu-img makes, and of bad ones.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use hutch_imagestore::import::{ImportError, Limits, Request, import};
+use hutch_imagestore::import::{ImportError, Limits, Request, Sink, Target, convert, import};
 use hutch_imagestore::store::{Architecture, Format, Image, Store};
 
 const MIB: u64 = 1 << 20;
@@ -402,4 +403,64 @@ fn the_worker_is_confined_and_its_processor_time_ends() {
         assert!(words(&status, "Groups:").is_empty());
         assert_eq!(words(&status, "CapEff:"), ["0000000000000000"]);
     }
+}
+
+/// A disk that comes through a pipe, as who encrypts it gets it.
+#[derive(Default)]
+struct Taken {
+    bytes: Vec<u8>,
+    sizes: Vec<u64>,
+    full: bool,
+}
+
+impl Sink for Taken {
+    fn size(&mut self, bytes: u64) -> io::Result<()> {
+        self.sizes.push(bytes);
+        self.bytes.resize(bytes as usize, 0);
+        Ok(())
+    }
+
+    fn write(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        if self.full && at > MIB {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let end = at as usize + bytes.len();
+        self.bytes.resize(self.bytes.len().max(end), 0);
+        self.bytes[at as usize..end].copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_disk_goes_through_a_pipe_where_no_plain_byte_of_it_may_lie() {
+    let room = tempfile::tempdir().unwrap();
+    let (source, file) = (raw(room.path()), File::create(room.path().join("file")).unwrap());
+    let packed = room.path().join("packed");
+    let gzip = Command::new("gzip").arg("-c").arg(&source).stdout(File::create(&packed).unwrap()).status();
+    assert!(gzip.unwrap().success());
+    let qcow2 = room.path().join("qcow2");
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2"], &source, &qcow2);
+    let want = fs::read(&source).unwrap();
+    let take = |from: &Path, format, limits: &Limits, sink: &mut Taken, go_on: bool| {
+        let mut to = Target { disk: &file, directory: room.path(), sink: Some(sink) };
+        let worker = Command::new(env!("CARGO_BIN_EXE_hutch-import-worker"));
+        convert(&File::open(from).unwrap(), &mut to, format, limits, worker, &mut |_, _| go_on)
+    };
+    let all = Limits::default();
+    for (from, format) in [(&source, Format::Raw), (&packed, Format::RawGz), (&qcow2, Format::Qcow2)] {
+        let mut sink = Taken::default();
+        assert_eq!(take(from, format, &all, &mut sink, true).unwrap().0, 40 * MIB);
+        assert!(sink.bytes == want && sink.sizes == [40 * MIB]);
+        assert_eq!(file.metadata().unwrap().len(), 0, "the worker has not got the file");
+    }
+    let full = take(&source, Format::Raw, &all, &mut Taken { full: true, ..Taken::default() }, true);
+    assert!(matches!(full, Err(ImportError::Full(_))), "{full:?}");
+    let stopped = take(&source, Format::Raw, &all, &mut Taken::default(), false);
+    assert!(matches!(stopped, Err(ImportError::Stopped)), "{stopped:?}");
+    let little = Limits { data_bytes: MIB / 2, ..all };
+    let much = take(&source, Format::Raw, &little, &mut Taken::default(), true);
+    assert!(matches!(much, Err(ImportError::Limit(_))), "{much:?}");
+    File::options().write(true).open(&packed).unwrap().set_len(100_000).unwrap();
+    let cut = take(&packed, Format::RawGz, &all, &mut Taken::default(), true);
+    assert!(matches!(cut, Err(ImportError::Refused(_))), "{cut:?}");
 }

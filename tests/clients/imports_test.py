@@ -152,3 +152,36 @@ class Imports(Case):
         except OSError:
             return False
         return b"hutch-import-worker" in command and f"PPid:\t{self.daemon.process.pid}\n" in status
+
+    def test_what_is_imported_is_encrypted_where_that_is_said(self):
+        key = self.ec2.get_ebs_default_kms_key_id()["KmsKeyId"]
+        disk = {"Url": self.url("small.raw.xz")}
+        for more in ({"Encrypted": True}, {"Encrypted": True, "KmsKeyId": key}, {}):
+            if not more:
+                self.ec2.enable_ebs_encryption_by_default()
+                self.addCleanup(self.ec2.disable_ebs_encryption_by_default)
+            made = self.ec2.import_snapshot(DiskContainer=disk, **more)
+            self.assertEqual((made["SnapshotTaskDetail"]["Encrypted"], made["SnapshotTaskDetail"]["KmsKeyId"]), (True, key))
+            told = self.over(self.snapshot_task, made["ImportTaskId"])
+            self.assertEqual(told["Status"], "completed", told)
+            snapshot = self.ec2.describe_snapshots(SnapshotIds=[told["SnapshotId"]])["Snapshots"][0]
+            self.assertEqual((snapshot["Encrypted"], snapshot["KmsKeyId"]), (True, key))
+        self.ec2.disable_ebs_encryption_by_default()
+        plain = self.over(self.snapshot_task, self.ec2.import_snapshot(DiskContainer=disk)["ImportTaskId"])
+        self.assertFalse(plain["Encrypted"])
+        # A snapshot that is there is copied for it, if it is plain.
+        disks = [disk, {"SnapshotId": plain["SnapshotId"], "DeviceName": "/dev/sdf"}, {"SnapshotId": told["SnapshotId"], "DeviceName": "/dev/sdg"}]
+        made = self.ec2.import_image(Encrypted=True, DiskContainers=disks)
+        self.assertEqual((made["Encrypted"], made["KmsKeyId"]), (True, key))
+        done = self.over(self.image_task, made["ImportTaskId"])
+        self.assertEqual(done["Status"], "completed", done)
+        image = self.ec2.describe_images(ImageIds=[done["ImageId"]])["Images"][0]
+        devices = {d["DeviceName"]: d["Ebs"] for d in image["BlockDeviceMappings"]}
+        self.assertEqual([d["Encrypted"] for d in devices.values()], [True] * 3)
+        self.assertNotEqual(devices["/dev/sdf"]["SnapshotId"], plain["SnapshotId"])
+        self.assertEqual(devices["/dev/sdg"]["SnapshotId"], told["SnapshotId"])
+        mixed = self.over(self.image_task, self.ec2.import_image(DiskContainers=disks[1:])["ImportTaskId"])
+        image = self.ec2.describe_images(ImageIds=[mixed["ImageId"]])["Images"][0]
+        self.assertEqual([d["Ebs"]["Encrypted"] for d in image["BlockDeviceMappings"]], [False, True])
+        self.fails("InvalidKmsKey.NotFound", self.ec2.import_snapshot, DiskContainer=disk, Encrypted=True, KmsKeyId="alias/none")
+        self.fails("InvalidParameterDependency", self.ec2.import_snapshot, DiskContainer=disk, KmsKeyId=key)

@@ -99,3 +99,10 @@ class Files(Case):
         self.ec2.stop_instances(InstanceIds=[instance])
         self.ec2.get_waiter("instance_stopped").wait(InstanceIds=[instance], WaiterConfig={"Delay": 0.05})
         self.hutch("repair", made)
+
+    def test_the_state_is_where_the_environment_says(self):
+        words = [os.environ["HUTCHD"], "--host", "simulated", "--listen", "127.0.0.1:0"]
+        environment = dict(os.environ, HUTCH_STATE=self.daemon.state.name)
+        second = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+        self.assertNotEqual(second.returncode, 0)
+        self.assertIn(f"another hutchd has {self.daemon.state.name}", second.stderr)

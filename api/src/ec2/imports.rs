@@ -1,7 +1,7 @@
 //! Imports of other machines' disks.
 
 use hutch_cloud::model::{ImportDisk, ImportState, ImportTask};
-use hutch_cloud::region::{DiskAsk, DiskFrom, NewImport};
+use hutch_cloud::region::{DiskAsk, DiskFrom, Encryption, NewImport};
 
 use super::{Answer, Context, Operation, tag_set};
 use crate::node;
@@ -29,7 +29,8 @@ fn disk(c: &Context<'_>, task: &ImportTask, disk: &ImportDisk) -> Node {
         "description": (!disk.description.is_empty()).then_some(&disk.description),
         "deviceName": task.image.as_ref().map(|_| &disk.device),
         "diskImageSize": disk.file.as_ref().map(|_| format!("{}.0", disk.bytes)),
-        "encrypted": false,
+        "encrypted": task.key.is_some(),
+        "kmsKeyId": key(c, task),
         "format": disk.format.and_then(|format| serde_json::to_value(format).ok()?.as_str().map(str::to_uppercase)),
         "progress": active.then(|| c.region.import_progress(task)),
         "snapshotId": alive.then_some(&disk.snapshot),
@@ -37,6 +38,10 @@ fn disk(c: &Context<'_>, task: &ImportTask, disk: &ImportDisk) -> Node {
         "statusMessage": message(task),
         "url": url.map(|file| format!("file://{}", file.display())),
     }
+}
+
+fn key(c: &Context<'_>, task: &ImportTask) -> Option<String> {
+    Some(c.region.key_arn(&task.account, task.key.as_ref()?))
 }
 
 fn message(task: &ImportTask) -> Option<&str> {
@@ -60,7 +65,8 @@ fn told(c: &Context<'_>, task: &ImportTask) -> Node {
     common
         .with("architecture", "x86_64")
         .with("platform", "Linux")
-        .with("encrypted", false)
+        .with("encrypted", task.key.is_some())
+        .with("kmsKeyId", key(c, task))
         .with("bootMode", "legacy-bios")
         .with("imageId", (task.state == ImportState::Completed).then_some(image))
         .with("progress", active.then(|| c.region.import_progress(task)))
@@ -126,16 +132,11 @@ fn ask(p: &Params) -> Result<DiskAsk, Fault> {
 fn asked(c: &Context<'_>, kind: &str, disks: Vec<DiskAsk>) -> Result<NewImport, Fault> {
     let p = c.params;
     let text = |name: &str| p.str(name).filter(|text| !text.is_empty()).map(str::to_owned);
-    if p.boolean("Encrypted")? == Some(true) {
-        return Err(Fault::new(
-            "UnsupportedOperation",
-            "What is imported is plain; copy it with Encrypted, then delete it",
-        ));
-    }
     Ok(NewImport {
         description: text("Description").unwrap_or_default(),
         disks,
         image: kind == "import-image-task",
+        encryption: Encryption { encrypted: p.boolean("Encrypted")?, key: text("KmsKeyId") },
         tags: c.tag_specifications()?.remove(kind).unwrap_or_default(),
         client_token: text("ClientToken"),
         request: c.digest(),

@@ -185,6 +185,17 @@ impl Qcow2Disk {
         Ok(Qcow2Disk { inner: Mutex::new(inner), payload, base, size, read_only })
     }
 
+    /// Makes the disk smaller, behind which nothing was ever written: of one that is made before its size is known.
+    ///
+    /// # Errors
+    /// `OutOfRange`; `Io`.
+    pub fn shrink(&self, size: u64) -> Result<()> {
+        let mut inner = self.writable(0, 0)?;
+        inner.shrink(size)?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
     /// Lays it on something else, which must hold the same bytes.
     ///
     /// # Errors

@@ -359,7 +359,7 @@ pub trait Host: Send + Sync {
     fn copy_snapshot(&self, id: &str, content: &Content, key: Option<&str>) -> Result<()>;
 
     /// Keeps the disk that a file of any known format holds as a snapshot; tells the disk's size in bytes. A process without
-    /// rights reads it. `go_on` is told bytes done and in all, again and again, and says whether to go on.
+    /// rights reads it. With `key` it is encrypted, and nothing of it is ever on the disk that is not. `go_on` is told bytes done and in all, again and again, and says whether to go on.
     ///
     /// # Errors
     /// [`HostError::NoRoom`]; [`HostError::Busy`]: it was not to go on; [`HostError::Failed`]: the file is bad, in words for
@@ -369,6 +369,7 @@ pub trait Host: Send + Sync {
         id: &str,
         file: &File,
         format: Option<Format>,
+        key: Option<&str>,
         go_on: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<u64>;
 
@@ -547,7 +548,7 @@ pub(crate) fn told(error: &dyn std::error::Error) -> String {
 fn convert(
     importer: &Path,
     file: &File,
-    to: &Target<'_>,
+    to: &mut Target<'_>,
     format: Option<Format>,
     go_on: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<u64> {

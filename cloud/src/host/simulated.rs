@@ -381,13 +381,15 @@ impl Host for Simulated {
         id: &str,
         file: &File,
         format: Option<Format>,
+        key: Option<&str>,
         go_on: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<u64> {
+        known(key)?;
         let missing = || HostError::Missing("program that reads disks".into());
         let importer = self.importer.as_ref().ok_or_else(missing)?;
         self.write_snapshot(id, &mut |disk| {
-            let to = import::Target { disk, directory: std::path::Path::new("memory") };
-            super::convert(importer, file, &to, format, go_on)
+            let mut to = import::Target { disk, directory: std::path::Path::new("memory"), sink: None };
+            super::convert(importer, file, &mut to, format, go_on)
         })
     }
 

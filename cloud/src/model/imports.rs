@@ -29,6 +29,9 @@ pub struct ImportTask {
     pub message: String,
     /// When it was over.
     pub ended: Option<Timestamp>,
+    /// What wraps the keys of its snapshots; `None`: they are plain.
+    #[serde(default)]
+    pub key: Option<String>,
     /// Its tags.
     pub tags: Tags,
 }
@@ -49,8 +52,18 @@ pub struct ImportDisk {
     pub snapshot: String,
     /// The file's size in bytes.
     pub bytes: u64,
+    /// The snapshot that it is an encrypted copy of.
+    #[serde(default)]
+    pub of: Option<String>,
     /// It is a snapshot.
     pub done: bool,
+}
+
+impl ImportDisk {
+    /// Whether its snapshot is the import's own; else it was there before.
+    pub fn is_made(&self) -> bool {
+        self.file.is_some() || self.of.is_some()
+    }
 }
 
 /// How far an import is.

@@ -23,7 +23,7 @@ use crate::host::{HostError, Source};
 use crate::id;
 use crate::model::{Image, ImageDevice, ImportDisk, ImportState, ImportTask, Snapshot, Tags};
 
-use super::{Region, Work, images, now, recall, remember, snapshots, tags};
+use super::{Encryption, Region, Work, images, now, recall, remember, snapshots, tags};
 
 /// What ids of imports begin with: of snapshots, and of images.
 const SNAP: &str = "import-snap";
@@ -47,6 +47,8 @@ pub struct NewImport {
     pub disks: Vec<DiskAsk>,
     /// They become an image.
     pub image: bool,
+    /// Whether its snapshots are encrypted, and by which key.
+    pub encryption: Encryption,
     /// The task's tags.
     pub tags: Tags,
     /// What makes the call idempotent.
@@ -229,9 +231,10 @@ impl Region {
             if let Some(id) = made.and_then(|made| made.into_iter().next()) {
                 return work.get::<ImportTask>(&id)?.ok_or_else(|| no_task(&id));
             }
+            let key = self.key_for(work, account, &new.encryption, None)?;
             let mut disks = Vec::new();
             for (index, ask) in new.disks.iter().enumerate() {
-                disks.push(self.import_disk(work, account, index, ask)?);
+                disks.push(self.import_disk(work, account, index, ask, key.is_some())?);
             }
             let devices: std::collections::BTreeSet<_> = disks.iter().map(|disk| &disk.device).collect();
             if devices.len() < disks.len() {
@@ -248,6 +251,7 @@ impl Region {
                 state: ImportState::Active,
                 message: String::new(),
                 ended: None,
+                key,
                 tags: new.tags.clone(),
             };
             work.put(&task)?;
@@ -262,6 +266,7 @@ impl Region {
         account: &str,
         index: usize,
         ask: &DiskAsk,
+        encrypted: bool,
     ) -> Result<ImportDisk> {
         let file = match &ask.from {
             DiskFrom::Nowhere => return Err(Fault::missing("DiskContainer.Url")),
@@ -277,9 +282,15 @@ impl Region {
                 open.map_err(|e| Fault::value("Url", &path.display().to_string(), &why(e)))?
             }
         };
-        let snapshot = match &ask.from {
-            DiskFrom::Snapshot(id) => snapshots::readable(work, account, id)?.id,
-            _ => id::new("snap"),
+        let (snapshot, of) = match &ask.from {
+            DiskFrom::Snapshot(id) => {
+                let there = snapshots::readable(work, account, id)?;
+                match encrypted && there.key.is_none() {
+                    true => (id::new("snap"), Some(there.id)),
+                    false => (there.id, None),
+                }
+            }
+            _ => (id::new("snap"), None),
         };
         let default = match u8::try_from(index).ok().map(|index| char::from(b'a' + index)) {
             None | Some('a') => images::ROOT.to_owned(),
@@ -289,8 +300,9 @@ impl Region {
             device: ask.device.clone().unwrap_or(default),
             description: ask.description.clone(),
             format: ask.format.as_deref().map_or(Ok(None), format)?,
-            done: file.is_none(),
+            done: file.is_none() && of.is_none(),
             file,
+            of,
             snapshot,
             bytes,
         })
@@ -350,10 +362,17 @@ impl Region {
             running.tell(done, total);
             !self.imports.is_ending() && !cancelled()
         };
-        let file = disk.file.as_deref().unwrap_or(Path::new(""));
-        let file = self.open(file).map_err(|e| HostError::Failed(format!("the file cannot be read: {e}")));
-        let made =
-            file.and_then(|file| self.host.import_snapshot(&disk.snapshot, &file, disk.format, &mut go_on));
+        let key = task.key.as_deref();
+        let made = match &disk.of {
+            Some(of) => self.import_copy(of, &disk.snapshot, key),
+            None => {
+                let file = disk.file.as_deref().unwrap_or(Path::new(""));
+                let unread = |e| HostError::Failed(format!("the file cannot be read: {e}"));
+                self.open(file).map_err(unread).and_then(|file| {
+                    self.host.import_snapshot(&disk.snapshot, &file, disk.format, key, &mut go_on)
+                })
+            }
+        };
         let bytes = match made {
             Ok(bytes) => bytes,
             // The next process carries on, or what was cancelled is undone: that has another step.
@@ -385,7 +404,7 @@ impl Region {
                 description: said.cloned().unwrap_or_else(|| format!("Imported by {}", task.id)),
                 together: Vec::new(),
                 copy_of: None,
-                key: None,
+                key: task.key.clone(),
                 public: false,
                 shared: Vec::new(),
                 complete: true,
@@ -396,6 +415,15 @@ impl Region {
             work.put(&task)
         })?;
         Ok(None)
+    }
+
+    /// Makes an encrypted copy of a snapshot; tells its size in bytes.
+    fn import_copy(&self, of: &str, to: &str, key: Option<&str>) -> std::result::Result<u64, HostError> {
+        let missing = || HostError::Missing(format!("snapshot {of}"));
+        let of = self.get::<Snapshot>(of).map_err(|fault| HostError::Failed(fault.message))?;
+        let of = of.filter(|of| !of.deleting).ok_or_else(missing)?;
+        self.host.copy_snapshot(to, &self.host.content(&of.source)?, key)?;
+        Ok(of.gib * GIB)
     }
 
     /// All disks are there.
@@ -425,12 +453,12 @@ impl Region {
 
     /// Takes away what there is of an import that is not to be.
     fn undo(&self, task: &ImportTask) -> Result<()> {
-        for disk in task.disks.iter().filter(|disk| disk.file.is_some()) {
+        for disk in task.disks.iter().filter(|disk| disk.is_made()) {
             self.host.delete_snapshot(&disk.snapshot).map_err(Fault::internal)?;
         }
         self.transact(|work| {
             let Some(mut task) = work.get::<ImportTask>(&task.id)? else { return Ok(()) };
-            for disk in task.disks.iter().filter(|disk| disk.file.is_some()) {
+            for disk in task.disks.iter().filter(|disk| disk.is_made()) {
                 work.delete::<Snapshot>(&disk.snapshot);
             }
             (task.state, task.ended) = (ImportState::Deleted, Some(now()));
@@ -473,12 +501,12 @@ fn image_of(work: &mut Work<'_>, task: &ImportTask, image: &str) -> Result<Image
         let snapshot = snapshots::readable(work, &task.account, &disk.snapshot)?;
         devices.push(ImageDevice {
             name: disk.device.clone(),
+            encrypted: snapshot.key.is_some(),
             snapshot: Some(snapshot.id),
             gib: snapshot.gib,
             kind: "gp3".into(),
             iops: None,
             delete_on_termination: true,
-            encrypted: false,
         });
     }
     Ok(Image {

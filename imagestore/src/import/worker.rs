@@ -10,7 +10,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, geteuid, setgid, setgroups, setuid};
 
-use super::{CHUNK, Limits, Report, Task, is_full};
+use super::{CHUNK, Limits, Report, Task, is_full, pipe};
 use crate::foreign::{self, Fault};
 
 /// What is looked at for zeros, in bytes: a file system's block.
@@ -55,10 +55,11 @@ fn refused(fault: Fault) -> Report {
 }
 
 fn work(task: &str) -> Result<Report, Report> {
-    let Task { format, limits } = serde_json::from_str(task).map_err(failed)?;
+    let Task { format, limits, pipe } = serde_json::from_str(task).map_err(failed)?;
     let own = |fd: io::Result<OwnedFd>| fd.map(File::from).map_err(failed);
     let source = own(io::stdin().as_fd().try_clone_to_owned())?;
     let target = own(io::stdout().as_fd().try_clone_to_owned())?;
+    let mut target = if pipe { Out::Pipe(target) } else { Out::File(target) };
     confine(&limits).map_err(failed)?;
 
     let too_large =
@@ -82,7 +83,7 @@ fn work(task: &str) -> Result<Report, Report> {
         if at + count as u64 > limits.virtual_bytes {
             return Err(too_large(at + count as u64));
         }
-        data += write_data(&target, at, chunk).map_err(unwritten)?;
+        data += write_data(&mut target, at, chunk).map_err(unwritten)?;
         if data > limits.data_bytes {
             return Err(Report::Limit(format!("{} bytes of data", limits.data_bytes)));
         }
@@ -104,12 +105,42 @@ fn work(task: &str) -> Result<Report, Report> {
         }
         None => target.set_len(at).map_err(unwritten)?,
     }
-    target.sync_all().map_err(unwritten)?;
+    target.sync().map_err(unwritten)?;
     Ok(Report::Done { total: at })
 }
 
+/// Where the disk goes.
+enum Out {
+    File(File),
+    Pipe(File),
+}
+
+impl Out {
+    fn set_len(&mut self, size: u64) -> io::Result<()> {
+        match self {
+            Out::File(file) => file.set_len(size),
+            Out::Pipe(out) => pipe::say_size(out, size),
+        }
+    }
+
+    fn write_all_at(&mut self, bytes: &[u8], at: u64) -> io::Result<()> {
+        match self {
+            Out::File(file) => file.write_all_at(bytes, at),
+            Out::Pipe(out) => pipe::piece(out, at, bytes),
+        }
+    }
+
+    /// Of a pipe, whoever is at its other end does that.
+    fn sync(&self) -> io::Result<()> {
+        match self {
+            Out::File(file) => file.sync_all(),
+            Out::Pipe(_) => Ok(()),
+        }
+    }
+}
+
 /// Writes the blocks of `chunk` that are not zeros, neighbours at once; tells how many bytes that were.
-fn write_data(target: &File, at: u64, chunk: &[u8]) -> io::Result<u64> {
+fn write_data(target: &mut Out, at: u64, chunk: &[u8]) -> io::Result<u64> {
     let (mut offset, mut written) = (at, 0);
     for run in chunk.chunks(BLOCK).collect::<Vec<_>>().chunk_by(|a, b| is_zero(a) == is_zero(b)) {
         let len: usize = run.iter().map(|block| block.len()).sum();

@@ -41,6 +41,21 @@ impl Inner {
         self.sync()
     }
 
+    /// The disk has only `size` bytes from now on; nothing was ever written behind them.
+    pub(in crate::qcow2) fn shrink(&mut self, size: u64) -> Result<()> {
+        let old = self.header.size;
+        if size == 0 || size > old || !size.is_multiple_of(SECTOR) {
+            let context = format!("the volume has {old} bytes and cannot become {size}");
+            return Err(DiskError { kind: DiskErrorKind::OutOfRange, context, source: None });
+        }
+        self.commit()?;
+        self.sync()?;
+        self.header.size = size;
+        let written = self.store.write_bytes(0, &self.header.to_bytes());
+        written.map_err(|e| self.metadata_error(e))?;
+        self.sync()
+    }
+
     fn clear_tail(&mut self, from: u64, to: u64) -> Result<()> {
         if let Mapping::Data(host) = self.mapping(from / CLUSTER)? {
             let zero = self.payload.zero(host + from % CLUSTER, from, to - from);

@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hutch_blockdev::{DiskErrorKind, Format, SECTOR, open_layers};
-use hutch_imagestore::import::Target;
 use serde::{Deserialize, Serialize};
 
 use super::super::super::{Content, HostError, Layer, Reader, Result, Source};
@@ -91,7 +90,7 @@ impl Volumes {
         made
     }
 
-    fn keep(&self, id: &str, kept: Kept) -> Result<()> {
+    pub(super) fn keep(&self, id: &str, kept: Kept) -> Result<()> {
         self.chains().snapshots.insert(id.to_owned(), kept.layers.clone());
         write_record(&path(&self.snapshots, id, "json")?, &kept)
     }
@@ -263,21 +262,24 @@ impl Volumes {
     /// Gives layers names here; false where they are on another file system.
     fn share(&self, id: &str, size: u64, layers: &[Layer]) -> Result<bool> {
         let mut chains = self.chains();
-        let mut names = Chain::new();
-        for Layer { name, path: from, key, .. } in layers {
-            let to = self.layers.join(name);
-            let device = |path: &Path| path.metadata().map(|about| about.dev()).map_err(|e| failed(path, e));
-            if device(from)? != device(&self.layers)? {
+        let device = |path: &Path| path.metadata().map(|about| about.dev()).map_err(|e| failed(path, e));
+        let here = device(&self.layers)?;
+        for layer in layers {
+            if device(&layer.path)? != here {
                 return Ok(false);
             }
+        }
+        let names: Chain = layers.iter().map(|layer| layer.name.clone()).collect();
+        // Before they are there: who gives up takes away what nobody else has of them.
+        chains.snapshots.insert(id.to_owned(), names.clone());
+        for Layer { name, path: from, key, .. } in layers {
+            let to = self.layers.join(name);
             if *from != to {
                 link(from, &to)?;
             }
             self.share_key(name, key.as_ref())?;
-            names.push(name.clone());
         }
         sync_dir(&self.layers)?;
-        chains.snapshots.insert(id.to_owned(), names.clone());
         drop(chains);
         self.keep(id, Kept { size, layers: names })?;
         Ok(true)
@@ -314,33 +316,6 @@ impl Volumes {
         };
         let layers = names.iter().zip(&places).map(layer).collect::<Result<_>>()?;
         Ok(Reader { disk, layers, _reading: Some(reading) })
-    }
-
-    /// See [`Host::import_snapshot`](super::super::super::Host::import_snapshot). `fill` makes the raw disk.
-    ///
-    /// # Errors
-    /// Those of `fill`; [`HostError::NoRoom`].
-    pub fn import_snapshot(&self, id: &str, fill: impl FnOnce(&Target<'_>) -> Result<u64>) -> Result<u64> {
-        if path(&self.snapshots, id, "json")?.exists() {
-            // Whoever gave it the name may have been killed before the name was durable.
-            sync_dir(&self.snapshots)?;
-            return Ok(self.snapshot(id)?.size);
-        }
-        let name = format!("{id}.raw");
-        // Before it is there: what no chain has is removed.
-        self.chains().snapshots.insert(id.to_owned(), vec![name.clone()]);
-        let mut size = 0;
-        let made = write(&self.layers.join(&name), |disk| {
-            size = fill(&Target { disk, directory: &self.layers })?;
-            Ok(())
-        });
-        match made.and_then(|()| self.keep(id, Kept { size, layers: vec![name] })) {
-            Ok(()) => Ok(size),
-            Err(error) => {
-                self.delete_snapshot(id)?;
-                Err(error)
-            }
-        }
     }
 
     fn copy_layers(&self, id: &str, size: u64, layers: &[Layer], key: Option<&str>) -> Result<()> {

@@ -4,10 +4,12 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use hutch_blockdev::qcow2::{commit, pull};
+use hutch_blockdev::qcow2::{Header, commit, pull};
 use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Key, Layer, Qcow2Disk, open_layers};
 use hutch_vmm::launch::LaunchError;
 
@@ -15,10 +17,14 @@ use super::super::super::{HostError, Result};
 use super::chains::{Chain, Pair, merged, new_name};
 use super::files::{disk_failed, failed};
 use super::snapshots::Kept;
-use super::{Record, Volumes, open_sealed, path, write_record};
+use super::{Record, Volumes, open_sealed, path, read_record, remove, write_record};
 
 /// A chain so long is made short: well before a machine can open no more.
 const LONG: usize = 40;
+
+/// How often chains are looked at though nobody changed them: a backup on the same file system has names of its layers, and
+/// nobody tells when it is gone.
+const AGAIN: Duration = Duration::from_secs(600);
 
 /// A machine that has volumes.
 pub trait Running {
@@ -92,7 +98,8 @@ impl Tidying {
     /// Waits for work; `false` when there will be none.
     fn wait(&self) -> bool {
         let idle = |state: &mut State| !state.closing && (!state.due || state.still > 0);
-        let mut state = self.changed.wait_while(self.state(), idle).unwrap_or_else(PoisonError::into_inner);
+        let waited = self.changed.wait_timeout_while(self.state(), AGAIN, idle);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
         state.due = false;
         !state.closing
     }
@@ -127,6 +134,16 @@ impl Tidying {
 /// Finds the machine that runs and has a volume, and does something with it.
 pub type WithMachine<'a> =
     dyn Fn(&str, &mut dyn FnMut(Option<&dyn Running>) -> Result<()>) -> Result<()> + 'a;
+
+/// Whether what is in one layer can be written into another: that can be as large.
+fn fits(upper: &Path, lower: &Path) -> std::result::Result<bool, DiskError> {
+    let header = |path: &Path| {
+        let file = File::open(path).map_err(|e| DiskError::io("open a layer", e))?;
+        Header::read(&file)
+    };
+    let lower = header(lower)?;
+    Ok(header(upper)?.size <= u64::from(lower.l1_entries).saturating_mul(lower.l2_reach()))
+}
 
 impl Volumes {
     /// Has no sealed layer change until [`Volumes::release`]. What is being written of one is cut off.
@@ -166,6 +183,11 @@ impl Volumes {
 
     /// Makes layers fewer as far as that can be done now.
     pub fn tidy(&self, machine: &WithMachine<'_>) {
+        // One after the other: until that is done, no two others become one.
+        if let Err(error) = self.carry_on(machine) {
+            tracing::warn!(%error, "a merge of layers is not finished");
+            return;
+        }
         // What cannot be done is tried again when something changes.
         let mut tried: BTreeSet<Pair> = BTreeSet::new();
         loop {
@@ -176,7 +198,12 @@ impl Volumes {
             let pairs = self.chains().pairs();
             let Some(pair) = pairs.into_iter().find(|pair| !tried.contains(pair)) else { break };
             tried.insert(pair.clone());
-            self.report(&pair.0, self.merge(&pair, machine));
+            let done = self.merge(&pair, machine);
+            let failed = done.is_err();
+            self.report(&pair.0, done);
+            if failed && self.merging.exists() {
+                return;
+            }
         }
         let long = |(volume, chain): (&String, &Chain)| (chain.len() > LONG).then(|| volume.clone());
         let long: Vec<String> = self.chains().volumes.iter().filter_map(long).collect();
@@ -198,9 +225,13 @@ impl Volumes {
         }
         machine(volume, &mut |running| {
             let Some(pair) = self.chains().fold(volume) else { return Ok(()) };
+            if self.is_shared(&pair.0)? || self.is_shared(&pair.1)? {
+                // Until it is not: nobody tells when that is.
+                self.tidying.state().folds.insert(volume.to_owned());
+                return Ok(());
+            }
             match running {
                 // Sealed, it can be merged like any other.
-                Some(_) if self.is_shared(&pair.1)? => Ok(()),
                 Some(machine) => self.cut(&[volume], &[(machine, vec![volume.to_owned()])]),
                 // Nobody has it: it is held here, until it is one.
                 None if self.is_free(volume)? => {
@@ -223,7 +254,22 @@ impl Volumes {
         if one.is_empty() {
             return Ok(());
         }
-        let has = |chain: &Chain| merged(chain, pair, &one).is_some();
+        // Records are changed one by one: whoever comes after a crash changes the rest, or the two would stay two.
+        write_record(&self.merging, &(pair, &one))?;
+        self.spread(pair, &one, machine)
+    }
+
+    /// Carries on with a merge whose records a crash left half changed.
+    fn carry_on(&self, machine: &WithMachine<'_>) -> Result<()> {
+        match read_record::<(Pair, String)>(&self.merging)? {
+            Some((pair, one)) => self.spread(&pair, &one, machine),
+            None => Ok(()),
+        }
+    }
+
+    /// Has all records of two layers name the one that holds what both did.
+    fn spread(&self, pair: &Pair, one: &str, machine: &WithMachine<'_>) -> Result<()> {
+        let has = |chain: &Chain| merged(chain, pair, one).is_some();
         let mut done = BTreeSet::new();
         loop {
             let of = |(id, chain): (&String, &Chain)| (has(chain) && !done.contains(id)).then(|| id.clone());
@@ -231,7 +277,7 @@ impl Volumes {
             let Some(volume) = self.chains().volumes.iter().find_map(of) else { break };
             machine(&volume, &mut |running| {
                 let Ok(record) = self.record(&volume) else { return Ok(()) };
-                let Some(layers) = merged(&record.layers, pair, &one) else { return Ok(()) };
+                let Some(layers) = merged(&record.layers, pair, one) else { return Ok(()) };
                 self.replace(&volume, Record { layers, ..record }, running)
             })?;
             done.insert(volume);
@@ -239,13 +285,14 @@ impl Volumes {
         let mut chains = self.chains();
         // Whoever began to read one of them meanwhile reads the same bytes in either.
         for (id, chain) in chains.snapshots.clone() {
-            if let Some(layers) = merged(&chain, pair, &one) {
+            if let Some(layers) = merged(&chain, pair, one) {
                 let kept = Kept { layers: layers.clone(), ..self.snapshot(&id)? };
                 write_record(&path(&self.snapshots, &id, "json")?, &kept)?;
                 chains.snapshots.insert(id, layers);
             }
         }
-        self.remove_unused(&chains, &vec![pair.0.clone(), pair.1.clone()])
+        self.remove_unused(&chains, &vec![pair.0.clone(), pair.1.clone()])?;
+        remove(&self.merging)
     }
 
     /// Records other layers of the same bytes, once a machine that has the volume reads these: as long as it may read the
@@ -262,7 +309,7 @@ impl Volumes {
         self.put(volume, &record)
     }
 
-    /// Whether another region has a layer too.
+    /// Whether another region, or a backup, has a layer too.
     fn is_shared(&self, layer: &str) -> Result<bool> {
         let path = self.layers.join(layer);
         Ok(path.metadata().map_err(|e| failed(&path, e))?.nlink() > 1)
@@ -272,22 +319,24 @@ impl Volumes {
     /// now.
     fn unite(&self, pair: &Pair) -> Result<String> {
         let (upper, lower) = (self.layers.join(&pair.0), self.layers.join(&pair.1));
-        let about = |path: &std::path::Path| path.metadata().map_err(|e| failed(path, e));
+        let about = |path: &Path| path.metadata().map_err(|e| failed(path, e));
         let (above, below) = (about(&upper)?, about(&lower)?);
         // Another region reads them, too.
         if above.nlink() > 1 || below.nlink() > 1 {
             return Ok(String::new());
         }
         let (upper_key, lower_key) = (self.key_of(&pair.0)?, self.key_of(&pair.1)?);
-        // What is encrypted stays so.
+        // What is encrypted stays so, and no file becomes larger than its tables were made for.
+        let fits = fits(&upper, &lower).map_err(|e| disk_failed(&pair.1, &e))?;
         let down = match (&upper_key, &lower_key) {
             (Some(_), None) => false,
-            (None, Some(_)) => true,
-            _ => above.blocks() <= below.blocks(),
+            (None, Some(_)) if fits => true,
+            (None, Some(_)) => return Ok(String::new()),
+            _ => fits && above.blocks() <= below.blocks(),
         };
         let (one, other) = if down { (&pair.1, &upper) } else { (&pair.0, &lower) };
         let base = self.beneath(one)?;
-        let open = |path: &std::path::Path, write: bool| {
+        let open = |path: &Path, write: bool| {
             let file = File::options().read(true).write(write).open(path).map_err(|e| failed(path, e))?;
             Ok::<_, HostError>(Arc::new(file))
         };

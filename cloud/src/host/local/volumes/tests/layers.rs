@@ -284,3 +284,86 @@ fn no_layer_changes_while_it_is_kept_still() {
     assert_eq!(volumes.record("vol-a").unwrap().layers.len(), 2);
     assert_eq!(of_snapshot(&volumes, "snap-1"), "something");
 }
+
+/// Two volumes on two layers that only they have, of which the lower one may be in a small file.
+fn two_on_two(volumes: &Volumes, size: u64) {
+    volumes.create("vol-a", 8 * MIB, &Source::Empty, None).unwrap();
+    put(&*disk(volumes, "vol-a"), b"lower");
+    volumes.create_snapshots(&[("snap-l", "vol-a")], &[]).unwrap();
+    volumes.create("vol-m", size, &Source::Snapshot("snap-l".into()), None).unwrap();
+    disk(volumes, "vol-m").write_at(MIB, &[5; 512]).unwrap();
+    volumes.create_snapshots(&[("snap-u", "vol-m")], &[]).unwrap();
+    for id in ["vol-b", "vol-c"] {
+        volumes.create(id, size, &Source::Snapshot("snap-u".into()), None).unwrap();
+    }
+    volumes.delete("vol-a").unwrap();
+    volumes.delete("vol-m").unwrap();
+    volumes.delete_snapshot("snap-u").unwrap();
+    volumes.delete_snapshot("snap-l").unwrap();
+}
+
+fn lengths(volumes: &Volumes) -> Vec<usize> {
+    ["vol-b", "vol-c"].map(|id| volumes.record(id).unwrap().layers.len()).to_vec()
+}
+
+fn hold_both(volumes: &Volumes) {
+    for id in ["vol-b", "vol-c"] {
+        let disk = disk(volumes, id);
+        let mut sector = vec![0; 512];
+        disk.read_at(MIB, &mut sector).unwrap();
+        assert_eq!((start_of(&*disk), sector), ("lower".into(), vec![5; 512]));
+    }
+}
+
+#[test]
+fn a_merge_that_was_broken_off_between_records_is_carried_on() {
+    let home = home();
+    let volumes = open(&home);
+    two_on_two(&volumes, 8 * MIB);
+    assert_eq!(lengths(&volumes), [3, 3]);
+    volumes.tidy(&|volume, job| match volume {
+        "vol-c" => Err(HostError::Failed("the daemon is killed".into())),
+        _ => job(None),
+    });
+    assert_eq!(lengths(&volumes), [2, 3], "one has heard of it");
+    drop(volumes);
+    let volumes = open(&home);
+    hold_both(&volumes);
+    tidy(&volumes, None);
+    assert_eq!(lengths(&volumes), [2, 2]);
+    assert_eq!(names(&home, "layers").len(), 3, "two tops, and what they lie on");
+    assert!(!home.path().join("merging.json").exists());
+    hold_both(&volumes);
+}
+
+#[test]
+fn a_layer_that_cannot_be_large_enough_is_written_into_the_larger_one() {
+    let home = home();
+    let volumes = open(&home);
+    // More than the tables of the lower one were made for.
+    two_on_two(&volumes, 5 << 40);
+    tidy(&volumes, None);
+    assert_eq!(lengths(&volumes), [2, 2]);
+    hold_both(&volumes);
+}
+
+#[test]
+fn a_copy_that_fails_leaves_no_names_of_layers() {
+    let home = home();
+    let volumes = open(&home);
+    two_on_two(&volumes, 8 * MIB);
+    volumes.create_snapshots(&[("snap-b", "vol-b")], &[]).unwrap();
+    let Content::Layers { size, mut layers, .. } =
+        volumes.content(&Source::Snapshot("snap-b".into())).unwrap()
+    else {
+        panic!("it has layers")
+    };
+    let other = home_of("other");
+    let there = open(&other);
+    // The last one is there, and cannot be given one more name.
+    let last = layers.last_mut().unwrap();
+    last.path = home.path().to_owned();
+    last.name = "last.qcow2".into();
+    there.copy_snapshot("snap-x", &Content::Layers { size, layers, reading: None }, None).unwrap_err();
+    assert_eq!(names(&other, "layers"), Vec::<String>::new());
+}
