@@ -5,64 +5,104 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::conformance::assert_holds;
+use common::corpus::{self, content};
 use common::rng::Rng;
 use common::{convert, qemu_img, rw};
 use hutch_blockdev::{Disk, DiskError, DiskErrorKind, Format, Qcow2Disk, open_layers, qcow2};
-
-/// Half noise, half pattern, with holes of all sizes: something of each kind of cluster.
-fn content() -> Vec<u8> {
-    let mut rng = Rng(42);
-    let mut bytes = vec![0; 3 << 20];
-    for _ in 0..60 {
-        let start = rng.below(bytes.len() as u64 - (64 << 10)) as usize / 512 * 512;
-        let len = (rng.below(128) as usize + 1) * 512;
-        match rng.below(3) {
-            0 => bytes[start..start + len].copy_from_slice(&rng.bytes(len)),
-            1 => bytes[start..start + len].fill(rng.any() as u8),
-            _ => bytes[start..start + len].fill(0),
-        }
-    }
-    bytes
-}
 
 fn open(path: &Path) -> Result<Qcow2Disk, DiskError> {
     Qcow2Disk::open(rw(path), None, true)
 }
 
-#[test]
-fn images_of_qemu_img_are_read_right() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let (raw, image) = (dir.path().join("raw"), dir.path().join("image"));
-    let content = content();
-    std::fs::write(&raw, &content).expect("the raw file");
-    let kinds: [&[&str]; 12] = [
-        &["-o", "compat=0.10"],
-        &["-o", "compat=1.1"],
-        &["-c", "-o", "compat=0.10"],
-        &["-c"],
-        &["-c", "-o", "compression_type=zstd"],
-        &["-o", "cluster_size=512"],
-        &["-o", "cluster_size=4k"],
-        &["-o", "cluster_size=2M"],
-        &["-c", "-o", "cluster_size=512"],
-        &["-c", "-o", "cluster_size=2M,compression_type=zstd"],
-        &["-o", "preallocation=metadata"],
-        &["-o", "refcount_bits=1,lazy_refcounts=off"],
-    ];
-    for kind in kinds {
-        let _ = std::fs::remove_file(&image);
-        convert(kind, &raw, &image);
-        let disk = open(&image).unwrap_or_else(|e| panic!("{kind:?}: {e}"));
-        assert_holds(&disk, &content, &format!("{kind:?}"));
-        // In small pieces, across clusters of every kind.
-        let mut rng = Rng(1);
-        for _ in 0..200 {
-            let at = rng.below(content.len() as u64 / 512 - 64) * 512;
-            let mut piece = vec![0xa5; (rng.below(64) as usize + 1) * 512];
-            disk.read_at(at, &mut piece).expect("read");
-            assert!(piece == content[at as usize..at as usize + piece.len()], "{kind:?} at {at}");
+/// Random requests on a disk that holds `want`; what is written of it changes that, too.
+fn requests(disk: &dyn Disk, want: &mut [u8], write: bool, what: &str) {
+    let mut rng = Rng(1);
+    let sectors = want.len() as u64 / 512;
+    for _ in 0..100 {
+        let count = (rng.below(64) + 1).min(sectors);
+        let at = (rng.below(sectors - count + 1) * 512) as usize;
+        let held = &mut want[at..at + count as usize * 512];
+        if write && rng.once_in(3) {
+            held.copy_from_slice(&rng.bytes(held.len()));
+            disk.write_at(at as u64, held).expect("write");
+        } else {
+            let mut piece = vec![0xa5; held.len()];
+            disk.read_at(at as u64, &mut piece).expect("read");
+            assert!(piece == held, "{what} at {at}");
         }
     }
+}
+
+/// Each by itself, and beneath a volume that is written, where it stays as it is.
+#[test]
+fn images_of_qemu_img_are_read_right_or_refused() {
+    let content = content();
+    let mut taken = 0;
+    for kind in corpus::qcow2() {
+        let (dir, what) = (tempfile::tempdir().expect("a directory"), format!("{:?}", kind.commands));
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("raw"), &content).expect("the raw file");
+        let Some(image) = kind.make(dir.path()) else { continue };
+        if !kind.refused.is_empty() {
+            let refused = open(&image).err().unwrap_or_else(|| panic!("{what} is taken"));
+            assert!(
+                refused.kind == DiskErrorKind::Format && refused.context.contains(kind.refused),
+                "{refused}"
+            );
+            continue;
+        }
+        taken += 1;
+        let mut want = kind.content(dir.path());
+        let disk = open(&image).unwrap_or_else(|e| panic!("{what}: {e}"));
+        assert_eq!(disk.size(), want.len() as u64, "{what}");
+        // Where the disk was made large, what there is is in front.
+        want.truncate(8 << 20);
+        assert_holds_first(&disk, &want, &what);
+        requests(&disk, &mut want, false, &what);
+        let size = disk.size() + (1 << 20);
+        drop(disk);
+
+        let before = std::fs::read(&image).expect("the template");
+        qcow2::create(&rw(&path("volume")), size).expect("create");
+        let layers = || vec![(rw(&path("volume")), Format::Qcow2), (rw(&image), Format::Qcow2)];
+        let disk = open_layers(layers(), false).expect("open");
+        requests(&*disk, &mut want, true, &what);
+        disk.flush().expect("flush");
+        drop(disk);
+        let disk = open_layers(layers(), false).expect("open again");
+        assert_holds_first(&*disk, &want, &what);
+        drop(disk);
+        assert!(std::fs::read(&image).expect("the template") == before, "{what}: the template changed");
+        common::assert_clean(&path("volume"));
+        // And QEMU sees the same in both.
+        let files = [path("volume"), image];
+        let of = |i: usize| {
+            format!(r#""driver":"qcow2","file":{{"driver":"file","filename":"{}"}}"#, files[i].display())
+        };
+        let volume = format!("json:{{{},\"backing\":{{{}}}}}", of(0), of(1));
+        let mut raw = want.clone();
+        raw.resize(want.len().next_multiple_of(512), 0);
+        std::fs::write(path("want"), raw).expect("the oracle's file");
+        // Only zeros may follow in the longer one.
+        let (code, said) = qemu_img(&[
+            "compare",
+            &volume,
+            &format!(
+                "json:{{\"driver\":\"raw\",\"file\":{{\"driver\":\"file\",\"filename\":\"{}\"}}}}",
+                path("want").display()
+            ),
+        ]);
+        assert_eq!(code, 0, "{what}: qemu-img compare: {said}");
+    }
+    assert!(taken > 60, "only {taken} were taken");
+}
+
+/// The first bytes of a disk, those that `want` has.
+fn assert_holds_first(disk: &dyn Disk, want: &[u8], what: &str) {
+    let mut found = vec![0xee; want.len()];
+    disk.read_at(0, &mut found).expect("read");
+    let wrong = found.iter().zip(want).position(|(is, want)| is != want);
+    assert!(wrong.is_none(), "{what}: byte {wrong:?} is wrong");
 }
 
 #[test]

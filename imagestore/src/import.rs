@@ -321,13 +321,16 @@ fn detect(source: &File, len: u64) -> Result<Format, ImportError> {
         (b"\x28\xb5\x2f\xfd", Format::RawZst),
     ];
     /// What is not read, where it shows, and what to do.
-    const FOREIGN: [(usize, &[u8], &str); 4] = [
+    const FOREIGN: [(usize, &[u8], &str); 7] = [
         (
             0,
             b"# Disk Descriptor",
             "the text of a VMDK disk in several files; convert that by `qemu-img convert -O qcow2`",
         ),
         (0, b"QED\0", "QED; convert it by `qemu-img convert -O qcow2`"),
+        (64, b"\x7f\x10\xda\xbe", "VDI; convert it by `qemu-img convert -O qcow2`"),
+        (0, b"WithoutFreeSpace", "Parallels; convert it by `qemu-img convert -O qcow2`"),
+        (0, b"WithouFreSpacExt", "Parallels; convert it by `qemu-img convert -O qcow2`"),
         (0, b"BZh", "bzip2-compressed; unpack it"),
         (257, b"ustar", "a tar archive, as an OVA is; unpack it and import the disk in it"),
     ];

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, ENTRIES, L2_REACH};
+use super::layout::{CLUSTER, CLUSTER_BITS, ENTRIES, L2_REACH, is_ours};
 use super::payload::Payload;
 use super::{Header, LOOK, OFFSET, ZERO, cipher, read_base, read_l1};
 use crate::cursor::{self, Cursor};
@@ -179,7 +179,7 @@ impl Chain {
             let mut left = false;
             for (place, (index, entry)) in places.iter_mut().zip((first..clusters).zip(entries)) {
                 if *place == Place::Bottom.pack() {
-                    let found = layer.place(depth, index, entry);
+                    let found = layer.place(depth, index, entry)?;
                     *place = found.pack();
                     left |= found == Place::Bottom;
                 }
@@ -263,25 +263,24 @@ impl Sealed {
         self.end.load(Relaxed)
     }
 
-    fn find_end(&self) -> u64 {
-        let end = self.store.size().unwrap_or(0);
-        self.end.fetch_max(end, Relaxed).max(end)
+    fn find_end(&self) -> Result<u64> {
+        let end = self.store.size().map_err(|e| DiskError::io("find a layer's size", e))?;
+        Ok(self.end.fetch_max(end, Relaxed).max(end))
     }
 
     /// What an entry of cluster `index` says.
-    fn place(&self, depth: usize, index: u64, entry: u64) -> Place {
+    fn place(&self, depth: usize, index: u64, entry: u64) -> Result<Place> {
         let offset = entry & OFFSET;
-        if entry & !(OFFSET | COPIED | ZERO) != 0 || !offset.is_multiple_of(CLUSTER) || offset >= Place::DATA
-        {
-            return Place::Wrong;
+        if !is_ours(entry) || !offset.is_multiple_of(CLUSTER) || offset >= Place::DATA {
+            return Ok(Place::Wrong);
         }
-        match offset {
-            _ if entry & ZERO != 0 => Place::Zero,
+        Ok(match offset {
+            0 if entry & ZERO != 0 => Place::Zero,
             0 => Place::Bottom,
-            offset if offset >= self.end() && offset >= self.find_end() => Place::Wrong,
+            offset if offset >= self.end() && offset >= self.find_end()? => Place::Wrong,
             offset if index * CLUSTER < self.size() => Place::Data(depth, offset),
             _ => Place::Bottom,
-        }
+        })
     }
 }
 

@@ -277,7 +277,13 @@ impl Findings {
                 let (place, offset) = ((index, at), entry & OFFSET);
                 let range = range_of(place, size);
                 let link = match entry & !(OFFSET | COPIED | ZERO) {
-                    0 if offset == 0 => continue,
+                    0 if entry == ZERO => continue,
+                    0 if offset == 0 => {
+                        self.found.fault(format!(
+                            "an entry of the L2 table at {l2:#x}, {entry:#x}, has no cluster"
+                        ));
+                        Link::Outside
+                    }
                     0 => linked.add(offset, "a cluster", &mut self.found),
                     bits => {
                         let what =
@@ -289,7 +295,11 @@ impl Findings {
                 match link {
                     Link::Good => {
                         self.found.data += 1;
-                        if entry & COPIED == 0 {
+                        // Our zeros have none.
+                        if entry & ZERO != 0 {
+                            self.found.fault(format!("the cluster at {offset:#x} is said to be zeros"));
+                            self.set.push((place, offset | COPIED));
+                        } else if entry & COPIED == 0 {
                             let why = format!("the cluster at {offset:#x} is not marked as its entry's own");
                             self.found.fault(why);
                             self.set.push((place, entry | COPIED));

@@ -7,6 +7,7 @@
 //! ```
 
 use super::header::{Header, MAX_SIZE};
+use super::{OFFSET, ZERO};
 use crate::crypt::Cipher;
 use crate::store::Store;
 use crate::{DiskError, DiskErrorKind, Key, Result, SECTOR};
@@ -22,6 +23,11 @@ pub(super) const COUNTS: u64 = CLUSTER / 2;
 pub(super) const L2_REACH: u64 = ENTRIES * CLUSTER;
 /// An entry's cluster has a reference count of exactly one.
 pub(super) const COPIED: u64 = 1 << 63;
+
+/// Whether an L2 entry is one that we write: empty, zeros without a cluster, or a cluster that nothing else links to.
+pub(super) fn is_ours(entry: u64) -> bool {
+    matches!(entry, 0 | ZERO) || entry & !OFFSET == COPIED && entry & OFFSET != 0
+}
 
 /// Data clusters that may be taken beyond those of a full disk before freed ones have to be given back.
 const SLACK: u64 = 4096;

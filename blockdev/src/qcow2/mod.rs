@@ -365,7 +365,9 @@ impl Inner {
         let zero = if self.header.version >= 3 { ZERO } else { 0 };
         let offset = entry & OFFSET;
         let known = entry & !(OFFSET | layout::COPIED | zero) == 0;
-        if !known || !offset.is_multiple_of(self.header.cluster()) {
+        // Nothing lies at the header's place, so nothing is there alone.
+        let nowhere = offset == 0 && entry & layout::COPIED != 0;
+        if !known || nowhere || !offset.is_multiple_of(self.header.cluster()) {
             return Err(DiskError::format(format!(
                 "the L2 entry of cluster {index} ({entry:#x}) has bits that mean nothing; the image is damaged"
             )));

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::cache::Slice;
 use super::header::Header;
-use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, COUNTS, ENTRIES, L2_REACH};
+use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, COUNTS, ENTRIES, L2_REACH, is_ours};
 use super::{Inner, Mapping, OFFSET, ZERO};
 use crate::cursor::{Cursor, buffer};
 use crate::later::Moving;
@@ -80,8 +80,10 @@ impl Volume {
         };
         let mut table = vec![0; header.reftable_clusters as usize * CLUSTER as usize];
         store.read_bytes(header.reftable_offset, &mut table).map_err(io)?;
-        let table = table.as_chunks().0.iter().map(|b| u64::from_be_bytes(*b));
-        volume.blocks = table.take_while(|b| *b != 0).collect();
+        let mut entries = table.as_chunks().0.iter().map(|b| u64::from_be_bytes(*b));
+        volume.blocks = entries.by_ref().take_while(|b| *b != 0).collect();
+        // Growth that a crash cut off may have left some, without those before.
+        let stale = entries.any(|b| b != 0);
 
         let own = 1 + u64::from(header.reftable_clusters) + u64::from(header.l1_entries).div_ceil(ENTRIES);
         let tables = header.size.div_ceil(L2_REACH) as usize;
@@ -106,6 +108,11 @@ impl Volume {
             volume.claim_data(store, offset)?;
         }
         volume.settle(store)?;
+        if stale {
+            let list = volume.blocks.len() * 8;
+            let none = vec![0; table.len() - list];
+            store.write_bytes(header.reftable_offset + list as u64, &none).map_err(io)?;
+        }
         Ok(volume)
     }
 
@@ -131,7 +138,7 @@ impl Volume {
             at = data.max(offset) / 4096 * 4096;
             store.read_bytes(at, &mut bytes).map_err(io)?;
             for entry in bytes.as_chunks().0.iter().map(|b| u64::from_be_bytes(*b)) {
-                if entry & !(OFFSET | COPIED | ZERO) != 0 {
+                if !is_ours(entry) {
                     return damaged(format!("an L2 entry is {entry:#x}"));
                 }
                 if entry & OFFSET != 0 {
@@ -143,8 +150,8 @@ impl Volume {
         Ok(())
     }
 
-    /// After everything is claimed: the file ends behind the last cluster in use, what is free before that is
-    /// given back to the host, and counts that differ are marked to be written.
+    /// After everything is claimed: counts that differ are marked to be written, the file ends behind the last cluster in use,
+    /// and what is free before that is given back to the host.
     fn settle(&mut self, store: &dyn Store) -> Result<()> {
         let io = |e| DiskError::io("prepare the volume", e);
         let last = self.taken.iter().rposition(|word| *word != 0).map_or(0, |i| {
@@ -152,6 +159,27 @@ impl Volume {
             i as u64 * 64 + u64::from(top)
         });
         self.fresh = last + 1;
+        // Only what differs has to be written.
+        self.counts.clear();
+        let mut bytes = vec![0; SECTOR as usize];
+        let mut group = 0;
+        while let Some(at) = self.group_offset(group) {
+            // Behind the last cluster all counts are 0, as in the holes of the blocks: those are passed over.
+            if group * GROUP >= self.fresh {
+                let left = (COUNTS - group * GROUP % COUNTS) * 2;
+                let data = store.next_data(at).map_err(io)?.map_or(left, |data| data.saturating_sub(at));
+                if data >= SECTOR {
+                    group += data.min(left) / SECTOR;
+                    continue;
+                }
+            }
+            store.read_bytes(at, &mut bytes).map_err(io)?;
+            if bytes != self.group_bytes(group) {
+                self.all_counted(group, &bytes)?;
+                self.counts.insert(group);
+            }
+            group += 1;
+        }
         if self.len > self.fresh * CLUSTER {
             store.set_len(self.fresh * CLUSTER).map_err(io)?;
         }
@@ -170,27 +198,17 @@ impl Volume {
         for (first, count) in &self.free {
             store.zero(first * CLUSTER, count * CLUSTER, true).map_err(io)?;
         }
-        // Only what differs has to be written.
-        self.counts.clear();
-        let mut bytes = vec![0; SECTOR as usize];
-        let mut group = 0;
-        while let Some(at) = self.group_offset(group) {
-            // Behind the last cluster all counts are 0, as in the holes of the blocks: those are passed over.
-            if group * GROUP >= self.fresh {
-                let left = (COUNTS - group * GROUP % COUNTS) * 2;
-                let data = store.next_data(at).map_err(io)?.map_or(left, |data| data.saturating_sub(at));
-                if data >= SECTOR {
-                    group += data.min(left) / SECTOR;
-                    continue;
-                }
-            }
-            store.read_bytes(at, &mut bytes).map_err(io)?;
-            if bytes != self.group_bytes(group) {
-                self.counts.insert(group);
-            }
-            group += 1;
-        }
         Ok(())
+    }
+
+    /// Counts are durable before anything links to what they count: a link to what is not counted is no crash's work.
+    fn all_counted(&self, group: u64, counts: &[u8]) -> Result<()> {
+        let clusters = group * GROUP..;
+        let lost =
+            clusters.zip(counts.as_chunks().0).find(|(n, count)| self.is_taken(*n) && **count == [0, 0]);
+        lost.map_or(Ok(()), |(cluster, _)| {
+            damaged(format!("the cluster at {:#x} is used and not counted", cluster * CLUSTER))
+        })
     }
 
     /// Clusters that can be counted.

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 pub mod conformance;
+pub mod corpus;
 pub mod faulty;
 pub mod rng;
 

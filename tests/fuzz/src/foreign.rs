@@ -216,7 +216,8 @@ pub fn run(bytes: &[u8]) {
         2 => vmdk(false),
         _ => vmdk(true),
     };
-    let whole = rest.is_empty();
+    let sums = first & 0x80 == 0;
+    let whole = rest.is_empty() && sums;
     while let Some((&[place, at, kind, a, b, c], more)) = rest.split_first_chunk() {
         rest = more;
         let (start, len) = made.places[usize::from(place) % made.places.len()];
@@ -231,12 +232,12 @@ pub fn run(bytes: &[u8]) {
             5 => put(&mut made.bytes, at / 8 * 8, &[0xff; 8]),
             6 => put(&mut made.bytes, at, &[0; 4]),
             _ => {
-                let len = made.bytes.len() as u32;
+                let len = (made.bytes.len() as u32).max(1);
                 made.bytes.truncate(if a % 8 == 0 { number % len } else { len } as usize);
             }
         }
     }
-    if first & 0x80 == 0 {
+    if sums {
         (made.sums)(&mut made.bytes);
     }
     FILE.with(|file| {
