@@ -78,7 +78,7 @@ pub fn qcow2() -> Vec<Kind> {
         options.push(more.to_owned());
     }
     let plain = convert("qcow2", "");
-    let then = |more: &[&str]| [&[plain.clone()], &*words(more)].concat();
+    let then = |more: &[&str]| [std::slice::from_ref(&plain), &*words(more)].concat();
     let mut kinds: Vec<(Vec<String>, &str)> =
         options.iter().map(|words| (vec![convert("qcow2", words)], "")).collect();
     let mut add = |commands: Vec<String>, refused| kinds.push((commands, refused));
