@@ -207,11 +207,16 @@ impl Board {
         let slot = {
             let slots = self.lock();
             let found = slots.placed.iter().find(|(_, placed)| placed.serial.as_deref() == Some(serial));
-            found.map(|(slot, _)| *slot)
+            let slot = found.map(|(slot, _)| *slot);
+            if let Some(slot) = slot.filter(|_| !force) {
+                // While nobody can empty it: the next disk there is not asked for this one.
+                self.hotplug.ask(slot);
+            }
+            slot
         };
         match slot {
             Some(slot) if force => self.eject(slot),
-            Some(slot) => self.hotplug.ask(slot),
+            Some(_) => {}
             // The guest has let it go before it was asked.
             None => self.drives.remove(serial),
         }
@@ -225,6 +230,7 @@ impl Board {
             let Some(placed) = slots.placed.remove(&slot) else { return };
             // No access reaches it any more, then its threads end, then its disk may go.
             drop(self.buses.take(slot));
+            self.hotplug.forget(slot);
             slots.emptied = Some(slot);
             placed.device.lock().unwrap_or_else(PoisonError::into_inner).stop();
             placed.serial

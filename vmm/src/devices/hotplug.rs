@@ -65,6 +65,15 @@ impl Hotplug {
         self.tell(&self.leaving, slot);
     }
 
+    /// Tells nothing more of a slot that was emptied.
+    pub fn forget(&self, slot: usize) {
+        for buses in [&self.filled, &self.leaving] {
+            if let Some(bits) = buses.get(slot / PCI_SLOTS) {
+                bits.fetch_and(!(1 << (slot % PCI_SLOTS)), Ordering::AcqRel);
+            }
+        }
+    }
+
     fn tell(&self, buses: &[AtomicU32; PCI_BUSES], slot: usize) {
         if let Some(bits) = buses.get(slot / PCI_SLOTS) {
             bits.fetch_or(1 << (slot % PCI_SLOTS), Ordering::AcqRel);
@@ -159,6 +168,12 @@ mod tests {
         assert_eq!((word(BUSES), word(BUSES), word(FILLED)), (1 << 2 | 1 << 4, 1 << 2 | 1 << 4, 0));
         assert_eq!((word(2 * BLOCK + FILLED), word(4 * BLOCK + LEAVING), word(BUSES)), (1 << 7, 1, 0));
         assert_eq!((word(BUSES + 4), word(u64::MAX / BLOCK * BLOCK)), (0, 0));
+
+        // What was emptied is not told of any more: the next one there is another.
+        hotplug.ask(9);
+        hotplug.fill(9);
+        hotplug.forget(9);
+        assert_eq!((word(BUSES), word(LEAVING), word(FILLED)), (0, 0, 0));
 
         ports.write(EJECT, &(1u32 << 5 | 1).to_le_bytes());
         ports.write(3 * BLOCK + EJECT, &(1u32 << 31).to_le_bytes());
