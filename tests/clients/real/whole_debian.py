@@ -7,8 +7,8 @@ import subprocess
 import time
 import unittest
 
-import real_story
-from real_story import KEY, LAB, REGION, ROOT, SECRET, host, say
+import cloud
+from cloud import KEY, LAB, REGION, ROOT, SECRET, host, say
 
 # Whole distributions take minutes to boot where the processor is emulated.
 HOUR = 3600
@@ -21,14 +21,14 @@ echo "by user data on $(hostname)" >/root/said
 class Debian(unittest.TestCase):
     def setUp(self):
         os.environ["LAB_TIMEOUT"] = str(HOUR)
-        self.cloud = real_story.Cloud()
+        self.cloud = cloud.Cloud()
         self.addCleanup(self.cloud.log.close)
         image = subprocess.run([ROOT / "images/build-debian", "debian-12"], stdout=subprocess.PIPE, text=True, check=True)
         hutch = self.cloud.programs / "hutch"
         host(hutch, "image", "--state", self.cloud.state, "import", image.stdout.strip(), "--name", "debian-12",
              "--format", "qcow2", timeout=HOUR)
         self.cloud.start()
-        port = 8773 if LAB else real_story.PORT
+        port = 8773 if LAB else cloud.PORT
         self.command = ["env", f"HUTCH_ENDPOINT=http://127.0.0.1:{port}", f"AWS_ACCESS_KEY_ID={KEY}",
                         f"AWS_SECRET_ACCESS_KEY={SECRET}", f"AWS_REGION={REGION}",
                         f"XDG_DATA_HOME={self.cloud.state}/person", hutch]
