@@ -32,10 +32,11 @@ clients:
 stories:
 	tests/lab/enter tests/stories
 
-# Whole Debians with cloud-init: some fifteen minutes each in the lab.
+# Whole Debians with cloud-init, some fifteen minutes each in the lab, and a database whose machine is killed 50 times.
 stories-full:
 	HUTCH_FULL="debian-12 debian-13" tests/lab/enter sh -c \
-	  'cargo test --locked -p hutch-tests --test debian -- --ignored --nocapture --test-threads=1 && tests/clients/run debian'
+	  'cargo test --locked -p hutch-tests --test debian -- --ignored --nocapture --test-threads=1 && tests/clients/run debian \
+	  && HUTCH_KILLS=50 tests/clients/run real -k database'
 
 # Random bytes with coverage: TIME=600 make fuzz.
 fuzz:

@@ -299,7 +299,7 @@ class Disks(Story):
 
     def test_a_database_has_all_it_committed_however_often_its_machine_is_killed(self):
         ec2, cloud = self.ec2, self.cloud
-        kills, dice = int(os.environ.get("HUTCH_KILLS", "6")), random.Random()
+        kills, dice = int(os.environ.get("HUTCH_KILLS", "4")), random.Random()
         seed = os.environ.get("HUTCH_SEED") or dice.randrange(1 << 32)
         dice.seed(int(seed))
         say(f"{kills} kills, HUTCH_SEED={seed}")
