@@ -62,7 +62,7 @@ impl Findings {
         if self.found.wrong > 0 || self.found.leaked > 0 {
             // Opened, it has the counts that it should have, and what nothing links to is free.
             let (header, _) = Header::read_marked(store)?;
-            let mut volume = Volume::open(store, &header, &read_l1(store, &header)?)?;
+            let mut volume = Volume::recount(store, &header, &read_l1(store, &header)?)?;
             volume.write_counts(store).and_then(|()| store.sync()).map_err(failed)?;
         }
         if self.marked {

@@ -61,6 +61,15 @@ fn damaged<T>(why: String) -> Result<T> {
 impl Volume {
     /// Reads all metadata of a volume, frees what a crash left behind, and refuses what it did not make.
     pub(super) fn open(store: &dyn Store, header: &Header, l1: &[u64]) -> Result<Volume> {
+        Volume::read(store, header, l1, true)
+    }
+
+    /// As [`open`](Volume::open), for a repair: what links to a cluster is right, and counts are not.
+    pub(super) fn recount(store: &dyn Store, header: &Header, l1: &[u64]) -> Result<Volume> {
+        Volume::read(store, header, l1, false)
+    }
+
+    fn read(store: &dyn Store, header: &Header, l1: &[u64], counted: bool) -> Result<Volume> {
         let io = |e| DiskError::io("read the volume's metadata", e);
         if header.cluster_bits != CLUSTER_BITS || header.refcount_order != 4 || header.version != 3 {
             let why =
@@ -107,7 +116,7 @@ impl Volume {
         for &offset in l1.iter().filter(|offset| **offset != 0) {
             volume.claim_data(store, offset)?;
         }
-        volume.settle(store)?;
+        volume.settle(store, counted)?;
         if stale {
             let list = volume.blocks.len() * 8;
             let none = vec![0; table.len() - list];
@@ -152,7 +161,7 @@ impl Volume {
 
     /// After everything is claimed: counts that differ are marked to be written, the file ends behind the last cluster in use,
     /// and what is free before that is given back to the host.
-    fn settle(&mut self, store: &dyn Store) -> Result<()> {
+    fn settle(&mut self, store: &dyn Store, counted: bool) -> Result<()> {
         let io = |e| DiskError::io("prepare the volume", e);
         let last = self.taken.iter().rposition(|word| *word != 0).map_or(0, |i| {
             let top = self.taken.get(i).map_or(0, |word| 63 - word.leading_zeros());
@@ -175,7 +184,9 @@ impl Volume {
             }
             store.read_bytes(at, &mut bytes).map_err(io)?;
             if bytes != self.group_bytes(group) {
-                self.all_counted(group, &bytes)?;
+                if counted {
+                    self.all_counted(group, &bytes)?;
+                }
                 self.counts.insert(group);
             }
             group += 1;

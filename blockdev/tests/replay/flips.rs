@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hutch_blockdev::qcow2::{self, Chain, Header, Sealed, check};
+use hutch_blockdev::qcow2::{self, Chain, Header, Sealed, check, repair};
 use hutch_blockdev::store::Store;
 use hutch_blockdev::{Disk, Key, Qcow2Disk, RawDisk, Result};
 
@@ -92,7 +92,9 @@ impl Flips {
                 assert!(bytes == self.holds, "{when}: to be written, it holds something else ({checked:?})");
                 found.same += 1;
                 let after = check(&store).expect("it can be checked").expect("it is ours");
-                assert_eq!((after.wrong, after.leaked), (0, 0), "{when}: not repaired: {after:?}");
+                // A mark of a table that nobody goes by is left to `repair`.
+                let mended = repair(&store, false).expect("it can be repaired").expect("it is ours");
+                assert!(after.wrong == 0 && after.leaked == 0 || told && mended.done, "{when}: {after:?}");
             }
         }
         // Whoever reads, through layers or as a file of others.
