@@ -1,0 +1,154 @@
+use std::time::Duration;
+
+use tokio::runtime::Runtime;
+
+use super::*;
+use crate::addresses::Pool;
+use crate::host::{Host, Simulated};
+use crate::limits::Limits;
+use crate::region::Settings;
+use crate::store::Sqlite;
+use crate::types::Table;
+
+const PREFIX: &str = "web";
+
+struct World {
+    region: Region,
+    host: Arc<Simulated>,
+    objects: Arc<Objects>,
+    _runtime: Runtime,
+}
+
+/// A region whose steps are those of the test alone, with a volume.
+fn world() -> World {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let objects = Arc::new(Objects::memory(runtime.handle().clone()));
+    let host = Arc::new(Simulated::memory(Duration::ZERO));
+    host.create_volume("vol-1", 1 << 30, &Source::Empty, None).unwrap();
+    let settings = Settings {
+        name: "home-1".into(),
+        zones: vec!['a'],
+        types: Table::built_in(),
+        limits: Limits::default(),
+        addresses: Pool::default(),
+        owner: "000000000001".into(),
+        resume: false,
+        import_dir: None,
+    };
+    let region = Region::new(settings, Arc::new(Sqlite::memory().unwrap()), host.clone());
+    World { region: region.with_objects(objects.clone()), host, objects, _runtime: runtime }
+}
+
+impl World {
+    fn put(&self, task: &BundleTask) {
+        self.region.transact(|work| work.put(task)).unwrap();
+    }
+
+    /// One that is asked for.
+    fn asked(&self) -> BundleTask {
+        let id = id::new("bun");
+        let task = BundleTask {
+            account: "000000000001".into(),
+            instance: None,
+            source: Source::Snapshot(id::of("snap", &id)),
+            volume: Some("vol-1".into()),
+            kernel: None,
+            ramdisk: None,
+            bucket: "bundles".into(),
+            prefix: PREFIX.into(),
+            started: now(),
+            updated: now(),
+            state: BundleState::Pending,
+            parts: 0,
+            written: false,
+            failed: None,
+            id,
+        };
+        self.put(&task);
+        task
+    }
+
+    fn get(&self, task: &BundleTask) -> BundleTask {
+        self.region.get(&task.id).unwrap().unwrap()
+    }
+
+    fn end(&self, task: &BundleTask) -> BundleTask {
+        while self.region.step_bundle(&task.id).unwrap().is_some() {}
+        assert!(matches!(self.host.content(&task.source), Err(HostError::Missing(_))), "it is kept still");
+        self.get(task)
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.objects.read("bundles", &format!("{PREFIX}{name}")).is_ok()
+    }
+}
+
+#[test]
+fn one_that_is_written_stays_though_nobody_wrote_that_down() {
+    let world = world();
+    let task = world.asked();
+    let done = world.end(&task);
+    assert_eq!((done.state, done.written), (BundleState::Complete, true));
+    // As a kill between leaves it; and its volume is gone by now.
+    world.host.delete_volume("vol-1").unwrap();
+    for kept in [true, false] {
+        if kept {
+            world.host.create_volume("vol-2", 1 << 30, &Source::Empty, None).unwrap();
+            let Source::Snapshot(id) = &task.source else { unreachable!() };
+            world.host.create_snapshots(&[(id, "vol-2")]).unwrap();
+        }
+        world.put(&BundleTask { state: BundleState::Storing, written: false, ..done.clone() });
+        assert_eq!(world.end(&task).state, BundleState::Complete);
+        assert!(world.has(MANIFEST) && world.has(".part.0"));
+    }
+    // Written down as written, it is not to be cancelled.
+    world.put(&BundleTask { state: BundleState::Storing, ..done });
+    assert_eq!(world.region.cancel_bundle(&task.account, &task.id).unwrap_err().code, "IncorrectState");
+    assert_eq!(world.end(&task).state, BundleState::Complete);
+}
+
+#[test]
+fn its_disk_is_of_one_instant() {
+    let world = world();
+    let task = world.asked();
+    // What was kept went though the bundle is not written: the volume is another one by now.
+    world.put(&BundleTask { state: BundleState::Storing, ..task.clone() });
+    let done = world.end(&task);
+    assert_eq!(done.state, BundleState::Failed);
+    assert!(!world.has(MANIFEST) && !world.has(".part.0"));
+}
+
+#[test]
+fn of_one_that_is_cancelled_nothing_stays_whenever_it_is_killed() {
+    let world = world();
+    let task = world.asked();
+    let done = world.end(&task);
+    for index in [1, 63, 64, 150] {
+        world.objects.put("bundles", &format!("{PREFIX}.part.{index}"), vec![1]).unwrap();
+    }
+    // A removal that was killed left gaps.
+    world.objects.delete("bundles", &format!("{PREFIX}.part.0")).unwrap();
+    let cancelled = BundleTask { state: BundleState::Cancelling, written: false, parts: 192, ..done };
+    world.put(&cancelled);
+    // By and by: others have a turn between.
+    assert_eq!(world.region.step_bundle(&task.id).unwrap(), Some(Duration::ZERO));
+    assert_eq!(world.get(&task).parts, 128);
+    assert!(!world.has(MANIFEST) && !world.has(".part.150") && world.has(".part.64"));
+    let failed = world.end(&task);
+    assert_eq!((failed.state, failed.parts), (BundleState::Failed, 0));
+    assert_eq!(failed.failed.unwrap().code, "Client.Cancelled");
+    assert!(![1, 63, 64, 150].iter().any(|index| world.has(&format!(".part.{index}"))));
+}
+
+#[test]
+fn what_another_task_wrote_stays() {
+    let world = world();
+    let first = world.asked();
+    world.end(&first);
+    for state in [BundleState::Pending, BundleState::Cancelling] {
+        let second = world.asked();
+        world.put(&BundleTask { state, parts: 64, ..second.clone() });
+        assert_eq!(world.end(&second).state, BundleState::Failed);
+        assert!(world.has(MANIFEST) && world.has(".part.0"), "{state:?}");
+    }
+}
