@@ -1,49 +1,17 @@
-use std::time::Duration;
-
-use tokio::runtime::Runtime;
-
 use super::*;
-use crate::addresses::Pool;
-use crate::host::{Host, Simulated};
-use crate::limits::Limits;
-use crate::region::Settings;
-use crate::store::Sqlite;
-use crate::types::Table;
+use crate::host::Host;
+use crate::region::testing::World;
 
 const PREFIX: &str = "web";
 
-struct World {
-    region: Region,
-    host: Arc<Simulated>,
-    objects: Arc<Objects>,
-    _runtime: Runtime,
-}
-
-/// A region whose steps are those of the test alone, with a volume.
+/// With a volume.
 fn world() -> World {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let objects = Arc::new(Objects::memory(runtime.handle().clone()));
-    let host = Arc::new(Simulated::memory(Duration::ZERO));
-    host.create_volume("vol-1", 1 << 30, &Source::Empty, None).unwrap();
-    let settings = Settings {
-        name: "home-1".into(),
-        zones: vec!['a'],
-        types: Table::built_in(),
-        limits: Limits::default(),
-        addresses: Pool::default(),
-        owner: "000000000001".into(),
-        resume: false,
-        import_dir: None,
-    };
-    let region = Region::new(settings, Arc::new(Sqlite::memory().unwrap()), host.clone());
-    World { region: region.with_objects(objects.clone()), host, objects, _runtime: runtime }
+    let world = World::new();
+    world.host.create_volume("vol-1", 1 << 30, &Source::Empty, None).unwrap();
+    world
 }
 
 impl World {
-    fn put(&self, task: &BundleTask) {
-        self.region.transact(|work| work.put(task)).unwrap();
-    }
-
     /// One that is asked for.
     fn asked(&self) -> BundleTask {
         let id = id::new("bun");
