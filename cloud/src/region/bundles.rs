@@ -76,6 +76,11 @@ pub(super) fn check_stoppable(instance: &Instance, what: &str) -> Result<()> {
     }
 }
 
+/// What is claimed for the objects of a bundle.
+fn parts_of(prefix: &str) -> String {
+    format!("{prefix}.part")
+}
+
 fn no_task(id: &str) -> Fault {
     Fault::new("InvalidBundleID.NotFound", format!("The bundle task ID '{id}' does not exist"))
 }
@@ -89,13 +94,19 @@ impl Region {
     ///
     /// # Errors
     /// `InvalidInstanceID.*`, `IncorrectState`, `BundlingInProgress`, `UnsupportedOperation`: it is encrypted;
-    /// `InvalidBucketName`, `InvalidParameterValue`, `AccessDenied`.
+    /// `InvalidBucketName`, `InvalidParameterValue`, `AccessDenied`, `Unavailable`.
     pub fn bundle(&self, account: &str, ask: &BundleAsk) -> Result<BundleTask> {
         let objects = self.objects()?;
         objects::check_bucket(&ask.bucket)?;
         bundle::check_prefix(&ask.prefix)?;
         self.transact(|work| self.to_bundle(work, account, ask).map(drop))?;
+        let objects = objects.for_call()?;
         objects.take(&ask.bucket, account)?;
+        // Another region may be at one of this name.
+        objects.claim(&ask.bucket, &parts_of(&ask.prefix)).map(drop).map_err(|error| match error {
+            ObjectError::Busy(_) => Fault::new("BundlingInProgress", error.to_string()),
+            error => error.into(),
+        })?;
         match objects.read(&ask.bucket, &format!("{}{MANIFEST}", ask.prefix)) {
             Err(ObjectError::Missing(_)) => {}
             Err(error) => return Err(error.into()),
@@ -220,8 +231,11 @@ impl Region {
         let task = self.get::<BundleTask>(id)?.filter(|task| !task.state.is_over());
         let Some(mut task) = task else { return Ok(None) };
         let Some(running) = self.imports.begin(id) else { return Ok(Some(WAIT)) };
+        // Another region may have one of this name.
+        let claim = self.objects()?.claim(&task.bucket, &parts_of(&task.prefix));
         if task.state != BundleState::Cancelling && task.failed.is_none() && !task.written {
-            let failed = match self.write_bundle(&task, &running) {
+            let written = claim.as_ref().map_err(|e| why(e)).and_then(|_| self.write_bundle(&task, &running));
+            let failed = match written {
                 Ok(()) => None,
                 // The next process begins it anew; or it was cancelled, which the next step sees.
                 Err(HostError::Busy(_)) => return Ok(Some(WAIT)),
@@ -238,7 +252,10 @@ impl Region {
             let Some(found) = found else { return Ok(None) };
             task = found;
         }
-        if !task.written {
+        if !task.written && (claim.is_ok() || task.parts > 0) {
+            if claim.is_err() {
+                return Ok(Some(WAIT));
+            }
             match self.remove_bundle(&mut task) {
                 Ok(true) => {}
                 Ok(false) => return Ok(Some(Duration::ZERO)),
@@ -368,7 +385,7 @@ impl Region {
     /// # Errors
     /// `InvalidManifest`, `AccessDenied`, `NoSuchBucket`, `Unavailable`.
     pub(super) fn bundle_at(&self, account: &str, location: &str) -> Result<(Bundle, Manifest)> {
-        let objects = self.objects()?;
+        let objects = self.objects()?.for_call()?;
         let bad = |why: &str| {
             Fault::new("InvalidManifest", format!("The manifest '{location}' cannot be used: {why}"))
         };
@@ -392,7 +409,7 @@ impl Region {
     /// `AccessDenied`, `NoSuchBucket`, `Unavailable`.
     pub(super) fn may_copy(&self, account: &str, image: &Image) -> Result<()> {
         match &image.bundle {
-            Some(bundle) => self.objects()?.check(bundle.place().0, account),
+            Some(bundle) => self.objects()?.for_call()?.check(bundle.place().0, account),
             None => Ok(()),
         }
     }

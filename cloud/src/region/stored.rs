@@ -59,6 +59,11 @@ pub struct RestoreAsk {
     pub snapshot_tags: Tags,
 }
 
+/// What the object of an image is called.
+fn key_of(image: &str) -> String {
+    format!("{image}.bin")
+}
+
 /// Why a stream of an object was not read or written, for whoever asked for it.
 pub(super) fn refused(error: &ArchiveError) -> HostError {
     match error {
@@ -112,7 +117,8 @@ impl Region {
     ///
     /// # Errors
     /// `InvalidAMIID.*`, `InvalidRequest`: a snapshot of it is not for the account; `UnsupportedOperation`: it is encrypted;
-    /// `InvalidBucketName`, `AccessDenied`; `IncorrectState`: it is being written there.
+    /// `InvalidBucketName`, `AccessDenied`, `IncorrectState`: it is being written there;
+    /// `Unavailable`.
     pub fn create_store_task(&self, account: &str, ask: &StoreAsk) -> Result<String> {
         let objects = self.objects()?;
         objects::check_bucket(&ask.bucket)?;
@@ -121,14 +127,17 @@ impl Region {
             return Err(Fault::new("TagLimitExceeded", format!("An object has at most {OBJECT_TAGS} tags")));
         }
         self.transact(|work| self.to_store(work, account, ask))?;
+        let objects = objects.for_call()?;
         objects.take(&ask.bucket, account)?;
+        // Another region may have an image of this id: a template's is the same in all.
+        drop(objects.claim(&ask.bucket, &key_of(&ask.image))?);
         self.transact(|work| {
             let (image, disks) = self.to_store(work, account, ask)?;
             let task = StoreTask {
                 id: id::new("store"),
                 account: account.into(),
                 bucket: ask.bucket.clone(),
-                key: format!("{}.bin", ask.image),
+                key: key_of(&ask.image),
                 object_tags: ask.object_tags.clone(),
                 started: now(),
                 image,
@@ -260,7 +269,7 @@ impl Region {
     /// Begins to make an image of an object. It is `pending` when this returns.
     ///
     /// # Errors
-    /// `NoSuchBucket`, `NoSuchKey`, `AccessDenied`; `InvalidParameterValue`: the object is no image; `InvalidAMIName.*`;
+    /// `NoSuchBucket`, `NoSuchKey`, `AccessDenied`, `Unavailable`; `InvalidParameterValue`: the object is no image; `InvalidAMIName.*`;
     /// `InvalidAMIID.*`: of its kernel or RAM disk, which the account has to be allowed to boot.
     pub fn create_restore_task(&self, account: &str, ask: &RestoreAsk) -> Result<String> {
         let objects = self.objects()?;
@@ -269,6 +278,7 @@ impl Region {
         ask.name.as_deref().map_or(Ok(()), images::check_name)?;
         tags::check(&ask.tags)?;
         tags::check(&ask.snapshot_tags)?;
+        let objects = objects.for_call()?;
         objects.check(&ask.bucket, account)?;
         let refused =
             |why: &str| Fault::value("ObjectKey", &ask.key, &format!("The object is no image: {why}."));

@@ -120,3 +120,21 @@ fn what_another_task_wrote_stays() {
         assert!(world.has(MANIFEST) && world.has(".part.0"), "{state:?}");
     }
 }
+
+#[test]
+fn two_regions_do_not_write_one_bundle() {
+    let world = world();
+    let (first, second) = (world.asked(), world.asked());
+    // As the other region has it while it writes.
+    let claim = world.objects.claim("bundles", &parts_of(PREFIX)).unwrap();
+    let failed = world.end(&first);
+    assert_eq!(failed.state, BundleState::Failed);
+    assert!(failed.failed.unwrap().message.contains("is being written by another task"));
+    // One that wrote some of it waits until it may remove that.
+    world.put(&BundleTask { state: BundleState::Cancelling, parts: 64, ..second.clone() });
+    assert_eq!(world.region.step_bundle(&second.id).unwrap(), Some(WAIT));
+    drop(claim);
+    assert_eq!(world.end(&second).state, BundleState::Failed);
+    let third = world.asked();
+    assert_eq!(world.end(&third).state, BundleState::Complete);
+}

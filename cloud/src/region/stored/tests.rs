@@ -2,7 +2,7 @@ use std::io::Write as _;
 
 use super::*;
 use crate::host::{Host, Simulated};
-use crate::region::testing::{ACCOUNT, OTHER, World};
+use crate::region::testing::{ACCOUNT, OTHER, World, region};
 
 fn device(name: &str, gib: u64, disk: bool) -> StoredDevice {
     let snapshot = StoredSnapshot { gib, description: String::new(), tags: Tags::new() };
@@ -133,4 +133,26 @@ fn an_object_gives_nobody_the_kernel_of_another_account() {
     world.put(&Image { public: true, ..kernel("aki-12345678", ImageKind::Kernel, OTHER) });
     let ask = stored(&world, &image(Some("aki-12345678")));
     world.region.create_restore_task(ACCOUNT, &ask).unwrap();
+}
+
+#[test]
+fn two_regions_do_not_write_one_object() {
+    let world = World::new();
+    let (other, _host) = region("home-2", Simulated::memory(Duration::ZERO), &world.objects);
+    for region in [&world.region, &other] {
+        region.adopt_templates().unwrap();
+    }
+    let image = other.all::<Image>().unwrap().remove(0).id;
+    assert!(world.region.get::<Image>(&image).unwrap().is_some(), "a template has one id in all regions");
+    let ask = StoreAsk { image: image.clone(), bucket: "images".into(), ..StoreAsk::default() };
+    let key = world.region.create_store_task(ACCOUNT, &ask).unwrap();
+    let writer = world.objects.write("images", &key, 1, std::iter::empty()).unwrap();
+    assert_eq!(other.create_store_task(ACCOUNT, &ask).unwrap_err().code, "IncorrectState");
+    let id = world.region.all::<StoreTask>().unwrap().remove(0).id;
+    world.region.step_store(&id).unwrap();
+    let failed = world.region.get::<StoreTask>(&id).unwrap().unwrap();
+    assert_eq!(failed.state, StoreState::Failed);
+    assert!(failed.failed.unwrap().contains("is being written by another task"));
+    drop(writer);
+    other.create_store_task(ACCOUNT, &ask).unwrap();
 }
