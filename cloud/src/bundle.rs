@@ -24,12 +24,16 @@ pub const MANIFEST_MOST: u64 = 4 << 20;
 const PART: usize = 64 << 20;
 /// The most parts: a disk with 1 TiB of data.
 const PARTS: usize = 16 << 10;
+/// So many parts are told at once before they are written, and removed at once.
+pub const BATCH: usize = 64;
 /// The version of what is written here.
 const VERSION: &str = "hutch-1";
 
 /// What a manifest says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
+    /// The task that wrote it.
+    pub task: Option<String>,
     /// The disk's size in bytes.
     pub size: u64,
     /// The kernel that it boots.
@@ -60,9 +64,10 @@ impl Manifest {
     pub fn text(&self, prefix: &str) -> String {
         let bytes: u64 = self.parts.iter().map(|part| part.size).sum();
         let mut text = format!("<?xml version=\"1.0\"?>\n<manifest>\n<version>{VERSION}</version>\n");
+        // Ids are letters, digits and dashes; prefixes and digests need no escapes either.
+        let _ = self.task.as_ref().map(|id| writeln!(text, "<bundle_id>{id}</bundle_id>"));
         let _ = write!(text, "<machine_configuration><architecture>x86_64</architecture>");
         for (name, id) in [("kernel_id", &self.kernel), ("ramdisk_id", &self.ramdisk)] {
-            // Ids are letters, digits and dashes; prefixes and digests need no escapes either.
             let _ = id.as_ref().map(|id| write!(text, "<{name}>{id}</{name}>"));
         }
         let _ = write!(
@@ -141,7 +146,8 @@ impl Manifest {
             }
             id => Ok(id),
         };
-        Ok(Manifest { size, kernel: id("kernel_id", "aki")?, ramdisk: id("ramdisk_id", "ari")?, parts })
+        let (kernel, ramdisk) = (id("kernel_id", "aki")?, id("ramdisk_id", "ari")?);
+        Ok(Manifest { task: child(root, "bundle_id"), size, kernel, ramdisk, parts })
     }
 }
 
@@ -154,40 +160,49 @@ pub fn check_prefix(prefix: &str) -> crate::fault::Result<()> {
     check_key("Prefix", &format!("{prefix}{MANIFEST}"))
 }
 
-/// Removes the parts of a bundle that is not to be: it has no manifest.
+/// Removes those parts of a bundle that is not to be, the last one first, so that whoever counts what is left may carry on.
 ///
 /// # Errors
 /// One cannot be removed.
-pub fn remove(objects: &Objects, bucket: &str, prefix: &str) -> Result<(), ObjectError> {
-    for index in 0..PARTS {
-        let key = part_key(prefix, index);
-        match objects.read(bucket, &key) {
-            Err(ObjectError::Missing(_)) => break,
-            found => drop(found?),
-        }
-        objects.delete(bucket, &key)?;
-    }
-    Ok(())
+pub fn remove(
+    objects: &Objects,
+    bucket: &str,
+    prefix: &str,
+    parts: std::ops::Range<usize>,
+) -> Result<(), ObjectError> {
+    parts.rev().try_for_each(|index| objects.delete(bucket, &part_key(prefix, index)))
 }
+
+/// What is told how many parts there will be at most, before they are written.
+pub type Ahead<'a> = dyn FnMut(usize) -> Result<(), ObjectError> + 'a;
 
 /// Cuts a stream into parts, and writes each where it belongs.
 pub struct Writer<'a> {
     objects: &'a Objects,
     bucket: &'a str,
     prefix: &'a str,
+    ahead: &'a mut Ahead<'a>,
     part: Vec<u8>,
     parts: Vec<Part>,
 }
 
 impl<'a> Writer<'a> {
     /// Begins the parts of a bundle.
-    pub fn new(objects: &'a Objects, bucket: &'a str, prefix: &'a str) -> Writer<'a> {
-        Writer { objects, bucket, prefix, part: Vec::new(), parts: Vec::new() }
+    pub fn new(
+        objects: &'a Objects,
+        bucket: &'a str,
+        prefix: &'a str,
+        ahead: &'a mut Ahead<'a>,
+    ) -> Writer<'a> {
+        Writer { objects, bucket, prefix, ahead, part: Vec::new(), parts: Vec::new() }
     }
 
     fn send(&mut self) -> Result<(), ObjectError> {
         if self.parts.len() == PARTS {
             return Err(ObjectError::Failed(format!("a bundle has {PARTS} parts at most, of 64 MiB each")));
+        }
+        if self.parts.len().is_multiple_of(BATCH) {
+            (self.ahead)(self.parts.len() + BATCH)?;
         }
         let part = std::mem::take(&mut self.part);
         let digest = format!("{:x}", Sha256::digest(&part));
@@ -277,6 +292,7 @@ mod tests {
     fn manifest() -> Manifest {
         let part = |index| Part { key: part_key("a/web", index), size: 64 << 20, digest: "0f".repeat(32) };
         Manifest {
+            task: Some("bun-1".into()),
             size: 2 << 30,
             kernel: Some("aki-12345678".into()),
             ramdisk: None,
@@ -316,11 +332,19 @@ mod tests {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let objects = Objects::memory(runtime.handle().clone());
         let bytes: Vec<u8> = (0..PART + 1000).map(|n| (n % 253) as u8).collect();
-        let mut writer = Writer::new(&objects, "bucket", "web");
+        let (mut told, bucket) = (0, "bucket");
+        let mut ahead = |parts| {
+            // Who is killed between knows of what may be there.
+            assert!(matches!(objects.read(bucket, "web.part.0"), Err(ObjectError::Missing(_))));
+            told = parts;
+            Ok(())
+        };
+        let mut writer = Writer::new(&objects, bucket, "web", &mut ahead);
         writer.write_all(&bytes).unwrap();
         let parts = writer.finish().unwrap();
+        assert_eq!(told, BATCH);
         assert_eq!(parts.iter().map(|part| part.size).collect::<Vec<_>>(), [PART as u64, 1000]);
-        let manifest = Manifest { size: 512, kernel: None, ramdisk: None, parts };
+        let manifest = Manifest { task: None, size: 512, kernel: None, ramdisk: None, parts };
         let read = || {
             let mut all = Vec::new();
             Reader::new(&objects, "bucket", &manifest).read_to_end(&mut all).map(|_| all)
@@ -332,5 +356,11 @@ mod tests {
         }
         objects.delete("bucket", "web.part.1").unwrap();
         assert!(read().is_err());
+        // One that was killed in the middle left a gap.
+        objects.put("bucket", "web.part.3", vec![1]).unwrap();
+        remove(&objects, "bucket", "web", 0..told).unwrap();
+        for index in [0, 1, 3] {
+            assert!(matches!(objects.read("bucket", &part_key("web", index)), Err(ObjectError::Missing(_))));
+        }
     }
 }

@@ -6,24 +6,37 @@
 //! ```
 //! A bucket is there once somebody uses it. What comes from here was somebody else's to write meanwhile: readers check it.
 
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::future::Future;
 use std::path::{Path as FilePath, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
-    ClientConfigKey, Error, GetOptions, GetRange, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode,
-    PutMultipartOptions, PutOptions, PutPayload, RetryConfig, TagSet,
+    ClientConfigKey, Error, ObjectStore, ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions,
+    RetryConfig, TagSet,
 };
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use url::Url;
 
 use crate::fault::{Fault, Result as Checked};
+
+mod errors;
+mod streams;
+
+pub use errors::ObjectError;
+use errors::{Result, error, failed, whole};
+pub use streams::{ObjectReader, ObjectWriter};
 
 /// The object that says whose a bucket is.
 const OWNER: &str = ".hutch-owner";
@@ -40,29 +53,10 @@ pub const LARGEST: u64 = 5 << 40;
 /// How long a request may take, and how often and how long it is tried again.
 const TIMEOUT: &str = "60 seconds";
 const RETRIES: usize = 5;
-const RETRY_FOR: std::time::Duration = std::time::Duration::from_secs(90);
-
-/// Why an object was not read or written.
-#[derive(Debug, thiserror::Error)]
-pub enum ObjectError {
-    /// There is none.
-    #[error("there is no object {0}")]
-    Missing(String),
-    /// The store cannot be had, or refuses.
-    #[error("the object store: {0}")]
-    Failed(String),
-}
-
-impl From<ObjectError> for Fault {
-    fn from(error: ObjectError) -> Fault {
-        match error {
-            ObjectError::Missing(_) => Fault::new("NoSuchKey", error.to_string()),
-            ObjectError::Failed(_) => Fault::new("Unavailable", format!("{error}; try again later")),
-        }
-    }
-}
-
-type Result<T> = std::result::Result<T, ObjectError>;
+const RETRY_FOR: Duration = Duration::from_secs(90);
+/// How long a call of somebody may wait for the store in all, and how many may: others are to be answered meanwhile.
+const PATIENCE: Duration = Duration::from_secs(15);
+const CALLS: usize = 16;
 
 /// Whose a bucket is, as its object says.
 #[derive(Serialize, Deserialize)]
@@ -71,6 +65,7 @@ struct Owner {
 }
 
 /// An object store.
+#[derive(Clone)]
 pub struct Objects {
     store: Arc<dyn ObjectStore>,
     /// What lies above all buckets.
@@ -78,9 +73,38 @@ pub struct Objects {
     /// The directory it is, where it is one.
     dir: Option<PathBuf>,
     runtime: Handle,
-    /// Held while a bucket is taken.
-    taking: Mutex<()>,
+    /// What this process writes.
+    writing: Writing,
+    /// Calls that may wait for it, and how long.
+    calls: Arc<Semaphore>,
+    patience: Duration,
+    /// The call that this is for.
+    call: Option<Arc<Call>>,
     told: String,
+}
+
+/// A call of somebody, until this is dropped.
+struct Call {
+    until: Instant,
+    _one_of_all: OwnedSemaphorePermit,
+}
+
+type Writing = Arc<Mutex<HashSet<Path>>>;
+
+fn lock(writing: &Writing) -> MutexGuard<'_, HashSet<Path>> {
+    writing.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A name that nobody else of this process writes to until this is dropped.
+pub struct Claim {
+    writing: Writing,
+    place: Path,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        lock(&self.writing).remove(&self.place);
+    }
 }
 
 impl fmt::Debug for Objects {
@@ -89,25 +113,18 @@ impl fmt::Debug for Objects {
     }
 }
 
-fn failed(error: &dyn std::error::Error) -> ObjectError {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        // Most errors of the store tell their cause themselves.
-        if !text.contains(&cause_text) {
-            text.push_str(&format!(": {cause_text}"));
+/// What an environment says of S3.
+fn environment(
+    all: impl Iterator<Item = (OsString, OsString)>,
+) -> std::result::Result<Vec<(AmazonS3ConfigKey, String)>, String> {
+    let mut said = Vec::new();
+    for (name, value) in all {
+        let Some(name) = name.to_str().filter(|name| name.starts_with("AWS_")) else { continue };
+        if let Ok(key) = name.to_ascii_lowercase().parse() {
+            said.push((key, value.into_string().map_err(|_| format!("{name} is not UTF-8"))?));
         }
-        next = cause.source();
     }
-    ObjectError::Failed(text)
-}
-
-fn error(error: &Error, place: &Path) -> ObjectError {
-    match error {
-        Error::NotFound { .. } => ObjectError::Missing(place.to_string()),
-        error => failed(error),
-    }
+    Ok(said)
 }
 
 /// What a bucket may be called: S3's rules.
@@ -178,7 +195,7 @@ impl Objects {
             .create(dir)
             .and_then(|()| dir.canonicalize());
         let dir = made.map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
-        let store = LocalFileSystem::new_with_prefix(&dir).map_err(|e| failed(&e).to_string())?;
+        let store = LocalFileSystem::new_with_prefix(&dir).map_err(|e| whole(&e))?;
         let told = dir.display().to_string();
         Ok(Objects::new(Arc::new(store.with_fsync(true)), Path::default(), Some(dir), runtime, told))
     }
@@ -195,7 +212,37 @@ impl Objects {
         runtime: Handle,
         told: String,
     ) -> Objects {
-        Objects { store, below, dir, runtime, taking: Mutex::default(), told }
+        let (writing, calls) = (Writing::default(), Arc::new(Semaphore::new(CALLS)));
+        Objects { store, below, dir, runtime, writing, calls, patience: PATIENCE, call: None, told }
+    }
+
+    /// The store for a call that somebody waits for. It gives up soon.
+    ///
+    /// # Errors
+    /// `Unavailable`: too many wait for it.
+    pub fn for_call(&self) -> Checked<Objects> {
+        let permit = self.calls.clone().try_acquire_owned().map_err(|_| {
+            Fault::new("Unavailable", "Too many calls are waiting for the object store; try again later")
+        })?;
+        let call = Call { until: Instant::now() + self.patience, _one_of_all: permit };
+        Ok(Objects { call: Some(Arc::new(call)), ..self.clone() })
+    }
+
+    /// What the store answers, as far as there is time for it.
+    fn wait<T>(&self, place: &Path, asked: impl Future<Output = std::result::Result<T, Error>>) -> Result<T> {
+        let answer = self.runtime.block_on(async {
+            match &self.call {
+                Some(call) => tokio::time::timeout_at(call.until, asked).await,
+                None => Ok(asked.await),
+            }
+        });
+        answer.map_err(|_| failed("it does not answer in time"))?.map_err(|e| error(&e, self.named(place)))
+    }
+
+    /// What an object is called by those who have its bucket.
+    fn named<'a>(&self, place: &'a Path) -> &'a str {
+        let place = place.as_ref();
+        place.strip_prefix(self.below.as_ref()).unwrap_or(place).trim_start_matches('/')
     }
 
     fn s3(url: &Url, runtime: Handle) -> std::result::Result<Objects, String> {
@@ -205,11 +252,8 @@ impl Objects {
         let below = Path::parse(url.path().trim_matches('/')).map_err(|e| e.to_string())?;
         let timeout = AmazonS3ConfigKey::Client(ClientConfigKey::Timeout);
         let mut builder = AmazonS3Builder::new().with_config(timeout, TIMEOUT);
-        for (name, value) in std::env::vars() {
-            let key = name.starts_with("AWS_").then(|| name.to_ascii_lowercase().parse());
-            if let Some(Ok(key)) = key {
-                builder = builder.with_config(key, value);
-            }
+        for (key, value) in environment(std::env::vars_os())? {
+            builder = builder.with_config(key, value);
         }
         for (name, value) in url.query_pairs() {
             let key = name.parse().map_err(|_| format!("there is no option {name}"))?;
@@ -217,7 +261,7 @@ impl Objects {
         }
         let retry = RetryConfig { max_retries: RETRIES, retry_timeout: RETRY_FOR, ..RetryConfig::default() };
         let built = builder.with_bucket_name(bucket).with_retry(retry).build();
-        let store = built.map_err(|e| failed(&e).to_string())?;
+        let store = built.map_err(|e| whole(&e))?;
         let told = format!("s3://{bucket}/{below}");
         Ok(Objects::new(Arc::new(store), below, None, runtime, told))
     }
@@ -229,7 +273,8 @@ impl Objects {
             key => check_key("Key", key),
         });
         inside.map_err(|fault| ObjectError::Failed(fault.message))?;
-        let path = Path::parse(format!("{}/{bucket}/{key}", self.below)).map_err(|e| failed(&e))?;
+        let path = Path::parse(format!("{}/{bucket}/{key}", self.below))
+            .map_err(|e| ObjectError::Failed(e.to_string()))?;
         Ok(path)
     }
 
@@ -250,20 +295,52 @@ impl Objects {
     /// Takes a bucket that nobody has used.
     ///
     /// # Errors
-    /// `AccessDenied`: it is another account's; `Unavailable`.
+    /// `AccessDenied`: it is another account's, or nobody's though there is something in it; `Unavailable`.
     pub fn take(&self, bucket: &str, account: &str) -> Checked<()> {
-        let _taking = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
         if self.owner(bucket)?.is_none() {
+            if !self.is_empty(bucket)? {
+                // Another may have taken it this moment; else it is the machine owner's to say whose it is.
+                return match self.owner(bucket)? {
+                    Some(_) => self.check(bucket, account),
+                    None => Err(Fault::new(
+                        "AccessDenied",
+                        format!("The bucket '{bucket}' is not empty, and nobody's here; name another one"),
+                    )),
+                };
+            }
             let owner = serde_json::to_vec(&Owner { account: account.into() }).map_err(Fault::internal)?;
             let place = self.place(bucket, OWNER)?;
             let mode = PutOptions::from(PutMode::Create);
-            match self.runtime.block_on(self.store.put_opts(&place, owner.into(), mode)) {
-                // Another daemon was first: then it says whose it is.
-                Ok(_) | Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => {}
-                Err(other) => return Err(error(&other, &place).into()),
-            }
+            self.wait(&place, async {
+                match self.store.put_opts(&place, owner.into(), mode).await {
+                    // Another was first: then it says whose it is.
+                    Ok(_) | Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => Ok(()),
+                    Err(other) => Err(other),
+                }
+            })?;
         }
         self.check(bucket, account)
+    }
+
+    /// Whether there is nothing in a bucket.
+    fn is_empty(&self, bucket: &str) -> Result<bool> {
+        let mut place = self.place(bucket, OWNER)?;
+        let parts = place.parts_count().saturating_sub(1);
+        place = place.parts().take(parts).collect();
+        let first = self.wait(&place, async { self.store.list(Some(&place)).next().await.transpose() })?;
+        Ok(first.is_none())
+    }
+
+    /// Has nobody else of this process write to this name, or, where it is no object's, to what is called after it.
+    ///
+    /// # Errors
+    /// [`ObjectError::Busy`]: somebody does.
+    pub fn claim(&self, bucket: &str, key: &str) -> Result<Claim> {
+        let place = self.place(bucket, key)?;
+        match lock(&self.writing).insert(place.clone()) {
+            true => Ok(Claim { writing: self.writing.clone(), place }),
+            false => Err(ObjectError::Busy(format!("{bucket}/{key}"))),
+        }
     }
 
     /// Whether an account may use a bucket that is there.
@@ -298,12 +375,11 @@ impl Objects {
     /// Writes a small object, whole or not at all.
     ///
     /// # Errors
-    /// [`ObjectError::Failed`].
+    /// [`ObjectError::Failed`], [`ObjectError::Busy`].
     pub fn put(&self, bucket: &str, key: &str, bytes: Vec<u8>) -> Result<()> {
-        let place = self.place(bucket, key)?;
-        self.sweep(&place);
-        let put = self.runtime.block_on(self.store.put(&place, bytes.into()));
-        put.map(drop).map_err(|e| error(&e, &place))
+        let claim = self.claim(bucket, key)?;
+        self.sweep(&claim);
+        self.wait(&claim.place, self.store.put(&claim.place, bytes.into())).map(drop)
     }
 
     /// Removes an object, if it is there.
@@ -312,9 +388,9 @@ impl Objects {
     /// [`ObjectError::Failed`].
     pub fn delete(&self, bucket: &str, key: &str) -> Result<()> {
         let place = self.place(bucket, key)?;
-        match self.runtime.block_on(self.store.delete(&place)) {
-            Err(Error::NotFound { .. }) => Ok(()),
-            done => done.map_err(|e| error(&e, &place)),
+        match self.wait(&place, self.store.delete(&place)) {
+            Err(ObjectError::Missing(_)) => Ok(()),
+            done => done,
         }
     }
 
@@ -324,7 +400,7 @@ impl Objects {
     /// [`ObjectError`].
     pub fn read(&self, bucket: &str, key: &str) -> Result<ObjectReader<'_>> {
         let place = self.place(bucket, key)?;
-        let about = self.runtime.block_on(self.store.head(&place)).map_err(|e| error(&e, &place))?;
+        let about = self.wait(&place, self.store.head(&place))?;
         Ok(ObjectReader {
             objects: self,
             size: about.size,
@@ -337,10 +413,10 @@ impl Objects {
     }
 
     /// Begins to write an object, of about `bytes` bytes, in the place of one that may be there. It is there once it is
-    /// [finished](ObjectWriter::finish). Nobody else writes it meanwhile.
+    /// [finished](ObjectWriter::finish). Nobody else of this process writes it meanwhile.
     ///
     /// # Errors
-    /// [`ObjectError::Failed`].
+    /// [`ObjectError::Failed`], [`ObjectError::Busy`].
     pub fn write<'a>(
         &self,
         bucket: &str,
@@ -348,17 +424,16 @@ impl Objects {
         bytes: u64,
         tags: impl Iterator<Item = (&'a String, &'a String)>,
     ) -> Result<ObjectWriter<'_>> {
-        let place = self.place(bucket, key)?;
-        self.sweep(&place);
+        let claim = self.claim(bucket, key)?;
+        self.sweep(&claim);
         let mut set = TagSet::default();
         tags.for_each(|(key, value)| set.push(key, value));
         let how = PutMultipartOptions { tags: set, ..PutMultipartOptions::default() };
-        let upload = self.runtime.block_on(self.store.put_multipart_opts(&place, how));
-        let upload = upload.map_err(|e| error(&e, &place))?;
+        let upload = self.wait(&claim.place, self.store.put_multipart_opts(&claim.place, how))?;
         let part = PART.max((bytes / PARTS).next_multiple_of(1 << 20)) as usize;
         Ok(ObjectWriter {
             objects: self,
-            place,
+            claim,
             upload: Some(upload),
             size: part,
             part: Vec::new(),
@@ -367,8 +442,8 @@ impl Objects {
     }
 
     /// Removes what a daemon that was killed left of an object in a directory; what it left in S3 is for a rule there.
-    fn sweep(&self, place: &Path) {
-        let Some(file) = self.dir.as_ref().map(|dir| dir.join(place.as_ref())) else { return };
+    fn sweep(&self, claim: &Claim) {
+        let Some(file) = self.dir.as_ref().map(|dir| dir.join(claim.place.as_ref())) else { return };
         let (Some(dir), Some(name)) = (file.parent(), file.file_name().and_then(|name| name.to_str())) else {
             return;
         };
@@ -382,224 +457,5 @@ impl Objects {
     }
 }
 
-/// An object that is read from its begin.
-pub struct ObjectReader<'a> {
-    objects: &'a Objects,
-    place: Path,
-    /// Its bytes.
-    pub size: u64,
-    version: Option<String>,
-    /// Where the next piece begins.
-    at: u64,
-    piece: Vec<u8>,
-    used: usize,
-}
-
-impl ObjectReader<'_> {
-    /// Gets the next piece.
-    fn fetch(&mut self) -> Result<()> {
-        (self.piece, self.used) = (Vec::new(), 0);
-        let end = self.size.min(self.at + PIECE);
-        if self.at == end {
-            return Ok(());
-        }
-        let how = GetOptions {
-            range: Some(GetRange::Bounded(self.at..end)),
-            if_match: self.version.clone(),
-            ..GetOptions::default()
-        };
-        let store = &self.objects.store;
-        let got =
-            self.objects.runtime.block_on(async { store.get_opts(&self.place, how).await?.bytes().await });
-        let bytes = got.map_err(|e| error(&e, &self.place))?;
-        if bytes.len() as u64 != end - self.at {
-            return Err(ObjectError::Failed(format!("{} has become shorter", self.place)));
-        }
-        (self.piece, self.at) = (bytes.to_vec(), end);
-        Ok(())
-    }
-}
-
-impl Read for ObjectReader<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.used == self.piece.len() {
-            self.fetch().map_err(io::Error::other)?;
-        }
-        let mut rest = self.piece.get(self.used..).unwrap_or_default();
-        let count = rest.read(buffer)?;
-        self.used += count;
-        Ok(count)
-    }
-}
-
-/// An object that is written; what is not finished is not there.
-pub struct ObjectWriter<'a> {
-    objects: &'a Objects,
-    place: Path,
-    upload: Option<Box<dyn MultipartUpload>>,
-    size: usize,
-    part: Vec<u8>,
-    sent: bool,
-}
-
-impl ObjectWriter<'_> {
-    fn send(&mut self) -> Result<()> {
-        let Some(upload) = &mut self.upload else { return Ok(()) };
-        let part = PutPayload::from(std::mem::take(&mut self.part));
-        let put = self.objects.runtime.block_on(upload.put_part(part));
-        self.sent = true;
-        put.map_err(|e| error(&e, &self.place))
-    }
-
-    /// Has all of it be there.
-    ///
-    /// # Errors
-    /// [`ObjectError::Failed`]; it is as it was before then.
-    pub fn finish(mut self) -> Result<()> {
-        if !self.part.is_empty() || !self.sent {
-            self.send()?;
-        }
-        let Some(mut upload) = self.upload.take() else { return Ok(()) };
-        let done = self.objects.runtime.block_on(upload.complete());
-        if done.is_err() {
-            self.upload = Some(upload);
-        }
-        done.map(drop).map_err(|e| error(&e, &self.place))
-    }
-}
-
-impl Write for ObjectWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let take = bytes.len().min(self.size - self.part.len());
-        self.part.extend_from_slice(bytes.get(..take).unwrap_or_default());
-        if self.part.len() == self.size {
-            self.send().map_err(io::Error::other)?;
-        }
-        Ok(take)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Drop for ObjectWriter<'_> {
-    fn drop(&mut self) {
-        let Some(mut upload) = self.upload.take() else { return };
-        if let Err(error) = self.objects.runtime.block_on(upload.abort()) {
-            tracing::warn!(object = %self.place, %error, "what was written of it takes room still");
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn runtime() -> tokio::runtime::Runtime {
-        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
-    }
-
-    #[test]
-    fn names_are_s3s_and_lead_nowhere_else() {
-        for good in ["abc", "a.b-c", "0123456789", &"a".repeat(63)] {
-            check_bucket(good).unwrap();
-        }
-        for bad in
-            ["", "ab", "..", "a..b", "-ab", "ab-", "Abc", "a/b", "a_b", "10.0.0.1", &"a".repeat(64), "a\0b"]
-        {
-            assert_eq!(check_bucket(bad).unwrap_err().code, "InvalidBucketName", "{bad}");
-        }
-        for good in ["ami-1.bin", "a/b/c", "it's(1)!", ".a", "a..b"] {
-            check_key("Key", good).unwrap();
-        }
-        for bad in [
-            "",
-            "/a",
-            "a/",
-            "a//b",
-            "..",
-            "a/../b",
-            ".",
-            ".hutch-owner",
-            "a#1",
-            "a%2e",
-            "ä",
-            "a\nb",
-            &"a".repeat(201),
-        ] {
-            assert_eq!(check_key("Key", bad).unwrap_err().code, "InvalidParameterValue", "{bad}");
-        }
-    }
-
-    #[test]
-    fn an_object_is_whole_or_not_there() {
-        let (room, runtime) = (tempfile::tempdir().unwrap(), runtime());
-        let dir = Objects::directory(&room.path().join("objects"), runtime.handle().clone()).unwrap();
-        for objects in [dir, Objects::memory(runtime.handle().clone())] {
-            // Three parts and pieces.
-            let bytes: Vec<u8> = (0..(PART * 2 + 12_345)).map(|n| (n % 251) as u8).collect();
-            let mut writer = objects.write("bucket", "a/b", 1, std::iter::empty()).unwrap();
-            writer.write_all(&bytes).unwrap();
-            assert!(matches!(objects.read("bucket", "a/b"), Err(ObjectError::Missing(_))));
-            drop(writer);
-            assert!(matches!(objects.read("bucket", "a/b"), Err(ObjectError::Missing(_))));
-            let mut writer = objects.write("bucket", "a/b", 1, std::iter::empty()).unwrap();
-            writer.write_all(&bytes).unwrap();
-            writer.finish().unwrap();
-            let mut read = Vec::new();
-            objects.read("bucket", "a/b").unwrap().read_to_end(&mut read).unwrap();
-            assert!(read == bytes);
-            assert!(objects.small("bucket", "a/b", 100).is_err(), "it is larger");
-            // One that is written anew meanwhile is not read half and half.
-            let mut reader = objects.read("bucket", "a/b").unwrap();
-            reader.read_exact(&mut [0; 100]).unwrap();
-            objects.put("bucket", "a/b", bytes.iter().rev().copied().collect()).unwrap();
-            assert!(reader.read_to_end(&mut read).is_err());
-            objects.delete("bucket", "a/b").unwrap();
-            objects.delete("bucket", "a/b").unwrap();
-        }
-    }
-
-    #[test]
-    fn a_bucket_is_whose_it_was_first() {
-        let (room, runtime) = (tempfile::tempdir().unwrap(), runtime());
-        let open =
-            || Objects::open(&format!("file://{}", room.path().display()), runtime.handle().clone()).unwrap();
-        let objects = open();
-        assert_eq!(objects.check("bucket", "1").unwrap_err().code, "NoSuchBucket");
-        objects.take("bucket", "1").unwrap();
-        assert_eq!(objects.take("bucket", "2").unwrap_err().code, "AccessDenied");
-        // Another daemon sees it so, too.
-        assert_eq!(open().check("bucket", "2").unwrap_err().code, "AccessDenied");
-        open().take("bucket", "1").unwrap();
-        std::fs::write(room.path().join("bucket/.hutch-owner"), "{}").unwrap();
-        assert_eq!(objects.check("bucket", "1").unwrap_err().code, "Unavailable", "it says nothing");
-    }
-
-    #[test]
-    fn what_was_half_written_goes_with_the_next_one() {
-        let (room, runtime) = (tempfile::tempdir().unwrap(), runtime());
-        let objects = Objects::directory(room.path(), runtime.handle().clone()).unwrap();
-        let mut writer = objects.write("bucket", "a", 1, std::iter::empty()).unwrap();
-        writer.write_all(&vec![1; PART as usize]).unwrap();
-        // As a kill would.
-        std::mem::forget(writer);
-        assert_eq!(std::fs::read_dir(room.path().join("bucket")).unwrap().count(), 1);
-        objects.write("bucket", "a", 1, std::iter::empty()).unwrap().finish().unwrap();
-        let files = std::fs::read_dir(room.path().join("bucket")).unwrap();
-        assert_eq!(files.map(|file| file.unwrap().file_name()).collect::<Vec<_>>(), ["a"]);
-    }
-
-    #[test]
-    fn what_is_no_store_is_told() {
-        let runtime = runtime();
-        for bad in ["", "objects", "ftp://a/b", "file://host/dir", "s3://bucket?nonsense=1"] {
-            assert!(Objects::open(bad, runtime.handle().clone()).is_err(), "{bad}");
-        }
-        let s3 = "s3://bucket/some/where?aws_endpoint=http://127.0.0.1:1&aws_allow_http=true&aws_access_key_id=a&aws_secret_access_key=b&aws_region=home-1";
-        let s3 = Objects::open(s3, runtime.handle().clone()).unwrap();
-        assert_eq!(format!("{s3:?}"), "s3://bucket/some/where");
-        assert_eq!(s3.place("images", "a/b").unwrap().as_ref(), "some/where/images/a/b");
-    }
-}
+mod tests;

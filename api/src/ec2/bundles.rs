@@ -14,6 +14,8 @@ const IDS: (&str, &str, &str) = ("bun", "InvalidBundleID", "bundle task ID");
 
 /// A task as answers tell it.
 fn told(c: &Context<'_>, task: &BundleTask) -> Node {
+    // What was written of one that fails is removed before it has failed.
+    let failed = task.failed.as_ref().filter(|_| task.state == BundleState::Failed);
     let runs = matches!(task.state, BundleState::Bundling | BundleState::Storing);
     node! {
         "bundleId": &task.id,
@@ -23,7 +25,7 @@ fn told(c: &Context<'_>, task: &BundleTask) -> Node {
         "updateTime": time(task.updated),
         "progress": runs.then(|| format!("{}%", c.region.bundle_progress(task))),
         "storage": node! { "S3": node! { "bucket": &task.bucket, "prefix": &task.prefix } },
-        "error": task.failed.as_ref().map(|why| node! { "code": &why.code, "message": &why.message }),
+        "error": failed.map(|why| node! { "code": &why.code, "message": &why.message }),
     }
 }
 

@@ -65,7 +65,13 @@ pub struct BundleTask {
     pub updated: Timestamp,
     /// How far it is.
     pub state: BundleState,
-    /// Why it failed.
+    /// How many of its parts may be there, at most: what is removed of one that is not to be.
+    #[serde(default)]
+    pub parts: usize,
+    /// All of it is there, and its manifest: what was kept for it may go.
+    #[serde(default)]
+    pub written: bool,
+    /// Why it failed, or is about to.
     pub failed: Option<Reason>,
 }
 

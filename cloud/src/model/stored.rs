@@ -112,6 +112,9 @@ pub struct RestoreTask {
     pub image: StoredImage,
     /// What its disks become.
     pub disks: Vec<RestoreDisk>,
+    /// It is not to be, and what there is of its disks goes: nothing else becomes of it any more.
+    #[serde(default)]
+    pub undone: bool,
 }
 
 /// A disk that is being made of an object's.

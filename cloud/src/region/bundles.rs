@@ -5,6 +5,7 @@
 //!   pending ─► bundling: the disk is kept as it is at an instant ─► storing: it is written ─► complete, or failed
 //!         └──────────── CancelBundleTask ─► cancelling ─► failed: nothing of it is there
 //! ```
+//! What became of one is written down before anything is removed, so that who carries on after a crash does not begin anew.
 //! What a host keeps of a bundle has the id of a snapshot that nobody is told of. It goes with the last image of the bundle.
 
 use std::sync::Arc;
@@ -75,6 +76,11 @@ pub(super) fn check_stoppable(instance: &Instance, what: &str) -> Result<()> {
     }
 }
 
+/// What is claimed for the objects of a bundle.
+fn parts_of(prefix: &str) -> String {
+    format!("{prefix}.part")
+}
+
 fn no_task(id: &str) -> Fault {
     Fault::new("InvalidBundleID.NotFound", format!("The bundle task ID '{id}' does not exist"))
 }
@@ -88,13 +94,19 @@ impl Region {
     ///
     /// # Errors
     /// `InvalidInstanceID.*`, `IncorrectState`, `BundlingInProgress`, `UnsupportedOperation`: it is encrypted;
-    /// `InvalidBucketName`, `InvalidParameterValue`, `AccessDenied`.
+    /// `InvalidBucketName`, `InvalidParameterValue`, `AccessDenied`, `Unavailable`.
     pub fn bundle(&self, account: &str, ask: &BundleAsk) -> Result<BundleTask> {
         let objects = self.objects()?;
         objects::check_bucket(&ask.bucket)?;
         bundle::check_prefix(&ask.prefix)?;
         self.transact(|work| self.to_bundle(work, account, ask).map(drop))?;
+        let objects = objects.for_call()?;
         objects.take(&ask.bucket, account)?;
+        // Another region may be at one of this name.
+        objects.claim(&ask.bucket, &parts_of(&ask.prefix)).map(drop).map_err(|error| match error {
+            ObjectError::Busy(_) => Fault::new("BundlingInProgress", error.to_string()),
+            error => error.into(),
+        })?;
         match objects.read(&ask.bucket, &format!("{}{MANIFEST}", ask.prefix)) {
             Err(ObjectError::Missing(_)) => {}
             Err(error) => return Err(error.into()),
@@ -131,6 +143,8 @@ impl Region {
             started: at,
             updated: at,
             state: BundleState::Pending,
+            parts: 0,
+            written: false,
             failed: None,
         };
         let same = |other: &BundleTask| {
@@ -201,8 +215,9 @@ impl Region {
         self.transact(|work| {
             let task = work.get::<BundleTask>(id)?.filter(|task| task.account == account);
             let mut task = task.ok_or_else(|| no_task(id))?;
-            if task.state.is_over() {
-                let why = format!("The bundle task '{id}' is {} already", task.state.name());
+            if task.state.is_over() || task.written {
+                let state = if task.written { BundleState::Complete } else { task.state };
+                let why = format!("The bundle task '{id}' is {} already", state.name());
                 return Err(Fault::new("IncorrectState", why));
             }
             (task.state, task.updated) = (BundleState::Cancelling, now());
@@ -213,63 +228,118 @@ impl Region {
 
     /// Looks at a bundle. Returns when it is to be looked at again without a change.
     pub(super) fn step_bundle(&self, id: &str) -> Result<Option<Duration>> {
-        let Some(task) = self.get::<BundleTask>(id)?.filter(|task| !task.state.is_over()) else {
-            return Ok(None);
-        };
-        if task.state == BundleState::Cancelling {
-            let reason =
-                Reason { code: "Client.Cancelled".into(), message: "The bundle task was cancelled".into() };
-            return self.end_bundle(&task, Some(reason)).map(|()| None);
-        }
+        let task = self.get::<BundleTask>(id)?.filter(|task| !task.state.is_over());
+        let Some(mut task) = task else { return Ok(None) };
         let Some(running) = self.imports.begin(id) else { return Ok(Some(WAIT)) };
-        match self.write_bundle(&task, &running) {
-            Ok(()) => self.end_bundle(&task, None)?,
-            // The next process begins it anew; or it was cancelled, which the next step sees.
-            Err(HostError::Busy(_)) => return Ok(Some(WAIT)),
-            Err(error) => {
-                tracing::warn!(bundle = id, %error, "nothing is bundled");
-                let reason = Reason { code: "Server.InternalError".into(), message: error.to_string() };
-                self.end_bundle(&task, Some(reason))?;
+        // Another region may have one of this name.
+        let claim = self.objects()?.claim(&task.bucket, &parts_of(&task.prefix));
+        if task.state != BundleState::Cancelling && task.failed.is_none() && !task.written {
+            let written = claim.as_ref().map_err(|e| why(e)).and_then(|_| self.write_bundle(&task, &running));
+            let failed = match written {
+                Ok(()) => None,
+                // The next process begins it anew; or it was cancelled, which the next step sees.
+                Err(HostError::Busy(_)) => return Ok(Some(WAIT)),
+                Err(error) => {
+                    tracing::warn!(bundle = id, %error, "nothing is bundled");
+                    Some(Reason { code: "Server.InternalError".into(), message: error.to_string() })
+                }
+            };
+            let found = self.change_bundle(id, |task| {
+                if task.state != BundleState::Cancelling {
+                    (task.written, task.failed) = (failed.is_none(), failed.clone());
+                }
+            })?;
+            let Some(found) = found else { return Ok(None) };
+            task = found;
+        }
+        if !task.written && (claim.is_ok() || task.parts > 0) {
+            if claim.is_err() {
+                return Ok(Some(WAIT));
+            }
+            match self.remove_bundle(&mut task) {
+                Ok(true) => {}
+                Ok(false) => return Ok(Some(Duration::ZERO)),
+                // It may be why it failed; whoever bundles under this name anew writes over it.
+                Err(error) => tracing::warn!(bundle = id, %error, "what was written of it stays"),
             }
         }
+        if let (Some(_), Source::Snapshot(kept)) = (&task.volume, &task.source) {
+            self.host.delete_snapshot(kept).map_err(Fault::internal)?;
+        }
+        self.change_bundle(id, |task| {
+            task.state = if task.written { BundleState::Complete } else { BundleState::Failed };
+            if !task.written && task.failed.is_none() {
+                let (code, message) = ("Client.Cancelled".into(), "The bundle task was cancelled".into());
+                task.failed = Some(Reason { code, message });
+            }
+        })?;
         Ok(None)
+    }
+
+    /// Writes down what has become of a bundle that is not over; tells what is written of it then.
+    fn change_bundle(&self, id: &str, change: impl Fn(&mut BundleTask)) -> Result<Option<BundleTask>> {
+        self.transact(|work| {
+            let task = work.get::<BundleTask>(id)?.filter(|task| !task.state.is_over());
+            let Some(mut task) = task else { return Ok(None) };
+            let before = task.clone();
+            change(&mut task);
+            if task != before {
+                task.updated = now();
+                work.put(&task)?;
+            }
+            Ok(Some(task))
+        })
     }
 
     /// Brings a bundle a state further, unless it is cancelled.
     fn bundle_is(&self, id: &str, state: BundleState) -> Result<()> {
-        self.transact(|work| {
-            let Some(mut task) = work.get::<BundleTask>(id)? else { return Ok(()) };
-            if task.state != state && !task.state.is_over() && task.state != BundleState::Cancelling {
-                (task.state, task.updated) = (state, now());
-                work.put(&task)?;
+        let further = |task: &mut BundleTask| {
+            if task.state != BundleState::Cancelling {
+                task.state = state;
             }
-            Ok(())
-        })
+        };
+        self.change_bundle(id, further).map(drop)
     }
 
-    /// What was kept for it goes, and what there is of one that is not to be.
-    fn end_bundle(&self, task: &BundleTask, failed: Option<Reason>) -> Result<()> {
-        if failed.is_some()
-            && let Err(error) = bundle::remove(self.objects()?, &task.bucket, &task.prefix)
-        {
-            // It may be why it failed; whoever bundles under this name anew writes over it.
-            tracing::warn!(bundle = task.id, %error, "what was written of it stays");
+    /// Removes some of what a task wrote that is not to be; tells whether that was all.
+    fn remove_bundle(&self, task: &mut BundleTask) -> Result<bool> {
+        let objects = self.objects()?;
+        // A bundle is what its manifest names: without that it is none.
+        let key = format!("{}{MANIFEST}", task.prefix);
+        match self.manifest_of(task)? {
+            Some(true) => objects.delete(&task.bucket, &key)?,
+            Some(false) => return Ok(true),
+            None => {}
         }
-        if let (Some(_), Source::Snapshot(id)) = (&task.volume, &task.source) {
-            self.host.delete_snapshot(id).map_err(Fault::internal)?;
+        let left = task.parts.saturating_sub(bundle::BATCH);
+        bundle::remove(objects, &task.bucket, &task.prefix, left..task.parts)?;
+        self.change_bundle(&task.id, |task| task.parts = task.parts.min(left))?;
+        Ok(left == 0)
+    }
+
+    /// Whether the manifest where a task writes is its own; `None`: there is none.
+    fn manifest_of(&self, task: &BundleTask) -> Result<Option<bool>> {
+        let key = format!("{}{MANIFEST}", task.prefix);
+        match self.objects()?.small(&task.bucket, &key, MANIFEST_MOST) {
+            Err(ObjectError::Missing(_)) => Ok(None),
+            text => {
+                let manifest = Manifest::read(&key, &text?).ok();
+                Ok(Some(manifest.is_some_and(|manifest| manifest.task.as_ref() == Some(&task.id))))
+            }
         }
-        self.transact(|work| {
-            let Some(mut task) = work.get::<BundleTask>(&task.id)? else { return Ok(()) };
-            task.state = if failed.is_some() { BundleState::Failed } else { BundleState::Complete };
-            (task.failed, task.updated) = (failed.clone(), now());
-            work.put(&task)
-        })
     }
 
     fn write_bundle(&self, task: &BundleTask, running: &Running<'_>) -> std::result::Result<(), HostError> {
         let fault = |fault: Fault| why(&fault);
         let objects = self.objects().map_err(fault)?;
+        match self.manifest_of(task).map_err(fault)? {
+            // It was killed before this was written down.
+            Some(true) => return Ok(()),
+            Some(false) => return Err(HostError::Failed("there is another bundle of this name now".into())),
+            None => {}
+        }
         if let (Some(volume), Source::Snapshot(id)) = (&task.volume, &task.source)
+            && task.state != BundleState::Storing
             && matches!(self.host.content(&task.source), Err(HostError::Missing(_)))
         {
             self.bundle_is(&task.id, BundleState::Bundling).map_err(fault)?;
@@ -289,7 +359,11 @@ impl Region {
             seen = if look { done } else { seen };
             !self.imports.is_ending() && (!look || wanted())
         };
-        let mut parts = bundle::Writer::new(objects, &task.bucket, &task.prefix);
+        let mut ahead = |parts| {
+            let more = self.change_bundle(&task.id, |task| task.parts = task.parts.max(parts));
+            more.map(drop).map_err(|fault| ObjectError::Failed(fault.message))
+        };
+        let mut parts = bundle::Writer::new(objects, &task.bucket, &task.prefix, &mut ahead);
         let written = archive::write(&mut parts, &"bundle", &[&*reader.disk], &mut go_on);
         let written = written.map_err(|error| match error {
             ArchiveError::Stopped => HostError::Busy(error.to_string()),
@@ -301,7 +375,7 @@ impl Region {
             return Err(HostError::Busy("it was cancelled".into()));
         }
         let (kernel, ramdisk) = (task.kernel.clone(), task.ramdisk.clone());
-        let manifest = Manifest { size: total, kernel, ramdisk, parts };
+        let manifest = Manifest { task: Some(task.id.clone()), size: total, kernel, ramdisk, parts };
         let text = manifest.text(&task.prefix).into_bytes();
         objects.put(&task.bucket, &format!("{}{MANIFEST}", task.prefix), text).map_err(|e| why(&e))
     }
@@ -311,7 +385,7 @@ impl Region {
     /// # Errors
     /// `InvalidManifest`, `AccessDenied`, `NoSuchBucket`, `Unavailable`.
     pub(super) fn bundle_at(&self, account: &str, location: &str) -> Result<(Bundle, Manifest)> {
-        let objects = self.objects()?;
+        let objects = self.objects()?.for_call()?;
         let bad = |why: &str| {
             Fault::new("InvalidManifest", format!("The manifest '{location}' cannot be used: {why}"))
         };
@@ -335,7 +409,7 @@ impl Region {
     /// `AccessDenied`, `NoSuchBucket`, `Unavailable`.
     pub(super) fn may_copy(&self, account: &str, image: &Image) -> Result<()> {
         match &image.bundle {
-            Some(bundle) => self.objects()?.check(bundle.place().0, account),
+            Some(bundle) => self.objects()?.for_call()?.check(bundle.place().0, account),
             None => Ok(()),
         }
     }
@@ -460,3 +534,6 @@ impl Region {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -51,6 +51,8 @@ mod routes;
 mod snapshots;
 mod stored;
 mod tags;
+#[cfg(test)]
+mod testing;
 mod volumes;
 mod vpcs;
 mod work;

@@ -17,7 +17,7 @@ use crate::fault::{Fault, Result};
 use crate::host::{HostError, Source};
 use crate::id;
 use crate::model::{
-    Image, ImageDevice, Reason, RestoreDisk, RestoreTask, Shape, Snapshot, StoreState, StoreTask,
+    Image, ImageDevice, ImageKind, Reason, RestoreDisk, RestoreTask, Shape, Snapshot, StoreState, StoreTask,
     StoredDevice, StoredImage, StoredSnapshot, Tags,
 };
 use crate::objects::{self, LARGEST, Objects};
@@ -57,6 +57,11 @@ pub struct RestoreAsk {
     pub tags: Tags,
     /// The tags of its snapshots, likewise.
     pub snapshot_tags: Tags,
+}
+
+/// What the object of an image is called.
+fn key_of(image: &str) -> String {
+    format!("{image}.bin")
 }
 
 /// Why a stream of an object was not read or written, for whoever asked for it.
@@ -112,7 +117,8 @@ impl Region {
     ///
     /// # Errors
     /// `InvalidAMIID.*`, `InvalidRequest`: a snapshot of it is not for the account; `UnsupportedOperation`: it is encrypted;
-    /// `InvalidBucketName`, `AccessDenied`; `IncorrectState`: it is being written there.
+    /// `InvalidBucketName`, `AccessDenied`, `IncorrectState`: it is being written there;
+    /// `Unavailable`.
     pub fn create_store_task(&self, account: &str, ask: &StoreAsk) -> Result<String> {
         let objects = self.objects()?;
         objects::check_bucket(&ask.bucket)?;
@@ -121,14 +127,17 @@ impl Region {
             return Err(Fault::new("TagLimitExceeded", format!("An object has at most {OBJECT_TAGS} tags")));
         }
         self.transact(|work| self.to_store(work, account, ask))?;
+        let objects = objects.for_call()?;
         objects.take(&ask.bucket, account)?;
+        // Another region may have an image of this id: a template's is the same in all.
+        drop(objects.claim(&ask.bucket, &key_of(&ask.image))?);
         self.transact(|work| {
             let (image, disks) = self.to_store(work, account, ask)?;
             let task = StoreTask {
                 id: id::new("store"),
                 account: account.into(),
                 bucket: ask.bucket.clone(),
-                key: format!("{}.bin", ask.image),
+                key: key_of(&ask.image),
                 object_tags: ask.object_tags.clone(),
                 started: now(),
                 image,
@@ -260,8 +269,8 @@ impl Region {
     /// Begins to make an image of an object. It is `pending` when this returns.
     ///
     /// # Errors
-    /// `NoSuchBucket`, `NoSuchKey`, `AccessDenied`; `InvalidParameterValue`: the object is no image; `InvalidAMIName.*`,
-    /// `InvalidRequest`: this region does not have its kernel or RAM disk.
+    /// `NoSuchBucket`, `NoSuchKey`, `AccessDenied`, `Unavailable`; `InvalidParameterValue`: the object is no image; `InvalidAMIName.*`;
+    /// `InvalidAMIID.*`: of its kernel or RAM disk, which the account has to be allowed to boot.
     pub fn create_restore_task(&self, account: &str, ask: &RestoreAsk) -> Result<String> {
         let objects = self.objects()?;
         objects::check_bucket(&ask.bucket)?;
@@ -269,6 +278,7 @@ impl Region {
         ask.name.as_deref().map_or(Ok(()), images::check_name)?;
         tags::check(&ask.tags)?;
         tags::check(&ask.snapshot_tags)?;
+        let objects = objects.for_call()?;
         objects.check(&ask.bucket, account)?;
         let refused =
             |why: &str| Fault::value("ObjectKey", &ask.key, &format!("The object is no image: {why}."));
@@ -300,11 +310,9 @@ impl Region {
             let image = id::new("ami");
             let name = ask.name.as_ref().unwrap_or(&said.name);
             self.take_name(work, account, name, &image)?;
-            for id in [&said.kernel, &said.ramdisk].into_iter().flatten() {
-                if work.get::<Image>(id)?.is_none() {
-                    let why = format!("The image boots '{id}', which this region does not have");
-                    return Err(Fault::new("InvalidRequest", why));
-                }
+            // The object may be anybody's, and name what is not for the account.
+            for (kind, id) in [(ImageKind::Kernel, &said.kernel), (ImageKind::Ramdisk, &said.ramdisk)] {
+                id.as_ref().map(|id| self.bootable(work, account, kind, id)).transpose()?;
             }
             work.put(&Image {
                 description: said.description.clone(),
@@ -324,6 +332,7 @@ impl Region {
                 key: ask.key.clone(),
                 image: said.clone(),
                 disks: disks.clone(),
+                undone: false,
             })?;
             Ok(image)
         })
@@ -333,13 +342,11 @@ impl Region {
     pub(super) fn step_restore(&self, id: &str) -> Result<Option<Duration>> {
         let Some(task) = self.get::<RestoreTask>(id)? else { return Ok(None) };
         let wanted = || self.get::<Image>(id).ok().flatten().is_some();
-        let Some(running) = self.imports.begin(id).filter(|_| wanted()) else {
-            return match wanted() {
-                true => Ok(Some(WAIT)),
-                // It was deregistered.
-                false => self.undo_restore(&task, None).map(|()| None),
-            };
-        };
+        // It was deregistered; or it is being undone already.
+        if task.undone || self.get::<Image>(id)?.is_none() {
+            return self.undo_restore(&task, None).map(|()| None);
+        }
+        let Some(running) = self.imports.begin(id) else { return Ok(Some(WAIT)) };
         let (mut seen, total) = (0, task.disks.iter().map(|disk| disk.bytes).sum());
         let mut done = 0;
         let mut go_on = |more| {
@@ -351,14 +358,16 @@ impl Region {
         };
         let made = self.restore_disks(&task, &mut go_on);
         match made {
-            Ok(()) => self.transact(|work| {
-                if let Some(mut image) = work.get::<Image>(id)? {
+            Ok(()) => {
+                return self.transact(|work| {
+                    // It was deregistered this moment, which the next step sees.
+                    let Some(mut image) = work.get::<Image>(id)? else { return Ok(Some(WAIT)) };
                     image.pending = false;
                     work.put(&image)?;
                     work.delete::<RestoreTask>(id);
-                }
-                Ok(())
-            })?,
+                    Ok(None)
+                });
+            }
             // The next process carries on; or it was deregistered, which the next step sees.
             Err(HostError::Busy(_)) => return Ok(Some(WAIT)),
             Err(error) => {
@@ -426,16 +435,19 @@ impl Region {
         })
     }
 
-    /// Takes away what there is of the disks of an image that is not to be, or, for `why`, cannot be.
+    /// Takes away what there is of the disks of an image that is not to be, or, for `why`, cannot be. That it is undone is
+    /// written down first: else who carries on after a crash would take disks for made that are gone.
     fn undo_restore(&self, task: &RestoreTask, why: Option<&str>) -> Result<()> {
-        for disk in &task.disks {
-            self.host.delete_snapshot(&disk.snapshot).map_err(Fault::internal)?;
-        }
         self.transact(|work| {
+            let Some(mut task) = work.get::<RestoreTask>(&task.id)?.filter(|task| !task.undone) else {
+                return Ok(());
+            };
             for disk in &task.disks {
-                work.delete::<Snapshot>(&disk.snapshot);
+                if let Some(mut snapshot) = work.get::<Snapshot>(&disk.snapshot)? {
+                    snapshot.deleting = true;
+                    work.put(&snapshot)?;
+                }
             }
-            work.delete::<RestoreTask>(&task.id);
             if let (Some(mut image), Some(why)) = (work.get::<Image>(&task.id)?, why) {
                 image.pending = false;
                 image.devices.iter_mut().for_each(|device| device.snapshot = None);
@@ -445,6 +457,17 @@ impl Region {
                 });
                 work.put(&image)?;
             }
+            task.undone = true;
+            work.put(&task)
+        })?;
+        for disk in &task.disks {
+            self.host.delete_snapshot(&disk.snapshot).map_err(Fault::internal)?;
+        }
+        self.transact(|work| {
+            for disk in &task.disks {
+                work.delete::<Snapshot>(&disk.snapshot);
+            }
+            work.delete::<RestoreTask>(&task.id);
             Ok(())
         })
     }
@@ -468,63 +491,4 @@ impl Region {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn device(name: &str, gib: u64, disk: bool) -> StoredDevice {
-        let snapshot = StoredSnapshot { gib, description: String::new(), tags: Tags::new() };
-        let device = ImageDevice {
-            name: name.into(),
-            snapshot: None,
-            gib,
-            kind: "gp3".into(),
-            iops: None,
-            delete_on_termination: true,
-            encrypted: false,
-        };
-        StoredDevice { device, snapshot: disk.then_some(snapshot) }
-    }
-
-    /// How somebody would have it say something else.
-    type Change = fn(&mut StoredImage);
-
-    #[test]
-    fn an_image_of_somebody_else_is_one_that_could_be_ours() {
-        let image = StoredImage {
-            id: "ami-1".into(),
-            name: "web".into(),
-            description: String::new(),
-            kernel: None,
-            ramdisk: None,
-            root_device: "/dev/xvda".into(),
-            ena_support: true,
-            devices: vec![
-                device("/dev/xvda", 2, true),
-                device("/dev/sdf", 1, false),
-                device("/dev/sdg", 1, true),
-            ],
-            tags: Tags::new(),
-        };
-        check_said(&image, &[2 * GIB, 512]).unwrap();
-        for sizes in [&[2 * GIB][..], &[2 * GIB, 512, 512], &[2 * GIB + 512, 512], &[]] {
-            assert!(check_said(&image, sizes).is_err(), "{sizes:?}");
-        }
-        let changes: [Change; 10] = [
-            |image| image.name = "a/../b\n".into(),
-            |image| drop(image.tags.insert("aws:own".into(), String::new())),
-            |image| image.root_device = "/dev/sdg".into(),
-            |image| image.devices.swap(0, 1),
-            |image| image.devices[1].device.name = "/dev/xvda".into(),
-            |image| image.devices[1].device.name.clear(),
-            |image| image.devices[1].device.gib = u64::MAX,
-            |image| image.devices[1].device.kind = "none".into(),
-            |image| image.devices[1].device.snapshot = Some("snap-12345678".into()),
-            |image| image.devices[2].device.encrypted = true,
-        ];
-        for (index, change) in changes.iter().enumerate() {
-            let mut other = image.clone();
-            change(&mut other);
-            assert!(check_said(&other, &[2 * GIB, 512]).is_err(), "{index}");
-        }
-    }
-}
+mod tests;
