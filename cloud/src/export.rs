@@ -269,7 +269,7 @@ pub fn check(reader: &Reader, progress: &Progress) -> Result<(Vec<Layer>, u64)> 
     for (name, file, format) in &reader.layers {
         let found = match format {
             Format::Raw => None,
-            Format::Qcow2 => qcow2::check(file)?,
+            Format::Qcow2 => qcow2::check(file, &(0..=disk.size()))?,
         };
         layers.push(Layer { name: name.clone(), found });
     }

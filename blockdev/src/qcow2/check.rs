@@ -1,16 +1,19 @@
 //! Whether a volume's file is whole: what its tables say, against each other and its reference counts. Nothing is changed
 //! here; `repair` does with what is found what can be done.
 
-use std::collections::BTreeSet;
-use std::ops::Range;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::{Range, RangeInclusive};
 
 use super::layout::{CLUSTER, CLUSTER_BITS, COPIED, COUNTS, ENTRIES, L2_REACH, blocks_of};
+use super::linked::{Link, Linked};
 use super::{COMPRESSED, Header, OFFSET, ZERO};
 use crate::store::Store;
 use crate::{DiskError, Result};
 
 /// The most faults that are told one by one.
 const TOLD: usize = 20;
+/// The most of one kind that is kept in memory: a file that somebody made up may have any number.
+const MOST: usize = 1 << 20;
 
 /// What was found in a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -25,12 +28,12 @@ pub struct Checked {
     pub wrong: u64,
     /// Of the guest's bytes, which nobody can find any more.
     pub lost: Vec<Range<u64>>,
-    /// Of the guest's bytes, which are something else's, too: at most one of them is right.
+    /// Of the guest's bytes, which may be something else's: at most one of them is right.
     pub shared: Vec<Range<u64>>,
 }
 
 impl Checked {
-    fn fault(&mut self, what: String) {
+    pub(super) fn fault(&mut self, what: String) {
         self.wrong += 1;
         if self.faults.len() < TOLD {
             self.faults.push(what);
@@ -40,48 +43,6 @@ impl Checked {
     /// Whether all of it can be repaired, and no byte of the guest's is lost.
     pub fn keeps_all(&self) -> bool {
         self.lost.is_empty() && self.shared.is_empty()
-    }
-}
-
-/// Which clusters of the file something links to.
-struct Linked {
-    bits: Vec<u64>,
-    clusters: u64,
-}
-
-/// What a link is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Link {
-    Good,
-    /// Where nothing can be.
-    Outside,
-    /// Something else's, too.
-    Taken,
-}
-
-impl Linked {
-    /// Notes a link; says what is wrong with it.
-    fn add(&mut self, offset: u64, what: &str, found: &mut Checked) -> Link {
-        let number = offset / CLUSTER;
-        let bit = 1_u64 << (number % 64);
-        if !offset.is_multiple_of(CLUSTER) || number >= self.clusters {
-            found.fault(format!("{what} at {offset:#x} is outside of the file"));
-            return Link::Outside;
-        }
-        match self.bits.get_mut((number / 64) as usize) {
-            Some(word) if *word & bit == 0 => {
-                *word |= bit;
-                Link::Good
-            }
-            _ => {
-                found.fault(format!("{what} at {offset:#x} is another's, too"));
-                Link::Taken
-            }
-        }
-    }
-
-    fn has(&self, number: u64) -> bool {
-        self.bits.get((number / 64) as usize).is_some_and(|word| word & (1 << (number % 64)) != 0)
     }
 }
 
@@ -101,7 +62,11 @@ pub(super) struct Findings {
     /// Tables of the disk's that are nowhere.
     pub(super) no_table: Vec<usize>,
     /// Tables that are an earlier one's.
-    pub(super) same_table: Vec<usize>,
+    pub(super) same_table: BTreeSet<usize>,
+    /// Tables of which it is in doubt whether they are the right ones.
+    doubted: BTreeSet<usize>,
+    /// What has a cluster for itself.
+    pub(super) linked: Linked,
     /// Links to tables that are right but for a mark of theirs, or beyond the disk.
     pub(super) set_l1: Vec<(usize, u64)>,
     /// What entries are to be.
@@ -137,30 +102,76 @@ fn table(store: &dyn Store, offset: u64, count: u64) -> Result<Vec<u64>> {
 }
 
 /// Notes a range, as one with the last where they touch.
-fn note(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+fn note(ranges: &mut Vec<Range<u64>>, range: Range<u64>) -> Result<()> {
     match ranges.last_mut() {
+        _ if range.is_empty() => {}
         Some(last) if last.end == range.start => last.end = range.end,
-        _ => ranges.push(range),
+        _ => keep(ranges, range)?,
     }
+    Ok(())
 }
 
-/// Checks a file that nobody writes to; `None` when it is a qcow2 that hutch did not lay out.
+fn keep<T>(list: &mut Vec<T>, one: T) -> Result<()> {
+    if list.len() >= MOST {
+        return Err(DiskError::format(
+            "more of the volume's file is damaged than can be repaired; restore it from a snapshot",
+        ));
+    }
+    list.push(one);
+    Ok(())
+}
+
+/// Ranges in their order, each place once.
+fn in_order(ranges: &mut Vec<Range<u64>>) {
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, last| {
+        let touch = next.start <= last.end;
+        if touch {
+            last.end = last.end.max(next.end);
+        }
+        touch
+    });
+}
+
+/// Whether a cluster can be nothing but a table that links to something.
+fn is_table(store: &dyn Store, offset: u64, clusters: u64) -> Result<bool> {
+    let Some(bytes) = cluster(store, offset)? else { return Ok(false) };
+    let mut links = false;
+    for entry in entries(&bytes) {
+        let at = entry & OFFSET;
+        if entry & !(OFFSET | COPIED | ZERO) != 0 || !at.is_multiple_of(CLUSTER) || at / CLUSTER >= clusters {
+            return Ok(false);
+        }
+        links |= at != 0 && entry & COPIED != 0;
+    }
+    Ok(links)
+}
+
+/// Checks a file that nobody writes to; `None` when it is a qcow2 that hutch did not lay out. `sizes` are those that its disk can
+/// have.
 ///
 /// # Errors
-/// `Format`: its header cannot be; `Io`.
-pub fn check(store: &dyn Store) -> Result<Option<Checked>> {
-    Ok(look(store)?.map(|findings| findings.found))
+/// `Format`: its header cannot be, or there is no end to what is wrong; `Io`.
+pub fn check(store: &dyn Store, sizes: &RangeInclusive<u64>) -> Result<Option<Checked>> {
+    Ok(look(store, sizes)?.map(|findings| findings.found))
 }
 
 /// What is wrong with a file, and what is to be done about it.
-pub(super) fn look(store: &dyn Store) -> Result<Option<Findings>> {
+pub(super) fn look(store: &dyn Store, sizes: &RangeInclusive<u64>) -> Result<Option<Findings>> {
     let (header, marks) = Header::read_marked(store)?;
     if header.cluster_bits != CLUSTER_BITS || header.refcount_order != 4 || header.version != 3 {
         return Ok(None);
     }
+    if !sizes.contains(&header.size) {
+        let (size, least, most) = (header.size, sizes.start(), sizes.end());
+        return Err(DiskError::format(format!(
+            "the file says that its disk has {size} bytes, and its record {least} to {most}; restore the volume from a snapshot"
+        )));
+    }
     let size = store.size().map_err(|e| DiskError::io("find the file's size", e))?;
-    let clusters = size.div_ceil(CLUSTER);
-    let mut linked = Linked { bits: vec![0; clusters.div_ceil(64) as usize], clusters };
+    // One that the file ends within is none. Where nothing can be counted, nothing can be.
+    let clusters = (size / CLUSTER).min(u64::from(header.reftable_clusters) * ENTRIES * COUNTS);
+    let mut linked = Linked::new(clusters, size);
     let mut found = Checked::default();
     if marks != 0 {
         found.fault("the file is marked as not closed properly, or as corrupt".into());
@@ -184,7 +195,9 @@ pub(super) fn look(store: &dyn Store) -> Result<Option<Findings>> {
         clusters,
         l1: table(store, header.l1_offset, u64::from(header.l1_entries))?,
         no_table: Vec::new(),
-        same_table: Vec::new(),
+        same_table: BTreeSet::new(),
+        doubted: BTreeSet::new(),
+        linked,
         set_l1: Vec::new(),
         set: Vec::new(),
         same: Vec::new(),
@@ -192,37 +205,49 @@ pub(super) fn look(store: &dyn Store) -> Result<Option<Findings>> {
         bad_blocks: Vec::new(),
         header,
     };
-    findings.tables(&mut linked);
-    findings.data(store, &mut linked)?;
-    let same = findings.blocks(&mut linked);
+    findings.tables(store)?;
+    findings.data(store)?;
+    let mut same = findings.blocks();
+    findings.counts(store, &mut same)?;
     findings.shared(store, same)?;
-    findings.counts(store, &linked)?;
+    in_order(&mut findings.found.lost);
+    in_order(&mut findings.found.shared);
     Ok(Some(findings))
 }
 
 impl Findings {
+    /// Which of the guest's bytes a table is of.
+    fn reach(&self, index: usize) -> Range<u64> {
+        let start = (index as u64 * L2_REACH).min(self.header.size);
+        start..(start + L2_REACH).min(self.header.size)
+    }
+
     /// The L2 tables. They come before what else is said to be there: counts can be had anew.
-    fn tables(&mut self, linked: &mut Linked) {
+    fn tables(&mut self, store: &dyn Store) -> Result<()> {
         let disk = self.header.size.div_ceil(L2_REACH) as usize;
-        let mut seen = BTreeSet::new();
-        for (index, entry) in self.l1.iter_mut().enumerate() {
-            let (raw, offset) = (*entry, *entry & OFFSET);
-            *entry = 0;
+        let blocks: BTreeSet<u64> = self.blocks.iter().copied().collect();
+        let mut first = BTreeMap::new();
+        for (index, raw) in std::mem::take(&mut self.l1).into_iter().enumerate() {
+            self.l1.push(0);
+            let offset = raw & OFFSET;
             if raw == 0 && index >= disk {
                 continue;
             }
             let known = raw & !(OFFSET | COPIED) == 0 && offset != 0;
-            let link = match known {
-                true => linked.add(offset, "an L2 table", &mut self.found),
-                false => {
-                    self.found.fault(format!("the entry {index} of the L1 table is {raw:#x}"));
-                    Link::Outside
-                }
+            let link = if !known {
+                self.found.fault(format!("the entry {index} of the L1 table is {raw:#x}"));
+                Link::Outside
+            } else if blocks.contains(&offset) && !is_table(store, offset, self.clusters)? {
+                self.found.fault(format!("the L2 table at {offset:#x} is a refcount block"));
+                Link::Outside
+            } else {
+                self.linked.add(offset, "an L2 table", &mut self.found)
             };
-            match link {
-                Link::Good => {
-                    *entry = offset;
-                    seen.insert(offset);
+            let have = first.get(&offset).copied();
+            match (link, have) {
+                (Link::Good, _) => {
+                    self.l1.last_mut().into_iter().for_each(|entry| *entry = offset);
+                    first.insert(offset, index);
                     if raw & COPIED == 0 {
                         self.found
                             .fault(format!("the entry {index} of the L1 table is not marked as its own"));
@@ -231,24 +256,29 @@ impl Findings {
                 }
                 // Nothing of the disk is there.
                 _ if index >= disk => self.set_l1.push((index, 0)),
-                Link::Taken if seen.contains(&offset) => {
-                    *entry = offset;
-                    self.same_table.push(index);
+                // Which of them it is of nobody knows, though it may have no entries; the other's is somewhere.
+                (Link::Taken, Some(have)) => {
+                    self.l1.last_mut().into_iter().for_each(|entry| *entry = offset);
+                    self.same_table.insert(index);
+                    self.doubted.extend([have, index]);
                 }
-                Link::Taken | Link::Outside => {
-                    let start = index as u64 * L2_REACH;
-                    note(&mut self.found.lost, start..(start + L2_REACH).min(self.header.size));
-                    self.no_table.push(index);
-                }
+                _ => self.lose_table(index)?,
             }
         }
+        Ok(())
+    }
+
+    fn lose_table(&mut self, index: usize) -> Result<()> {
+        let reach = self.reach(index);
+        self.no_table.push(index);
+        note(&mut self.found.lost, reach)
     }
 
     /// The refcount blocks, which can be had anew. Tells those that are something else's, too.
-    fn blocks(&mut self, linked: &mut Linked) -> BTreeSet<u64> {
+    fn blocks(&mut self) -> BTreeSet<u64> {
         let mut same = BTreeSet::new();
         let last = self.blocks.iter().rposition(|block| *block != 0).map_or(0, |last| last + 1);
-        let all = blocks_of(&self.header).max(last as u64).max(self.clusters.div_ceil(COUNTS)) as usize;
+        let all = blocks_of(&self.header).max(last as u64).max(self.linked.end().div_ceil(COUNTS)) as usize;
         self.blocks.truncate(all);
         for (index, block) in self.blocks.iter_mut().enumerate() {
             let offset = std::mem::take(block);
@@ -256,7 +286,7 @@ impl Findings {
                 self.found.fault(format!("the refcount block {index} is missing"));
                 continue;
             }
-            match linked.add(offset, "a refcount block", &mut self.found) {
+            match self.linked.add(offset, "a refcount block", &mut self.found) {
                 Link::Good => *block = offset,
                 link => {
                     self.bad_blocks.push(index);
@@ -268,10 +298,11 @@ impl Findings {
     }
 
     /// What the L2 tables say.
-    fn data(&mut self, store: &dyn Store, linked: &mut Linked) -> Result<()> {
+    fn data(&mut self, store: &dyn Store) -> Result<()> {
         let size = self.header.size;
-        let tables = Linked { bits: linked.bits.clone(), clusters: linked.clusters };
-        for (index, l2) in self.l1.iter().enumerate().filter(|(_, l2)| **l2 != 0) {
+        let tables = self.linked.clone();
+        let own = |(index, l2): &(usize, &u64)| **l2 != 0 && !self.same_table.contains(index);
+        for (index, l2) in self.l1.iter().enumerate().filter(own) {
             let Some(bytes) = cluster(store, *l2)? else { continue };
             for (at, entry) in (0..).zip(entries(&bytes)).filter(|(_, entry)| *entry != 0) {
                 let (place, offset) = ((index, at), entry & OFFSET);
@@ -284,7 +315,7 @@ impl Findings {
                         ));
                         Link::Outside
                     }
-                    0 => linked.add(offset, "a cluster", &mut self.found),
+                    0 => self.linked.add(offset, "a cluster", &mut self.found),
                     bits => {
                         let what =
                             if bits & COMPRESSED != 0 { "is of a compressed cluster" } else { "is none" };
@@ -298,67 +329,127 @@ impl Findings {
                         // Our zeros have none.
                         if entry & ZERO != 0 {
                             self.found.fault(format!("the cluster at {offset:#x} is said to be zeros"));
-                            self.set.push((place, offset | COPIED));
+                            keep(&mut self.set, (place, offset | COPIED))?;
                         } else if entry & COPIED == 0 {
                             let why = format!("the cluster at {offset:#x} is not marked as its entry's own");
                             self.found.fault(why);
-                            self.set.push((place, entry | COPIED));
+                            keep(&mut self.set, (place, entry | COPIED))?;
                         }
                     }
                     // Past the disk's end there is nothing to lose.
-                    _ if range.is_empty() => self.set.push((place, 0)),
+                    _ if range.is_empty() => keep(&mut self.set, (place, 0))?,
                     // It reads as zeros, and does so without a cluster.
-                    _ if entry & !(OFFSET | COPIED) == ZERO => self.set.push((place, ZERO)),
-                    Link::Taken if !tables.has(offset / CLUSTER) => self.same.push((place, offset)),
+                    _ if entry & !(OFFSET | COPIED) == ZERO => keep(&mut self.set, (place, ZERO))?,
+                    Link::Taken if !tables.has(offset / CLUSTER) => keep(&mut self.same, (place, offset))?,
                     Link::Taken | Link::Outside => {
-                        note(&mut self.found.lost, range);
-                        self.set.push((place, ZERO));
+                        note(&mut self.found.lost, range)?;
+                        keep(&mut self.set, (place, ZERO))?;
                     }
                 }
             }
         }
         Ok(())
+    }
+
+    /// Compares the reference counts with the links. Into `same` comes what is linked and counted as free: counts reach the disk
+    /// before links do, so no crash makes that, and a wrong link does.
+    fn counts(&mut self, store: &dyn Store, same: &mut BTreeSet<u64>) -> Result<()> {
+        let (homes, mut free) = (self.homes(), BTreeSet::new());
+        for (index, block) in (0..).zip(&mut self.blocks).filter(|(_, block)| **block != 0) {
+            let numbers = index * COUNTS..((index + 1) * COUNTS).min(self.clusters);
+            let bytes = cluster(store, *block)?.filter(|bytes| bytes.iter().any(|byte| *byte != 0));
+            let Some(bytes) = bytes else {
+                if numbers.clone().step_by(64).any(|number| self.linked.word(number / 64) != 0) {
+                    // There will be another, whole as soon as it is linked.
+                    self.found.fault(format!("the refcount block at {block:#x} holds no counts"));
+                    *block = 0;
+                }
+                continue;
+            };
+            let mut word = 0;
+            for (number, count) in numbers.zip(bytes.as_chunks().0) {
+                if number.is_multiple_of(64) {
+                    word = self.linked.word(number / 64);
+                }
+                let offset = number * CLUSTER;
+                match (u16::from_be_bytes(*count), word >> (number % 64) & 1 == 1) {
+                    (0, false) | (1, true) => {}
+                    (_, false) => {
+                        self.found.leaked += 1;
+                        if let Some(table) = homes.get(&offset)
+                            && is_table(store, offset, self.clusters)?
+                        {
+                            self.found.fault(format!("nothing links to the L2 table at {offset:#x}"));
+                            self.doubted.insert(*table);
+                        }
+                    }
+                    (count, true) => {
+                        self.found.fault(format!("the cluster at {offset:#x} is counted {count} times"));
+                        if count == 0 {
+                            free.insert(offset);
+                        }
+                    }
+                }
+            }
+        }
+        for index in 0..self.l1.len() {
+            let offset = self.l1.get(index).copied().filter(|l2| free.contains(l2));
+            let Some(offset) = offset else { continue };
+            self.doubted.insert(index);
+            if !self.same_table.contains(&index) && !is_table(store, offset, self.clusters)? {
+                self.l1.get_mut(index).into_iter().for_each(|entry| *entry = 0);
+                self.lose_table(index)?;
+            }
+        }
+        same.append(&mut free);
+        Ok(())
+    }
+
+    /// Where tables would be that are elsewhere: each is laid out behind the one before it, the first behind the blocks.
+    fn homes(&self) -> BTreeMap<u64, usize> {
+        let mut homes = BTreeMap::new();
+        let l1_end =
+            self.header.l1_offset + (u64::from(self.header.l1_entries) * 8).next_multiple_of(CLUSTER);
+        let blocks = (0..).zip(&self.blocks).take_while(|(i, block)| **block == l1_end + i * CLUSTER).count();
+        let mut next = (blocks > 0).then_some(l1_end + blocks as u64 * CLUSTER);
+        let disk = self.header.size.div_ceil(L2_REACH) as usize;
+        let mut elsewhere = Vec::new();
+        for (index, l2) in self.l1.iter().copied().enumerate().take(disk) {
+            if next != Some(l2) {
+                elsewhere.push(index);
+                homes.extend(next.map(|at| (at, index)));
+            }
+            next = if l2 != 0 { Some(l2) } else { next }.map(|at| at + CLUSTER);
+        }
+        // One that lies where it should says nothing of the one before it.
+        let mut next = None;
+        for index in elsewhere.into_iter().rev() {
+            let after = self.l1.get(index + 1).copied().filter(|after| *after != 0 && index + 1 < disk);
+            next = after.or(next).and_then(|at: u64| at.checked_sub(CLUSTER));
+            if let Some(at) = next {
+                homes.entry(at).or_insert(index);
+            }
+        }
+        homes
     }
 
     /// Which of the guest's clusters are another's, or in `same`.
     fn shared(&mut self, store: &dyn Store, mut same: BTreeSet<u64>) -> Result<()> {
         same.extend(self.same.iter().map(|(_, offset)| *offset));
-        if same.is_empty() {
-            return Ok(());
-        }
         let size = self.header.size;
         for (index, l2) in self.l1.iter().enumerate().filter(|(_, l2)| **l2 != 0) {
+            if self.doubted.contains(&index) {
+                let reach = self.reach(index);
+                note(&mut self.found.shared, reach)?;
+                continue;
+            }
+            if same.is_empty() {
+                continue;
+            }
             for (at, entry) in (0..).zip(cluster(store, *l2)?.iter().flat_map(|bytes| entries(bytes))) {
                 let known = entry & !(OFFSET | COPIED) == 0;
                 if known && same.contains(&(entry & OFFSET)) {
-                    note(&mut self.found.shared, range_of((index, at), size));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Compares the reference counts with the links.
-    fn counts(&mut self, store: &dyn Store, linked: &Linked) -> Result<()> {
-        let mut last = (u64::MAX, None);
-        for number in 0..linked.clusters {
-            let index = number / COUNTS;
-            let block = self.blocks.get(index as usize).copied().unwrap_or(0);
-            if block == 0 {
-                // That was told already.
-                continue;
-            }
-            if last.0 != index {
-                last = (index, cluster(store, block)?);
-            }
-            let at = (number % COUNTS) as usize * 2;
-            let count = last.1.as_ref().and_then(|bytes| bytes.get(at..)?.first_chunk().copied());
-            match (count.map_or(0, u16::from_be_bytes), linked.has(number)) {
-                (0, false) | (1, true) => {}
-                (_, false) => self.found.leaked += 1,
-                (count, true) => {
-                    let why = format!("the cluster at {:#x} is counted {count} times", number * CLUSTER);
-                    self.found.fault(why);
+                    note(&mut self.found.shared, range_of((index, at), size))?;
                 }
             }
         }
@@ -367,7 +458,7 @@ impl Findings {
 }
 
 /// What of the guest's bytes an entry is of: nothing, past the end of the disk.
-fn range_of((table, at): Place, size: u64) -> Range<u64> {
+pub(super) fn range_of((table, at): Place, size: u64) -> Range<u64> {
     let start = (table as u64 * L2_REACH).saturating_add(at * CLUSTER).min(size);
     start..start.saturating_add(CLUSTER).min(size)
 }
@@ -376,7 +467,7 @@ fn range_of((table, at): Place, size: u64) -> Range<u64> {
 mod tests {
     use std::fs::File;
 
-    use super::super::{Qcow2Disk, create, read_l1};
+    use super::super::{MAX_SIZE, Qcow2Disk, create, read_l1};
     use super::*;
     use crate::Disk;
 
@@ -396,7 +487,7 @@ mod tests {
     #[test]
     fn a_whole_volume_has_no_faults_and_what_is_damaged_is_named() {
         let file = volume();
-        let whole = check(&file).unwrap().unwrap();
+        let whole = check(&file, &(0..=MAX_SIZE)).unwrap().unwrap();
         assert_eq!((whole.data, whole.leaked, whole.wrong), (3, 0, 0), "{whole:?}");
         let header = Header::read(&file).unwrap();
         let l2 = read_l1(&file, &header).unwrap()[0] & OFFSET;
@@ -409,20 +500,20 @@ mod tests {
             (entry | COMPRESSED, "compressed"),
         ] {
             file.write_bytes(l2 + place * 8, &value.to_be_bytes()).unwrap();
-            let found = check(&file).unwrap().unwrap();
+            let found = check(&file, &(0..=MAX_SIZE)).unwrap().unwrap();
             assert!(found.wrong > 0 && found.faults.concat().contains(words), "{found:?}");
         }
         file.write_bytes(l2 + place * 8, &[0; 8]).unwrap();
-        let found = check(&file).unwrap().unwrap();
+        let found = check(&file, &(0..=MAX_SIZE)).unwrap().unwrap();
         assert_eq!((found.data, found.leaked, found.wrong), (2, 1, 0), "nothing links to it");
         file.write_bytes(l2 + place * 8, &entry.to_be_bytes()).unwrap();
-        assert_eq!(check(&file).unwrap().unwrap(), whole);
+        assert_eq!(check(&file, &(0..=MAX_SIZE)).unwrap().unwrap(), whole);
         let mut block = [0; 8];
         file.read_bytes(header.reftable_offset, &mut block).unwrap();
         let count = u64::from_be_bytes(block) + (entry & OFFSET) / CLUSTER * 2;
         for wrong in [0_u16, 2] {
             file.write_bytes(count, &wrong.to_be_bytes()).unwrap();
-            let found = check(&file).unwrap().unwrap();
+            let found = check(&file, &(0..=MAX_SIZE)).unwrap().unwrap();
             assert!(found.faults.concat().contains(&format!("counted {wrong} times")), "{found:?}");
         }
     }

@@ -21,6 +21,7 @@ mod check;
 mod compressed;
 mod header;
 mod layout;
+mod linked;
 mod merge;
 mod payload;
 mod repair;

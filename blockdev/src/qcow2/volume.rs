@@ -61,15 +61,16 @@ fn damaged<T>(why: String) -> Result<T> {
 impl Volume {
     /// Reads all metadata of a volume, frees what a crash left behind, and refuses what it did not make.
     pub(super) fn open(store: &dyn Store, header: &Header, l1: &[u64]) -> Result<Volume> {
-        Volume::read(store, header, l1, true)
+        Volume::read(store, header, l1, true, true)
     }
 
-    /// As [`open`](Volume::open), for a repair: what links to a cluster is right, and counts are not.
-    pub(super) fn recount(store: &dyn Store, header: &Header, l1: &[u64]) -> Result<Volume> {
-        Volume::read(store, header, l1, false)
+    /// As [`open`](Volume::open), for a repair: what links to a cluster is right, and counts are not. Only where `free` says so
+    /// is the room freed that nothing links to.
+    pub(super) fn recount(store: &dyn Store, header: &Header, l1: &[u64], free: bool) -> Result<Volume> {
+        Volume::read(store, header, l1, false, free)
     }
 
-    fn read(store: &dyn Store, header: &Header, l1: &[u64], counted: bool) -> Result<Volume> {
+    fn read(store: &dyn Store, header: &Header, l1: &[u64], counted: bool, free: bool) -> Result<Volume> {
         let io = |e| DiskError::io("read the volume's metadata", e);
         if header.cluster_bits != CLUSTER_BITS || header.refcount_order != 4 || header.version != 3 {
             let why =
@@ -116,7 +117,7 @@ impl Volume {
         for &offset in l1.iter().filter(|offset| **offset != 0) {
             volume.claim_data(store, offset)?;
         }
-        volume.settle(store, counted)?;
+        volume.settle(store, counted, free)?;
         if stale {
             let list = volume.blocks.len() * 8;
             let none = vec![0; table.len() - list];
@@ -161,7 +162,7 @@ impl Volume {
 
     /// After everything is claimed: counts that differ are marked to be written, the file ends behind the last cluster in use,
     /// and what is free before that is given back to the host.
-    fn settle(&mut self, store: &dyn Store, counted: bool) -> Result<()> {
+    fn settle(&mut self, store: &dyn Store, counted: bool, free: bool) -> Result<()> {
         let io = |e| DiskError::io("prepare the volume", e);
         let last = self.taken.iter().rposition(|word| *word != 0).map_or(0, |i| {
             let top = self.taken.get(i).map_or(0, |word| 63 - word.leading_zeros());
@@ -190,6 +191,9 @@ impl Volume {
                 self.counts.insert(group);
             }
             group += 1;
+        }
+        if !free {
+            return Ok(());
         }
         if self.len > self.fresh * CLUSTER {
             store.set_len(self.fresh * CLUSTER).map_err(io)?;

@@ -382,7 +382,9 @@ impl Volume {
             if known {
                 continue;
             }
-            let found = check(&world.file(*layer)).expect("it can be checked").expect("it is one of ours");
+            let found = check(&world.file(*layer), &(0..=u64::MAX))
+                .expect("it can be checked")
+                .expect("it is one of ours");
             assert_eq!(found.wrong, 0, "after the crash: {found:?}");
             leaked += found.leaked;
             (run.judge)(content, true);
@@ -418,8 +420,9 @@ impl Volume {
     fn check_closed(&mut self, run: &mut Run<'_>) {
         self.reopen();
         for (depth, layer) in self.layers.iter().enumerate() {
-            let found =
-                check(&self.world.file(*layer)).expect("it can be checked").expect("it is one of ours");
+            let found = check(&self.world.file(*layer), &(0..=u64::MAX))
+                .expect("it can be checked")
+                .expect("it is one of ours");
             assert!(found.wrong == 0 && (depth > 0 || found.leaked == 0), "closed: {found:?}");
         }
         if let Some(content) = self.world.files()[self.layers[0]].settled() {

@@ -190,7 +190,9 @@ impl Day {
     /// All files are whole, and each snapshot is what it was.
     fn check(&self, when: &str) {
         for layer in &self.layers {
-            let found = check(&self.world.file(*layer)).expect("it can be checked").expect("it is ours");
+            let found = check(&self.world.file(*layer), &(0..=u64::MAX))
+                .expect("it can be checked")
+                .expect("it is ours");
             assert_eq!(found.wrong, 0, "{when}: {found:?}");
         }
         for (kept, held) in &self.kept {
@@ -289,7 +291,9 @@ fn day(n: u64, fault: Fault, stays: bool, down: bool, key: Option<Key>) -> bool 
     day.restart(None, &when);
     day.restart(Some(&mut random), &when);
     day.disk = None;
-    let top = check(&day.world.file(day.layers[0])).expect("it can be checked").expect("it is ours");
+    let top = check(&day.world.file(day.layers[0]), &(0..=u64::MAX))
+        .expect("it can be checked")
+        .expect("it is ours");
     assert_eq!((top.wrong, top.leaked), (0, 0), "{when}: {top:?}");
     met.is_some()
 }

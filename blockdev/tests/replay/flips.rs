@@ -55,7 +55,7 @@ impl Flips {
         made.writable(&store).expect("it can be opened again");
         made.file = content(&store);
         made.whole = Content::of(&made.file);
-        let found = check(&store).expect("it can be checked").expect("it is ours");
+        let found = check(&store, &(0..=u64::MAX)).expect("it can be checked").expect("it is ours");
         assert_eq!((found.wrong, found.leaked), (0, 0), "whole at first");
         made
     }
@@ -81,7 +81,7 @@ impl Flips {
         file.write(at as u64, &[self.file[at] ^ mask]);
         let when = format!("{what}: bit {} of byte {at:#x}", bit % 8);
         let fresh = || World::of(vec![Arc::new(file.clone())]).file(0);
-        let checked = check(&fresh());
+        let checked = check(&fresh(), &(0..=u64::MAX));
         let told = !matches!(&checked, Ok(Some(found)) if found.wrong == 0 && found.leaked == 0);
 
         // Whoever writes: it would be whole from then on, so nothing may be wrong.
@@ -91,9 +91,11 @@ impl Flips {
             Ok(bytes) => {
                 assert!(bytes == self.holds, "{when}: to be written, it holds something else ({checked:?})");
                 found.same += 1;
-                let after = check(&store).expect("it can be checked").expect("it is ours");
+                let after = check(&store, &(0..=u64::MAX)).expect("it can be checked").expect("it is ours");
                 // A mark of a table that nobody goes by is left to `repair`.
-                let mended = repair(&store, false).expect("it can be repaired").expect("it is ours");
+                let mended = repair(&store, false, &(0..=u64::MAX), u64::MAX)
+                    .expect("it can be repaired")
+                    .expect("it is ours");
                 assert!(after.wrong == 0 && after.leaked == 0 || told && mended.done, "{when}: {after:?}");
             }
         }

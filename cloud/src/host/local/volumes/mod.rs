@@ -263,9 +263,14 @@ impl Volumes {
             }
             usage.of.insert(id.clone(), room);
         }
-        let about = rustix::fs::statvfs(&self.layers).map_err(|e| failed(&self.layers, e.into()))?;
-        usage.free = about.f_bavail.saturating_mul(about.f_frsize);
+        usage.free = self.free_room()?;
         Ok(usage)
+    }
+
+    /// How many bytes the host has for more layers.
+    fn free_room(&self) -> Result<u64> {
+        let about = rustix::fs::statvfs(&self.layers).map_err(|e| failed(&self.layers, e.into()))?;
+        Ok(about.f_bavail.saturating_mul(about.f_frsize))
     }
 
     /// Where volumes are.

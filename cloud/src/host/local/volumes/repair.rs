@@ -1,5 +1,6 @@
 //! Volumes that are damaged are made whole. Layers that others lie on, too, are sealed: they are looked at, and never written.
 
+use std::ops::RangeInclusive;
 use std::os::unix::fs::MetadataExt;
 
 use hutch_blockdev::qcow2::{Checked, Repaired, check, repair};
@@ -9,7 +10,7 @@ use hutch_blockdev::{DiskError, DiskErrorKind};
 use super::super::super::{HostError, RepairedLayer, Result};
 use super::chains::{Chains, is_volume};
 use super::files::{disk_failed, failed};
-use super::{Place, Volumes};
+use super::{Place, Record, Volumes};
 
 /// As long as this is there, no layer is merged into another.
 struct Still<'a>(&'a Volumes);
@@ -33,6 +34,12 @@ fn others(chains: &Chains, layer: &String, volume: &str) -> Vec<String> {
     let has = all.filter(|(id, chain)| *id != volume && chain.contains(layer)).map(|(id, _)| id.clone());
     let read = chains.read.values().any(|chain| chain.contains(layer));
     has.chain(read.then(|| "a copy that is being made".to_owned())).collect()
+}
+
+/// What sizes the disk of a layer can have: the top one the volume's own, those below no larger ones.
+fn sizes(record: &Record, index: usize) -> RangeInclusive<u64> {
+    let least = record.growing.map_or(record.size, |old| old.min(record.size));
+    if index == 0 { least..=record.size } else { 0..=record.size }
 }
 
 /// A layer without a header that could be read is wrong as a whole.
@@ -61,16 +68,17 @@ impl Volumes {
         }
         let wrong = |e: DiskError| disk_failed(id, &e);
         let (mut layers, mut own) = (Vec::new(), Vec::new());
-        for name in &record.layers {
+        for (index, name) in record.layers.iter().enumerate() {
             let mut users = others(&self.chains(), name, id);
             let path = self.layers.join(name);
             if path.metadata().map_err(|e| failed(&path, e))?.nlink() > 1 && is_volume(name) {
-                users.push("another region".into());
+                // Both have more names of a file, and nothing else tells them.
+                users.push("another region, or a backup that is being made".into());
             }
             // Without its key, too: only tables are read.
             let place = Place { path, format: super::format_of(name), key: None };
             let found = match is_volume(name) {
-                true => whole(check(&place.open(false)?.file)).map_err(wrong)?,
+                true => whole(check(&place.open(false)?.file, &sizes(&record, index))).map_err(wrong)?,
                 false => None,
             };
             let repaired = found.map(|found| Repaired { done: found.wrong == 0, found });
@@ -89,7 +97,7 @@ impl Volumes {
         for (index, place) in own {
             let file = place.open(true)?.file;
             lock(&file, false).map_err(wrong)?;
-            let done = match repair(&file, discard) {
+            let done = match repair(&file, discard, &sizes(&record, index), self.free_room()?) {
                 // That was told.
                 Err(e) if e.kind == DiskErrorKind::Format => continue,
                 done => done.map_err(wrong)?,
