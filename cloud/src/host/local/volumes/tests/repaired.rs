@@ -66,6 +66,12 @@ fn the_top_layer_is_repaired_and_what_others_have_is_only_told() {
     volumes.delete_snapshot("snap-a").unwrap();
     assert!(volumes.repair("vol-a", true).unwrap()[1].repaired.as_ref().unwrap().done, "nobody else has it");
     assert_eq!(marks(&volumes, "vol-a"), (0, 2));
+    // A backup has another name of each layer, as another region has.
+    let (own, pinned) = (home.path().join("layers").join(&names[0]), home.path().join("pinned"));
+    fs::hard_link(&own, &pinned).unwrap();
+    let told = volumes.repair("vol-a", true).unwrap();
+    assert!(told[0].users.concat().contains("a backup") && told[0].users.concat().contains("region"));
+    fs::remove_file(pinned).unwrap();
     tidy(&volumes, None);
     assert_eq!((layers(&volumes, "vol-a").len(), marks(&volumes, "vol-a")), (2, (0, 2)));
 }
@@ -83,6 +89,32 @@ fn a_volume_whose_snapshot_failed_for_the_damage_is_repaired_and_goes_on() {
     assert!(volumes.repair("vol-a", true).unwrap().iter().all(|layer| layer.repaired.as_ref().unwrap().done));
     volumes.create_snapshots(&[("snap-a", "vol-a")], &[]).unwrap();
     assert_eq!(marks(&volumes, "vol-a"), (0, 1));
+}
+
+/// The header's size decides what is looked at and what is behind the disk's end.
+#[test]
+fn a_layer_of_another_size_than_the_volumes_is_told_and_left_alone() {
+    let home = home();
+    let volumes = open(&home);
+    volumes.create("vol-a", 64 * MIB, &Source::Empty, None).unwrap();
+    disk(&volumes, "vol-a").write_at(MIB, &[1; 131072]).unwrap();
+    let top = home.path().join("layers").join(&layers(&volumes, "vol-a")[0]);
+    let file = File::options().read(true).write(true).open(&top).unwrap();
+    for size in [MIB, 65 * MIB] {
+        file.write_all_at(&size.to_be_bytes(), 24).unwrap();
+        let before = fs::read(&top).unwrap();
+        let told = volumes.repair("vol-a", true).unwrap();
+        let found = told[0].repaired.as_ref().unwrap();
+        assert!(!found.done && found.found.faults.concat().contains("its record"), "{found:?}");
+        assert!(fs::read(&top).unwrap() == before);
+    }
+    file.write_all_at(&(64 * MIB).to_be_bytes(), 24).unwrap();
+    assert!(volumes.repair("vol-a", false).unwrap()[0].repaired.as_ref().unwrap().done);
+    // A growth that was cut short: the record is written first.
+    let record = volumes.record("vol-a").unwrap();
+    volumes.put("vol-a", &Record { size: 65 * MIB, growing: Some(record.size), ..record }).unwrap();
+    assert!(volumes.repair("vol-a", false).unwrap()[0].repaired.as_ref().unwrap().done);
+    assert_eq!(marks(&volumes, "vol-a"), (1, 1));
 }
 
 #[test]
